@@ -1,0 +1,396 @@
+"""Factorized and packed experts as a transformers model. A copy of this file lies in every checkpoint.
+
+It needs torch and transformers alone, so that a checkpoint opens without moesvd_quant. The layout
+(`config.moesvd`) says for each experts module and projection which tensors make up its weights:
+
+    W[e] = dense[d(e)] + sum_t left_t[l_t(e)] @ right_t[r_t(e)]
+
+A projection is a list of parts; a part holds one bank of dense rows, or a bank of left and one of right
+factors of a single rank, for the experts it names. Experts that no part names have weight zero. A bank is
+floating point, or packed (see `unpack`). Packed tensors and the bits of their scales are integers, so that
+no cast of the model can touch them.
+"""
+
+import hashlib
+import json
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+FORMAT = 1
+MANIFEST = "moesvd.json"
+
+
+def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 values (..., n) below 2**bits -> uint8 (..., ceil(n/8)*bits): eight values fill `bits` bytes."""
+    values = F.pad(values, (0, -values.shape[-1] % 8)).unflatten(-1, (-1, 8)).long()
+    word = (values << (torch.arange(8, device=values.device) * bits)).sum(-1, keepdim=True)
+    shift = torch.arange(bits, device=values.device) * 8
+    return (word >> shift & 255).to(torch.uint8).flatten(-2)
+
+
+def unpack(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
+    """The inverse of `pack`: uint8 (..., n)."""
+    if bits == 8:
+        return packed[..., :n]
+    if bits in (2, 4):  # values do not cross bytes
+        shift = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
+        return (packed.unsqueeze(-1) >> shift & (1 << bits) - 1).flatten(-2)[..., :n]
+    parts = packed.unflatten(-1, (-1, bits)).int()
+    word = sum(parts[..., i] << 8 * i for i in range(bits))
+    shift = torch.arange(8, device=packed.device, dtype=torch.int32) * bits
+    return (word.unsqueeze(-1) >> shift & (1 << bits) - 1).to(torch.uint8).flatten(-2)[..., :n]
+
+
+def dequantize(codes, scales, zeros, quant: dict, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """(codes - zero) * scale per group of `group_size` columns (the last one may be short).
+
+    codes uint8 (..., rows, packed), scales int16 (the bits of fp16) (..., rows, groups), zeros packed along
+    the groups or None where symmetric (zero = 2**(bits-1)). Returns (..., rows, columns) in `dtype`.
+    """
+    bits, size, groups = quant["bits"], quant["group_size"], scales.shape[-1]
+    scale = scales.view(torch.float16).float().unsqueeze(-1)
+    zero = 2 ** (bits - 1) if zeros is None else unpack(zeros, bits, groups).float().unsqueeze(-1)
+    value = F.pad(unpack(codes, bits, columns), (0, groups * size - columns)).unflatten(-1, (groups, size))
+    return ((value - zero) * scale).flatten(-2)[..., :columns].to(dtype)
+
+
+def bank_tensors(name: str, shape: tuple, quant: dict | None, dtype: torch.dtype) -> dict:
+    """Tensors that store a bank of `shape` (..., rows, columns): {name: (shape, dtype)}."""
+    if quant is None:
+        return {name: (tuple(shape), dtype)}
+    *lead, columns = shape
+    bits, groups = quant["bits"], -(-columns // quant["group_size"])
+    tensors = {
+        f"{name}_codes": ((*lead, -(-columns // 8) * bits), torch.uint8),
+        f"{name}_scales": ((*lead, groups), torch.int16),
+    }
+    if not quant["sym"]:
+        tensors[f"{name}_zeros"] = ((*lead, -(-groups // 8) * bits), torch.uint8)
+    return tensors
+
+
+def part_banks(part: dict, out_features: int, in_features: int) -> dict:
+    """Banks of a part: {"dense" | "left" | "right": shape}."""
+    if "dense" in part:
+        return {"dense": (max(part["dense"]) + 1, out_features, in_features)}
+    return {
+        "left": (max(part["left"]) + 1, out_features, part["rank"]),
+        "right": (max(part["right"]) + 1, part["rank"], in_features),
+    }
+
+
+def projection_shapes(experts: nn.Module) -> dict:
+    """(out, in) of each projection of a native fused-expert module: {"gate", "up", "down"} or without gate."""
+    down = experts.down_proj.shape[1:]
+    hidden, inner = down[::-1] if experts.is_transposed else down
+    shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    return shapes if experts.has_gate else {name: shapes[name] for name in ("up", "down")}
+
+
+class Packed(nn.Module):
+    """Base of modules whose weights are float or packed banks."""
+
+    def add_bank(self, name, shape, quant, dtype, device):
+        for key, (size, kind) in bank_tensors(name, shape, quant, dtype).items():
+            tensor = torch.empty(size, dtype=kind, device=device)
+            self.register_parameter(key, nn.Parameter(tensor, requires_grad=kind.is_floating_point))
+
+    def weight_rows(self, name: str, quant: dict | None, columns: int, dtype: torch.dtype, row: int | None):
+        """Bank `name` (row None) or one row of it, dequantized into `dtype` where it is packed."""
+        get = self._parameters.get
+        if quant is None:
+            bank = get(name)
+            return (bank if row is None else bank[row]).to(dtype)
+        tensors = [get(f"{name}_{kind}") for kind in ("codes", "scales", "zeros")]
+        if row is not None:
+            tensors = [None if t is None else t[row] for t in tensors]
+        return dequantize(*tensors, quant, columns, dtype)
+
+
+class PackedLinear(Packed):
+    """nn.Linear with a packed weight (out, in) and an optional float bias."""
+
+    def __init__(self, in_features, out_features, bias, quant, dtype=None, device=None):
+        super().__init__()
+        self.in_features, self.out_features, self.quant = in_features, out_features, quant
+        self.add_bank("weight", (out_features, in_features), quant, dtype, device)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+
+    def dense_weight(self, dtype=torch.float32):
+        return self.weight_rows("weight", self.quant, self.in_features, dtype, None)
+
+    def forward(self, x):
+        return F.linear(x, self.dense_weight(x.dtype), self.bias)
+
+
+class FactorizedExperts(Packed):
+    """Drop-in for any `@use_experts_implementation` module of transformers 5, built from it and a layout."""
+
+    def __init__(self, native: nn.Module, layout: dict):
+        super().__init__()
+        state = {k: v for k, v in vars(native).items() if not k.startswith("_")}
+        self.__dict__.update(state)  # alpha, limit, flags, config: all that is not a weight
+        self.native_class = type(native)
+        for name, child in native.named_children():
+            self.add_module(name, child)
+        for name, bias in native.named_parameters(recurse=False):
+            if name.endswith("_bias"):
+                self.register_parameter(name, bias)
+        self.shapes, self.layout = projection_shapes(native), layout
+        self.experts = native.down_proj.shape[0]
+        for key, shape, quant in self.banks():
+            self.add_bank(key, shape, quant, native.down_proj.dtype, native.down_proj.device)
+        self._maps = {}
+
+    def banks(self):
+        """Yields (parameter name, shape, quant) of every bank of the layout."""
+        for projection, parts in self.layout.items():
+            for i, part in enumerate(parts):
+                for bank, shape in part_banks(part, *self.shapes[projection]).items():
+                    yield f"{projection}_{i}_{bank}", shape, part["quant"].get(bank)
+
+    def bank(self, projection, i, bank, dtype, row=None):
+        """Bank of part i of a projection: float (rows, a, b), or (a, b) of one row."""
+        part = self.layout[projection][i]
+        columns = part_banks(part, *self.shapes[projection])[bank][-1]
+        return self.weight_rows(f"{projection}_{i}_{bank}", part["quant"].get(bank), columns, dtype, row)
+
+    def dense(self, projection, expert, dtype=torch.float32):
+        """Effective weight (out, in) of one expert."""
+        weight = torch.zeros(self.shapes[projection], dtype=dtype, device=self.device)
+        for i, part in enumerate(self.layout[projection]):
+            if expert not in part["experts"]:
+                continue
+            at = part["experts"].index(expert)
+            if "dense" in part:
+                weight = weight + self.bank(projection, i, "dense", dtype, part["dense"][at])
+            else:
+                left = self.bank(projection, i, "left", dtype, part["left"][at])
+                weight = weight + left @ self.bank(projection, i, "right", dtype, part["right"][at])
+        return weight
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    def row_map(self, projection, i, bank, device):
+        """Bank row of each expert, -1 where the part does not name it, as a cached tensor."""
+        key = projection, i, bank, device
+        if key not in self._maps:
+            part = self.layout[projection][i]
+            rows = torch.full((self.experts,), -1, dtype=torch.long)
+            rows[part["experts"]] = torch.tensor(part[bank])
+            self._maps[key] = rows.to(device)
+        return self._maps[key]
+
+    def bank_matmul(self, x, rows, projection, i, bank):
+        """y[t] = bank[rows[t]] @ x[t], x (n, in), rows (n) -> (n, out): one grouped product over sorted rows."""
+        part = self.layout[projection][i]
+        count, out, _ = part_banks(part, *self.shapes[projection])[bank]
+        if count == 1:
+            return F.linear(x, self.bank(projection, i, bank, x.dtype, 0))
+        order = torch.argsort(rows, stable=True)
+        sizes = torch.bincount(rows, minlength=count)
+        x = x[order]
+        if part["quant"].get(bank) is None:
+            weight = self.bank(projection, i, bank, x.dtype)
+            y = F.grouped_mm(x, weight.transpose(1, 2), offs=sizes.cumsum(0).int())
+        else:  # one expert's weight is dequantized at a time
+            chunks = [
+                F.linear(chunk, self.bank(projection, i, bank, x.dtype, row))
+                for row, chunk in enumerate(x.split(sizes.tolist()))
+                if len(chunk)
+            ]
+            y = torch.cat(chunks) if chunks else x.new_zeros(0, out)
+        return torch.empty_like(y).index_copy(0, order, y)
+
+    def shared_input(self, part):
+        """The bank that every token meets whatever its expert, first: a base, or a right factor."""
+        whole = len(part["experts"]) == self.experts
+        name = "dense" if "dense" in part else "right"
+        return name if whole and max(part[name]) == 0 else None
+
+    def project(self, x, token, ids, projection):
+        """x (tokens, in) -> (pairs, out) for the (token, expert) pairs; shared banks see each token once."""
+        y = x.new_zeros(len(ids), self.shapes[projection][0])
+        for i, part in enumerate(self.layout[projection]):
+            first, last = ("dense", None) if "dense" in part else ("right", "left")
+            rows = self.row_map(projection, i, first, x.device)[ids]
+            if self.shared_input(part):
+                h, chosen = self.bank_matmul(x, rows, projection, i, first)[token], None
+            else:
+                chosen = None if len(part["experts"]) == self.experts else (rows >= 0).nonzero()[:, 0]
+                h = x[token if chosen is None else token[chosen]]
+                h = self.bank_matmul(h, rows if chosen is None else rows[chosen], projection, i, first)
+            if last:
+                rows = self.row_map(projection, i, last, x.device)[ids]
+                h = self.bank_matmul(h, rows if chosen is None else rows[chosen], projection, i, last)
+            y = y + h if chosen is None else y.index_add(0, chosen, h)
+        return y
+
+    def activate(self, pairs):
+        """Gate and up (or up alone) -> the input of down, by the native class's own gate."""
+        if not self.has_gate:
+            up = pairs["up"]
+            return self.act_fn(up)
+        both = (pairs["gate"], pairs["up"])
+        joint = torch.cat(both, -1) if self.is_concatenated else torch.stack(both, -1).flatten(-2)
+        return self.native_class._apply_gate(self, joint)
+
+    def add_bias(self, pairs, ids):
+        if not self.has_bias:
+            return
+        name = "gate_up_proj_bias" if self.has_gate else "up_proj_bias"
+        bias = getattr(self, name)[ids]
+        if not self.has_gate:
+            pairs["up"] = pairs["up"] + bias
+            return
+        gate, up = bias.chunk(2, -1) if self.is_concatenated else (bias[..., ::2], bias[..., 1::2])
+        pairs["gate"], pairs["up"] = pairs["gate"] + gate, pairs["up"] + up
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        """hidden_states (T, H), top_k_index (T, k), top_k_weights (T, k) -> (T, H)."""
+        tokens, k = top_k_index.shape
+        ids, order = top_k_index.reshape(-1).sort(stable=True)
+        token = order // k
+        names = [name for name in ("gate", "up") if name in self.shapes]
+        pairs = {name: self.project(hidden_states, token, ids, name) for name in names}
+        self.add_bias(pairs, ids)
+        inner = self.activate(pairs)
+        y = self.project(inner, torch.arange(len(ids), device=ids.device), ids, "down")
+        if self.has_bias:
+            y = y + self.down_proj_bias[ids]
+        if self.has_post_expert_norm:
+            y = self.post_expert_norm(y)
+        y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        y = torch.empty_like(y).index_copy(0, order, y)
+        return y.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
+
+def apply_layout(model: nn.Module, layout: dict) -> None:
+    """Replaces the modules that the layout names; their tensors are empty."""
+    for path, projections in layout["experts"].items():
+        model.set_submodule(path, FactorizedExperts(model.get_submodule(path), projections))
+    for path, quant in layout["linears"].items():
+        old = model.get_submodule(path)
+        kind = dict(dtype=old.weight.dtype, device=old.weight.device)
+        new = PackedLinear(old.in_features, old.out_features, old.bias is not None, quant, **kind)
+        model.set_submodule(path, new)
+
+
+class MoesvdConfig(PreTrainedConfig):
+    """The native config plus `moesvd` (the layout). Instances are of a subclass of the native class as well."""
+
+    model_type = "moesvd"
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        layout = config_dict.get("moesvd")
+        if not isinstance(layout, dict) or layout.get("format") != FORMAT:
+            found = layout.get("format") if isinstance(layout, dict) else layout
+            raise ValueError(f"config.json: moesvd.format is {found!r}, this version reads {FORMAT}")
+        native = config_class(layout["native_type"])
+        return super(MoesvdConfig, native).from_dict(config_dict | {"model_type": "moesvd"}, **kwargs)
+
+
+@lru_cache
+def config_class(native_type: str) -> type:
+    body = {"model_type": "moesvd", "__module__": __name__}
+    made = type("MoesvdConfig", (MoesvdConfig, CONFIG_MAPPING[native_type]), body)
+    AutoModelForCausalLM.register(made, MoesvdForCausalLM, exist_ok=True)
+    return made
+
+
+@lru_cache
+def model_class(native_type: str) -> type:
+    """A subclass of the architecture's causal model whose modules follow `config.moesvd`."""
+    native = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[native_type]]
+
+    def __init__(self, config, *args, **kwargs):
+        native.__init__(self, config, *args, **kwargs)
+        apply_layout(self, config.moesvd)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        self.config.architectures = ["MoesvdForCausalLM"]
+        native.save_pretrained(self, save_directory, *args, **kwargs)
+        finish_folder(Path(save_directory))
+
+    body = {
+        "__init__": __init__,
+        "save_pretrained": save_pretrained,
+        "config_class": config_class(native_type),
+        "__module__": __name__,
+    }
+    return type("Moesvd" + native.__name__, (native,), body)
+
+
+class MoesvdForCausalLM:
+    """Entry point for AutoModelForCausalLM: builds the model class of the checkpoint's architecture."""
+
+    config_class = MoesvdConfig
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, config=None, output_loading_info=False, **kwargs):
+        check_digests(Path(folder))
+        config = config or AutoConfig.from_pretrained(folder, **kwargs)
+        made = model_class(config.moesvd["native_type"])
+        model, info = made.from_pretrained(folder, *args, config=config, output_loading_info=True, **kwargs)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+            if found := info.get(kind):
+                raise ValueError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, found))[:5]}")
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        return model_class(config.moesvd["native_type"])._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModelForCausalLM"):
+        """transformers asks this of remote code; saving is taken care of by `save_pretrained`."""
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_digests(folder: Path) -> None:
+    """Raises ValueError where a weight file of the folder is not the one its manifest names."""
+    if not (folder / MANIFEST).is_file():
+        return
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name, digest in manifest["digests"].items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise ValueError(f"{path}: missing; the checkpoint is incomplete, copy it again")
+        if file_digest(path) != digest:
+            raise ValueError(f"{path}: damaged (sha256 differs from {MANIFEST}); copy the checkpoint again")
+
+
+def finish_folder(folder: Path) -> None:
+    """Adds what makes a saved folder open again: this file, `auto_map`, and the digests of its weights."""
+    source, target = Path(__file__).resolve(), folder.resolve() / "modeling_moesvd.py"
+    if source != target:
+        shutil.copyfile(source, target)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "modeling_moesvd.MoesvdConfig",
+        "AutoModelForCausalLM": "modeling_moesvd.MoesvdForCausalLM",
+    }
+    config["architectures"] = ["MoesvdForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    digests = {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
+    manifest = folder / MANIFEST
+    content = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    manifest.write_text(json.dumps(content | {"digests": digests}, indent=1, sort_keys=True) + "\n")
+
+
+AutoConfig.register("moesvd", MoesvdConfig, exist_ok=True)
