@@ -1,0 +1,18 @@
+"""moesvd_quant makes Mixture-of-Experts language models small and says honestly what it cost.
+
+Importing it teaches transformers the model type `moesvd` (see `_register`); heavy modules load on use.
+"""
+
+from . import _register as _register
+
+__version__ = "0.1.0"
+
+
+def load(path, dtype="auto", device="cpu"):
+    """Opens any Hugging Face causal model folder, or one of our checkpoints, in evaluation mode.
+
+    Raises ModelError (a ValueError) where tensors are missing, unexpected, damaged or of another shape.
+    """
+    from .model.load import load as _load
+
+    return _load(path, dtype=dtype, device=device)

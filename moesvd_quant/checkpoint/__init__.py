@@ -1,0 +1,1 @@
+"""Reading and writing of checkpoints: files that are whole or absent."""

@@ -58,7 +58,7 @@ def dequantize(codes, scales, zeros, quant: dict, columns: int, dtype: torch.dty
     bits, size, groups = quant["bits"], quant["group_size"], scales.shape[-1]
     scale = scales.view(torch.float16).float().unsqueeze(-1)
     zero = 2 ** (bits - 1) if zeros is None else unpack(zeros, bits, groups).float().unsqueeze(-1)
-    value = F.pad(unpack(codes, bits, columns), (0, groups * size - columns)).unflatten(-1, (groups, size))
+    value = F.pad(unpack(codes, bits, columns).float(), (0, groups * size - columns)).unflatten(-1, (groups, size))
     return ((value - zero) * scale).flatten(-2)[..., :columns].to(dtype)
 
 
@@ -135,20 +135,22 @@ class FactorizedExperts(Packed):
     """Drop-in for any `@use_experts_implementation` module of transformers 5, built from it and a layout."""
 
     def __init__(self, native: nn.Module, layout: dict):
+        """native: the module to stand in for, of the architecture's own class or one of ours."""
         super().__init__()
         state = {k: v for k, v in vars(native).items() if not k.startswith("_")}
         self.__dict__.update(state)  # alpha, limit, flags, config: all that is not a weight
-        self.native_class = type(native)
         for name, child in native.named_children():
             self.add_module(name, child)
         for name, bias in native.named_parameters(recurse=False):
             if name.endswith("_bias"):
                 self.register_parameter(name, bias)
-        self.shapes, self.layout = projection_shapes(native), layout
-        self.experts = native.down_proj.shape[0]
+        if not isinstance(native, FactorizedExperts):
+            self.native_class, self.shapes = type(native), projection_shapes(native)
+            self.experts = native.down_proj.shape[0]
+        self.layout, self._maps = layout, {}
+        kind = next(p for p in native.parameters() if p.is_floating_point())
         for key, shape, quant in self.banks():
-            self.add_bank(key, shape, quant, native.down_proj.dtype, native.down_proj.device)
-        self._maps = {}
+            self.add_bank(key, shape, quant, kind.dtype, kind.device)
 
     def banks(self):
         """Yields (parameter name, shape, quant) of every bank of the layout."""

@@ -1,0 +1,126 @@
+"""Exact bytes of a checkpoint from its layout, before a weight is read; every tensor counts."""
+
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
+from .model.experts import find_experts, shapes_of, expert_count
+from .model.modeling_moesvd import FactorizedExperts, config_class, model_class
+from .model.stream import StreamedModel
+
+_NAMES = {torch.uint8: "U8", torch.int16: "I16", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """Bytes and parameters of a checkpoint beside those of its original."""
+
+    disk_bytes: int  # of all safetensors files, headers included
+    tensor_bytes: int
+    expert_bytes: int  # of the routed experts' tensors: codes, scales, zeros, factors
+    expert_params: int  # stored routed-expert parameters, packed ones counted as weights
+    original_bytes: int
+    original_expert_params: int
+    original_params: int
+    params: int
+    bits_per_expert_weight: float  # expert bytes * 8 / original expert parameters
+    expert_ratio: float  # fraction of routed-expert parameters removed
+    model_ratio: float  # the same of all parameters
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def planned_model(parent: StreamedModel, layout: dict):
+    """The model that a layout describes, on the meta device, in the stored dtype."""
+    native = config_class(layout["native_type"])
+    config = native.from_dict(parent.config.to_dict() | {"moesvd": layout})
+    with init_empty_weights(include_buffers=False):
+        return model_class(layout["native_type"])._from_config(config, dtype=parent.stored_dtype)
+
+
+def original_model(parent: StreamedModel):
+    """The native architecture on the meta device."""
+    with init_empty_weights(include_buffers=False):
+        if hasattr(parent.config, "moesvd"):
+            native = config_class(parent.config.moesvd["native_type"]).__mro__[2]
+            return AutoModelForCausalLM.from_config(
+                native.from_dict(parent.config.to_dict()), dtype=parent.stored_dtype
+            )
+        return AutoModelForCausalLM.from_config(parent.config, dtype=parent.stored_dtype)
+
+
+def stored_tensors(model) -> dict[str, torch.Tensor]:
+    """What a checkpoint of the model holds: its state without tensors tied to another."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def file_bytes(tensors: dict[str, torch.Tensor]) -> int:
+    """Size of a safetensors file of these tensors: 8 bytes, a padded JSON header, the data."""
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        kind = _NAMES.get(tensor.dtype, str(tensor.dtype))
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    header["__metadata__"] = {"format": "pt"}
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + offset
+
+
+def by_file(model, layer_names: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors of each file of a checkpoint: one per layer, and `outer`."""
+    files: dict[str, dict] = {name: {} for name in layer_names} | {"outer": {}}
+    for name, tensor in stored_tensors(model).items():
+        owner = next((layer for layer in layer_names if name.startswith(layer + ".")), "outer")
+        files[owner][name] = tensor
+    return files
+
+
+def expert_parameters(model) -> tuple[int, int]:
+    """(weights, bytes) of all routed experts; a packed weight counts as one parameter."""
+    weights = size = 0
+    for _, module in find_experts(model):
+        size += sum(p.numel() * p.element_size() for n, p in module.named_parameters() if "bias" not in n)
+        if isinstance(module, FactorizedExperts):
+            weights += sum(_product(shape) for _, shape, _ in module.banks())
+        else:
+            count = expert_count(module)
+            weights += sum(count * out * in_features for out, in_features in shapes_of(module).values())
+    return weights, size
+
+
+def account(parent: StreamedModel, layout: dict) -> Accounting:
+    """Accounting of the checkpoint that `layout` describes; `parent` supplies architecture and dtype."""
+    planned, original = planned_model(parent, layout), original_model(parent)
+    weights, size = expert_parameters(planned)
+    original_weights, _ = expert_parameters(original)
+    everything = stored_tensors(original)
+    original_params = sum(t.numel() for t in everything.values())
+    params = original_params - original_weights + weights
+    files = by_file(planned, parent.layer_names)
+    return Accounting(
+        disk_bytes=sum(file_bytes(tensors) for tensors in files.values()),
+        tensor_bytes=sum(t.numel() * t.element_size() for ts in files.values() for t in ts.values()),
+        expert_bytes=size,
+        expert_params=weights,
+        original_bytes=sum(t.numel() * t.element_size() for t in everything.values()),
+        original_expert_params=original_weights,
+        original_params=original_params,
+        params=params,
+        bits_per_expert_weight=8 * size / original_weights,
+        expert_ratio=1 - weights / original_weights,
+        model_ratio=1 - params / original_params,
+    )
+
+
+def _product(shape) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

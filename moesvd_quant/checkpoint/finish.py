@@ -1,0 +1,94 @@
+"""What turns layer files into a checkpoint: index, config, tokenizer, manifest, model card."""
+
+import json
+import shutil
+from pathlib import Path
+
+from ..model.modeling_moesvd import MANIFEST, finish_folder
+from .files import write_json, write_text
+
+# Files of a model folder that travel with it; nothing that holds weights or code.
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
+
+
+def layer_file(index: int) -> str:
+    return f"model-layer-{index:05d}.safetensors"
+
+
+OUTER_FILE = "model-outer.safetensors"
+
+
+def write_index(folder: Path, tensors: dict[str, str], total_bytes: int) -> None:
+    """model.safetensors.index.json: {tensor name: file name}."""
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(tensors.items()))},
+    )
+
+
+def write_config(folder: Path, native_config: dict, layout: dict) -> None:
+    config = {k: v for k, v in native_config.items() if k not in ("auto_map", "_name_or_path")}
+    write_json(folder / "config.json", config | {"model_type": "moesvd", "moesvd": layout})
+
+
+def carry_files(source: Path, folder: Path) -> None:
+    for name in CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """moesvd.json with the digests of all weight files, the modeling file, and `auto_map` in the config."""
+    write_json(folder / MANIFEST, manifest)
+    finish_folder(folder)
+
+
+def write_card(folder: Path, manifest: dict) -> None:
+    """README.md of a checkpoint, with the licence of the model it was made from where that one says it."""
+    base, account = manifest["base_model"], manifest["accounting"]
+    front = ["---", "library_name: moesvd_quant", "tags: [moe, compression]"]
+    if manifest.get("licence"):
+        front.append(f"license: {manifest['licence']}")
+    lines = [
+        *front,
+        "---",
+        f"# {base}, compressed: {manifest['name']}",
+        "",
+        f"Made by moesvd_quant {manifest['versions']['moesvd_quant']} from `{base}`. The licence of the original"
+        + (f" ({manifest['licence']})" if manifest.get("licence") else "")
+        + " applies.",
+        "",
+        f"- size: {account['disk_bytes'] / 1e6:.2f} MB on disk (original {account['original_bytes'] / 1e6:.2f} MB)",
+        f"- {account['bits_per_expert_weight']:.3f} bits per original expert weight",
+        f"- routed-expert parameters removed: {account['expert_ratio']:.1%}; all parameters: {account['model_ratio']:.1%}",
+        f"- KL divergence from its input on a sample of the calibration text: {manifest['check']['kl']:.4f} nats per token",
+        "",
+        "Load it with `moesvd_quant.load(folder)`, with `AutoModelForCausalLM.from_pretrained(folder)` after",
+        "`import moesvd_quant`, or without the package by `trust_remote_code=True`.",
+        "",
+        "Stages: " + json.dumps(manifest["stages"], sort_keys=True),
+        "",
+    ]
+    write_text(folder / "README.md", "\n".join(lines))
+
+
+def licence_of(folder: Path) -> str | None:
+    """The `license:` of a model folder's card, where it has one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    for line in card.read_text(errors="replace").splitlines()[:40]:
+        if line.startswith("license:"):
+            return line.split(":", 1)[1].strip().strip("\"'")
+    return None

@@ -1,0 +1,100 @@
+"""V sharing and U trimming (MoE-SVD section 3.3): one right factor for all experts, few left ones.
+
+Two readings, see docs/moe-svd.md: `share_and_trim` refits what is borrowed, `literal` is Algorithm 3 by the
+letter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .whitening import refit_left
+
+
+@dataclass(frozen=True)
+class Shared:
+    """left (n_left, out, r), right (n_right, r, in) float64, and the bank rows of each expert."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    left_rows: list[int]
+    right_rows: list[int]
+
+
+def make_positive_definite(matrix: torch.Tensor, tolerance: float = 1e-6) -> torch.Tensor:
+    """Algorithm 5: symmetrize; where an eigenvalue is not positive, shift all of them above `tolerance`.
+
+    The algorithm's text repairs negative eigenvalues only; a zero one defeats Cholesky just as well. The
+    tolerance is relative to the largest eigenvalue.
+    """
+    symmetric = (matrix + matrix.T) / 2
+    values, vectors = torch.linalg.eigh(symmetric)
+    floor = tolerance * values.abs().max()
+    if values.min() >= floor:
+        return symmetric
+    repaired = vectors * (values - values.min() + floor) @ vectors.T
+    return (repaired + repaired.T) / 2
+
+
+def activation_weighted_svd(weight, gram, rank: int):
+    """Eq. 11 and 12 by the letter: S = cholesky(gram), W S = U Sigma V. All float64.
+
+    Returns U (out, rank), sigma (rank,), V (rank, in), S (in, in); the factors of W are U Sigma and V S^-1.
+    """
+    root = torch.linalg.cholesky(make_positive_definite(gram.double()))
+    u, sigma, v = torch.linalg.svd(weight.double() @ root, full_matrices=False)
+    return u[:, :rank], sigma[:rank], v[:rank], root
+
+
+def trimmed_sources(frequency: torch.Tensor, keep_u: int) -> list[list[int]]:
+    """Eq. 7 as Algorithm 3 has it: for each expert the `keep_u` most frequent of the experts that are more
+    frequent than it, and itself where there are fewer."""
+    order = torch.argsort(frequency, descending=True, stable=True).tolist()
+    sources = []
+    for expert in range(len(order)):
+        chosen = [j for j in order if frequency[j] > frequency[expert]][:keep_u]
+        sources.append(chosen if len(chosen) == keep_u else [*chosen, expert])
+    return sources
+
+
+def literal(weights, grams, frequency: torch.Tensor, rank: int, keep_u: int) -> Shared:
+    """Algorithm 3: W_i = (sum U_j) (sum Sigma_j) V_s S_i^-1 over the sources j of expert i.
+
+    The whitening of each expert is its own, so that the right factors V_s S_i^-1 differ: nothing is shared.
+    """
+    parts = [activation_weighted_svd(w, g, rank) for w, g in zip(weights, grams)]
+    shared_v = parts[int(frequency.argmax())][2]
+    right = torch.stack([torch.linalg.solve_triangular(s, shared_v, upper=False, left=False) for *_, s in parts])
+    sources = trimmed_sources(frequency, keep_u)
+    distinct = sorted({tuple(s) for s in sources})
+    left = torch.stack([sum(parts[j][0] for j in s) * sum(parts[j][1] for j in s) for s in distinct])
+    return Shared(left, right, [distinct.index(tuple(s)) for s in sources], list(range(len(weights))))
+
+
+def share_and_trim(weights, grams, frequency: torch.Tensor, rank: int, keep_u: int) -> Shared:
+    """Eq. 5 to 8 made to work: V_s of the most frequent expert with its whitening undone, so that it really is
+    one matrix; the left factors of the `keep_u` most frequent experts, each refitted to V_s in closed form
+    under its own inputs; every other expert takes the kept left factor that hurts it least.
+    """
+    first = int(frequency.argmax())
+    _, _, v, root = activation_weighted_svd(weights[first], grams[first], rank)
+    right = torch.linalg.solve_triangular(root, v, upper=False, left=False)
+    kept = torch.argsort(frequency, descending=True, stable=True)[:keep_u].tolist()
+    left = torch.stack([refit_left([weights[e]], [grams[e]], [right]) for e in kept])
+    rows = []
+    for expert, (weight, gram) in enumerate(zip(weights, grams)):
+        if expert in kept:
+            rows.append(kept.index(expert))
+            continue
+        deltas = [weight.double() - u @ right for u in left]
+        losses = [float(((d @ gram.double()) * d).sum()) for d in deltas]
+        rows.append(losses.index(min(losses)))
+    scale = (right.norm(dim=1) / left.square().sum((0, 1)).sqrt().clamp(min=1e-300)).sqrt()
+    return Shared(left * scale, (right / scale[:, None])[None], rows, [0] * len(weights))
+
+
+def left_count(frequency: torch.Tensor, keep_u: int, by_letter: bool) -> int:
+    """Left factors that a layer stores."""
+    if by_letter:
+        return len({tuple(s) for s in trimmed_sources(frequency, keep_u)})
+    return min(keep_u, len(frequency))

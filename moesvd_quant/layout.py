@@ -1,0 +1,53 @@
+"""Layouts: which tensors make up which weights. A layout is the plan of a stage and the `config.moesvd` of
+its checkpoint (`model/modeling_moesvd.py` explains it)."""
+
+import copy
+
+from .allocate import DENSE
+from .model.modeling_moesvd import FORMAT, FactorizedExperts
+from .model.stream import StreamedModel
+
+
+def empty_layout(native_type: str) -> dict:
+    return {"format": FORMAT, "native_type": native_type, "experts": {}, "linears": {}}
+
+
+def layout_of(streamed: StreamedModel) -> dict:
+    """A copy of the model's layout; an empty one for a native model."""
+    found = getattr(streamed.config, "moesvd", None)
+    return copy.deepcopy(found) if found else empty_layout(streamed.config.model_type)
+
+
+def dense_part(experts: list[int]) -> dict:
+    """One own dense matrix for each of the experts."""
+    return {"experts": experts, "dense": list(range(len(experts))), "quant": {}}
+
+
+def factor_part(experts: list[int], rank: int, left: list[int] | None = None, right: list[int] | None = None):
+    """Factors of one rank; left and right give the bank row of each expert (default: one row each)."""
+    own = list(range(len(experts)))
+    rows = {"left": own if left is None else left, "right": own if right is None else right}
+    return {"experts": experts, "rank": rank, "quant": {}} | rows
+
+
+def parts_by_rank(ranks: list[int]) -> list[dict]:
+    """Parts of a projection whose experts have own factors of these ranks, or stay DENSE; 0 is no tensor."""
+    parts = []
+    for rank in sorted(set(ranks) - {0}, reverse=True):
+        experts = [e for e, r in enumerate(ranks) if r == rank]
+        parts.append(dense_part(experts) if rank == DENSE else factor_part(experts, rank))
+    return parts
+
+
+def dense_layout(experts_count: int, projections) -> dict:
+    """The native form: every expert dense."""
+    return {name: [dense_part(list(range(experts_count)))] for name in projections}
+
+
+def projections_of(module) -> dict:
+    """The layout of an experts module as it stands, native or ours."""
+    if isinstance(module, FactorizedExperts):
+        return copy.deepcopy(module.layout)
+    from .model.experts import expert_count, shapes_of
+
+    return dense_layout(expert_count(module), shapes_of(module))

@@ -1,0 +1,133 @@
+"""GPTQ through gptqmodel's core, driven by our own Gram matrices. The only module that imports gptqmodel."""
+
+import logging
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from ..model.modeling_moesvd import dequantize, pack
+
+FP16_MAX = 65504.0
+
+
+class QuantizeError(ValueError):
+    """A matrix that cannot be quantized as asked; the message says why."""
+
+
+@dataclass
+class PackedMatrix:
+    """A quantized (out, in) matrix in our packing. tensors: codes, scales (int16 bits of fp16), zeros."""
+
+    tensors: dict[str, torch.Tensor]
+    quant: dict
+    columns: int
+
+    def dense(self, dtype=torch.float64) -> torch.Tensor:
+        get = self.tensors.get
+        return dequantize(get("codes"), get("scales"), get("zeros"), self.quant, self.columns, dtype)
+
+
+@lru_cache
+def _core():
+    """gptqmodel's classes. It prints a banner, sets environment variables and takes seconds to import."""
+    os.environ.setdefault("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
+    os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
+    from gptqmodel.quantization import GPTQ, GPTQConfig
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("gptqmodel"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    return GPTQ, GPTQConfig
+
+
+def resolve_group_size(group_size: int | str, columns: int, rank_axis: bool = False) -> int:
+    """`auto`: the largest of 128, 64, 32 that divides; along a rank axis at most the rank, the last group may
+    be short. QuantizeError where an explicit size does not divide an input dimension."""
+    if group_size == "auto":
+        if rank_axis:
+            return min(64, columns)
+        return next((size for size in (128, 64, 32) if columns % size == 0), columns)
+    if rank_axis:
+        return min(int(group_size), columns)
+    if columns % int(group_size):
+        raise QuantizeError(f"group_size {group_size} does not divide {columns} input features; use auto")
+    return int(group_size)
+
+
+def gptq(weight: torch.Tensor, gram: torch.Tensor, quant: dict, damp: float) -> PackedMatrix:
+    """Quantizes weight (out, in) for inputs with Gram matrix gram (in, in).
+
+    quant: {"bits", "group_size", "sym"}; columns go in order of activation, with group parameters fixed
+    beforehand (static groups), so that no index is stored. QuantizeError where the Hessian cannot be
+    inverted or a scale leaves the range of fp16.
+    """
+    GPTQ, GPTQConfig = _core()
+    out, columns = weight.shape
+    linear = nn.Linear(columns, out, bias=False, device=weight.device)
+    linear.weight.data = weight.float().clone()
+    config = GPTQConfig(
+        bits=quant["bits"],
+        group_size=quant["group_size"],
+        sym=quant["sym"],
+        desc_act=True,
+        act_group_aware=False,
+        static_groups=True,
+        damp_percent=damp,
+        offload_to_disk=False,
+    )
+    core = GPTQ(linear, qcfg=config)
+    core.quantizer.configure(perchannel=True, bits=quant["bits"], sym=quant["sym"])
+    core.H = _scaled(gram).to(weight.device)
+    core.nsamples = columns + 1  # of the Gram matrix' scale nothing depends; zero would mean rounding
+    core._hessian_dirty = False
+    dense, scale, zero, *_ = core.quantize()
+    return pack_matrix(dense.float(), scale.float(), zero.float(), quant)
+
+
+def round_to_nearest(weight: torch.Tensor, quant: dict) -> PackedMatrix:
+    """Plain rounding on the min-max grid of each group: the baseline that GPTQ has to beat."""
+    weight, size, top = weight.float(), quant["group_size"], 2 ** quant["bits"] - 1
+    scales, zeros = [], []
+    for group in weight.split(size, dim=1):
+        low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
+        if quant["sym"]:
+            high = torch.maximum(-low, high)
+            low = -high
+        flat = low == high
+        low, high = torch.where(flat, -1.0, low), torch.where(flat, 1.0, high)
+        scale = (high - low) / top
+        scales.append(scale)
+        zeros.append(torch.full_like(scale, (top + 1) / 2) if quant["sym"] else (-low / scale).round())
+    scale, zero = torch.stack(scales, 1), torch.stack(zeros, 1)
+    return pack_matrix(weight, scale, zero, quant)
+
+
+def pack_matrix(dense, scale, zero, quant) -> PackedMatrix:
+    """Codes of `dense` (out, in) on the grid of scale and zero (out, groups), all float32, packed."""
+    columns, size, top = dense.shape[1], quant["group_size"], 2 ** quant["bits"] - 1
+    if not torch.isfinite(dense).all() or not torch.isfinite(scale).all():
+        raise QuantizeError("quantization gave values that are not finite")
+    if scale.max() > FP16_MAX:
+        raise QuantizeError(f"a scale of {float(scale.max()):.3g} overflows fp16")
+    half = scale.half()
+    if (half == 0).any():
+        raise QuantizeError("a scale underflows fp16: the matrix is too small to be stored in 16-bit scales")
+    index = torch.arange(columns, device=dense.device) // size
+    codes = (dense / scale[:, index] + zero[:, index]).round().clamp(0, top).to(torch.uint8)
+    tensors = {"codes": pack(codes, quant["bits"]), "scales": half.view(torch.int16)}
+    if not quant["sym"]:
+        tensors["zeros"] = pack(zero.round().clamp(0, top).to(torch.uint8), quant["bits"])
+    return PackedMatrix(tensors, quant, columns)
+
+
+def _scaled(gram: torch.Tensor) -> torch.Tensor:
+    """gram in float32 with a mean diagonal of 1, symmetric: far from under- and overflow."""
+    gram = gram.double()
+    gram = (gram + gram.T) / 2
+    mean = gram.diagonal().mean()
+    if not torch.isfinite(mean) or mean <= 0:
+        raise QuantizeError("the Gram matrix of the inputs is zero or not finite")
+    return (gram / mean).float()

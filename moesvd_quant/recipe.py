@@ -1,0 +1,199 @@
+"""YAML -> a validated Recipe. A recipe is a list of stages; everything wrong with it is said at once."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+
+from .recipe_yaml import YamlProblem, apply_override, parse
+from .stages import NOT_AFTER, OPTIONS
+from .stages.options import StageOptions
+
+
+class RecipeError(ValueError):
+    """Everything that is wrong with a recipe: a line each, `file:line: key: what, and what to do`."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Calibration(_Part):
+    dataset: str = Field("mixture", description="a known name, local files or folders, joined by commas")
+    samples: Annotated[int, Field(gt=0)] = Field(256, description="windows of text")
+    length: Literal["auto"] | Annotated[int, Field(ge=16)] = Field("auto", description="tokens per window")
+
+
+class Evaluate(_Part):
+    perplexity: list[str] | dict[str, str] = Field(
+        default_factory=list, description="texts: known names, or name: source"
+    )
+    length: Literal["auto"] | Annotated[int, Field(ge=16)] = Field("auto", description="tokens per window")
+
+    def texts(self) -> dict[str, str]:
+        """{name: source}; a list names known texts or files."""
+        named = self.perplexity
+        return dict(named) if isinstance(named, dict) else {Path(n).name.split(".")[0]: n for n in named}
+
+
+class Stage(_Part):
+    name: str
+    options: SerializeAsAny[StageOptions]
+
+
+class Recipe(_Part):
+    """A validated recipe; see `load_recipe`."""
+
+    name: str
+    model: str | None = None
+    seed: int = 0
+    calibration: Calibration = Calibration()
+    stages: tuple[Stage, ...]
+    evaluate: Evaluate = Evaluate()
+    keep: Literal["all", "last"] = "all"
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out; loads back equal."""
+        content = self.model_dump(exclude={"name", "stages"})
+        content["stages"] = [{s.name: _given(s.options)} for s in self.stages]
+        return f"# resolved recipe {self.name}\n" + yaml.safe_dump(content, sort_keys=False)
+
+    def digest(self) -> str:
+        """sha256 of all that influences the weights."""
+        content = {
+            "seed": self.seed,
+            "calibration": self.calibration.model_dump(),
+            "stages": [{s.name: s.options.model_dump()} for s in self.stages],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _given(options: StageOptions) -> dict:
+    """Options written out, without those that belong to another method."""
+    content = options.model_dump()
+    if content.get("method", "paper") != "paper":
+        content = {k: v for k, v in content.items() if k in ("method", "ratio")}
+    return content
+
+
+def shipped() -> list[tuple[str, str]]:
+    """(name, first line of its comment) of every recipe of the package."""
+    root = resources.files("moesvd_quant.recipes")
+    found = [(f.name, f) for f in root.iterdir() if f.name.endswith(".yaml")]
+    folder = root.joinpath("models")
+    if folder.is_dir():
+        found += [(f"models/{f.name}", f) for f in folder.iterdir() if f.name.endswith(".yaml")]
+    lines = {name[: -len(".yaml")]: f.read_text().splitlines()[0].lstrip("# ") for name, f in found}
+    return sorted(lines.items())
+
+
+def read_shipped(name: str) -> str:
+    """Text of a shipped recipe; RecipeError with the nearest names where there is none."""
+    names = [n for n, _ in shipped()]
+    if name not in names:
+        raise RecipeError(f"{name}: no such recipe or file{_near(name, names)}; shipped: {', '.join(names)}")
+    return resources.files("moesvd_quant.recipes").joinpath(f"{name}.yaml").read_text()
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped name or a YAML file, with `key=value` overrides. RecipeError names all that is wrong."""
+    path = Path(source)
+    is_file = path.suffix in (".yaml", ".yml") and path.is_file()
+    if path.suffix in (".yaml", ".yml") and not is_file:
+        raise RecipeError(f"{path}: no such file")
+    text = path.read_text() if is_file else read_shipped(str(source))
+    where = str(path) if is_file else f"{source}.yaml"
+    try:
+        content, lines = parse(text)
+    except YamlProblem as problem:
+        raise RecipeError(f"{where}:{problem.line}: {problem}") from problem
+    if not isinstance(content, dict):
+        raise RecipeError(f"{where}:1: a recipe is a mapping with the key 'stages'")
+    origin: dict[tuple, str] = {}
+    entries = content.get("stages")
+    names = [next(iter(e)) if isinstance(e, dict) and e else str(e) for e in entries or []]
+    for override in overrides:
+        try:
+            origin[apply_override(content, override, names)] = f"override {override!r}"
+        except (ValueError, IndexError, KeyError, TypeError) as error:
+            raise RecipeError(f"override {override!r}: {error}") from error
+    problems: list[str] = []
+
+    def place(at: tuple) -> str:
+        for end in range(len(at), -1, -1):
+            if at[:end] in origin:
+                return origin[at[:end]]
+        line = next((lines[at[:end]] for end in range(len(at), -1, -1) if at[:end] in lines), 1)
+        return f"{where}:{line}"
+
+    stages = _stages(content, place, problems)
+    body = {k: v for k, v in content.items() if k != "stages"}
+    name = path.stem if is_file else str(source)
+    recipe = _validate(Recipe, body | {"name": name, "stages": stages}, (), place, problems)
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return recipe
+
+
+def _stages(content: dict, place, problems: list[str]) -> tuple[Stage, ...]:
+    entries = content.get("stages")
+    if not isinstance(entries, list) or not entries:
+        problems.append(f"{place(('stages',))}: stages: give at least one of {', '.join(OPTIONS)}")
+        return ()
+    stages: list[Stage] = []
+    for index, entry in enumerate(entries):
+        at: tuple = ("stages", index)
+        name, given = entry, {}
+        if isinstance(entry, dict):
+            if len(entry) != 1:
+                problems.append(f"{place(at)}: stages[{index}]: one stage per item, found {sorted(entry)}")
+                continue
+            name, given = next(iter(entry.items()))
+        if name not in OPTIONS:
+            hint = _near(str(name), OPTIONS)
+            problems.append(f"{place((*at, name))}: stages[{index}]: unknown stage {name!r}{hint} (valid: {', '.join(OPTIONS)})")
+            continue
+        before = {s.name for s in stages} & NOT_AFTER[name]
+        if before:
+            problems.append(f"{place((*at, name))}: stages[{index}].{name}: cannot come after {', '.join(before)}")
+        options = _validate(OPTIONS[name], given or {}, (*at, name), place, problems)
+        if options is not None:
+            stages.append(Stage(name=name, options=options))
+    return tuple(stages)
+
+
+def _validate(kind, value, at: tuple, place, problems: list[str]):
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        for item in error.errors():
+            problems.append(_say(kind, item, at, place))
+        return None
+
+
+def _say(kind, item, at, place) -> str:
+    inner = [p for p in item["loc"] if not str(p).startswith(("literal[", "constrained-", "list[", "dict["))]
+    path = (*at, *[p for p in inner if p not in ("int", "str", "function-after")])
+    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+    if item["type"] == "extra_forbidden":
+        owner = kind
+        for part in inner[:-1]:
+            owner = owner.model_fields[part].annotation
+        valid = sorted(set(owner.model_fields) - {"name"})
+        return f"{place(path)}: {key}: unknown key{_near(str(inner[-1]), valid)} (valid: {', '.join(valid)})"
+    if item["type"] == "missing":
+        return f"{place(path)}: {key}: is required ({kind.model_fields[inner[-1]].description})"
+    message = item["msg"].removeprefix("Value error, ")
+    got = "" if item["type"] == "value_error" else f", got {item['input']!r}"
+    return f"{place(path)}: {key or 'recipe'}: {message}{got}"
+
+
+def _near(word: str, known) -> str:
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""

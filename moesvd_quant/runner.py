@@ -1,0 +1,212 @@
+"""Runs a recipe: for each stage plan, work layer by layer, verify, commit. Interrupted at any point, the
+same command goes on where it was."""
+
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .accounting import account
+from .calibration.store import Statistics, fingerprint
+from .checkpoint.files import require_space, write_json, write_text
+from .model.modeling_moesvd import MANIFEST
+from .model.stream import ModelError, StreamedModel
+from .recipe import Recipe
+from .stages.base import Context
+from .work import StageWork
+
+Report = Callable[[str, int, int], None]  # what, done, total
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says what is in the way and what to do."""
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "gptqmodel", "safetensors")
+    return {"moesvd_quant": __version__} | {name: version(name) for name in names}
+
+
+@contextmanager
+def locked(out: Path):
+    """One run per output folder: RunError where another process holds it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{out}: another run is working here; wait for it or choose another --out") from None
+        yield
+
+
+class Run:
+    """A recipe on a model, with its output folder. `report(what, done, total)` hears of progress."""
+
+    def __init__(self, recipe: Recipe, model: Path, out: Path, device="cpu", report: Report | None = None):
+        self.recipe, self.model, self.out = recipe, Path(model), Path(out)
+        self.device = torch.device(device)
+        self.report = report or (lambda what, done, total: None)
+        if self.out.resolve() == self.model.resolve():
+            raise RunError(f"{out}: is the model's own folder; choose another --out")
+        self.meta = StreamedModel(self.model)
+        self.model_digest = fingerprint(self.model)
+        self.windows = self._windows()
+        self.statistics = Statistics(self.model, self.model_digest, self.windows, self.device)
+
+    def _windows(self) -> torch.Tensor:
+        from transformers import AutoTokenizer
+
+        from .calibration.text import calibration_windows
+
+        wanted = self.recipe.calibration
+        limit = getattr(self.meta.config, "max_position_embeddings", 2048)
+        length = min(2048, limit) if wanted.length == "auto" else wanted.length
+        if length > limit:
+            raise RunError(f"calibration.length {length} exceeds the {limit} positions of the model")
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        return calibration_windows(wanted.dataset, tokenizer, wanted.samples, length, self.recipe.seed)
+
+    def key(self, upto: int) -> dict:
+        """All that a stage's output depends on; equal keys mean equal files."""
+        stages = [{s.name: s.options.model_dump()} for s in self.recipe.stages[: upto + 1]]
+        return {
+            "model": self.model_digest,
+            "statistics": self.statistics.key,
+            "stages": stages,
+            "seed": self.recipe.seed,
+            "versions": versions(),
+        }
+
+    def folder(self, index: int) -> Path:
+        return self.out / f"{index + 1:02d}-{self.recipe.stages[index].name}"
+
+    def run(self) -> list[Path]:
+        """Runs all stages; the folders of their checkpoints. Finished stages and layers are not done again."""
+        with locked(self.out):
+            for index in range(len(self.recipe.stages)):
+                self._check_key(self.folder(index), index)
+            write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
+            folders = [self._stage(index) for index in range(len(self.recipe.stages))]
+            if self.recipe.keep == "last":
+                for folder in folders[:-1]:
+                    shutil.rmtree(folder, ignore_errors=True)
+                folders = folders[-1:]
+            return folders
+
+    def work_folder(self, index: int) -> Path:
+        digest = hashlib.sha256(json.dumps(self.key(index), sort_keys=True).encode()).hexdigest()
+        return self.out / f".work-{index + 1:02d}-{self.recipe.stages[index].name}-{digest[:12]}"
+
+    def _check_key(self, folder: Path, index: int) -> None:
+        """RunError where the folder holds the result of something else."""
+        if not folder.exists():
+            return
+        if not (folder / MANIFEST).is_file():
+            raise RunError(f"{folder}: exists and is no checkpoint of ours; choose another --out")
+        found, wanted = json.loads((folder / MANIFEST).read_text()).get("key", {}), self.key(index)
+        if changed := [k for k in wanted if found.get(k) != wanted[k]]:
+            raise RunError(
+                f"{folder}: was made with another {' and '.join(changed)}; choose another --out, or delete "
+                "the folder to make it anew. Nothing was changed"
+            )
+
+    def _later_exists(self, index: int) -> bool:
+        """With `keep: last` an earlier stage is gone when a later one is there."""
+        return self.recipe.keep == "last" and self.folder(len(self.recipe.stages) - 1).exists()
+
+    def _stage(self, index: int) -> Path:
+        folder = self.folder(index)
+        if folder.exists() or (index < len(self.recipe.stages) - 1 and self._later_exists(index)):
+            return folder
+        context, module = self.context(index)
+        started = time.time()
+        work = StageWork(self, index, context, module)
+        self._clean(keep=work.folder)
+        work.folder.mkdir(exist_ok=True)
+        plan = work.plan()
+        accounting = account(context.parent, plan.layout)
+        require_space(self.out, accounting.disk_bytes)
+        work.layers(plan)
+        work.finish(plan, accounting, folder)
+        write_json(
+            folder / "run.json",
+            {
+                "seconds": round(time.time() - started, 2),
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "peak_rss_bytes": _peak_rss(),
+                "threads": torch.get_num_threads(),
+                "model": str(self.model),
+            },
+        )
+        return folder
+
+    def context(self, index: int):
+        """Context and module of a stage; its input checkpoint must be there."""
+        parent = self.model if index == 0 else self.folder(index - 1)
+        stage = self.recipe.stages[index]
+        module = importlib.import_module(f"moesvd_quant.stages.{stage.name}")
+        progress = lambda done, total: self.report(f"{stage.name}: reading the model", done, total)  # noqa: E731
+        streamed = StreamedModel(parent, device=self.device)
+        return Context(streamed, self.statistics, stage.options, self.recipe.seed, self.device, progress), module
+
+    def _clean(self, keep: Path) -> None:
+        """Leftovers of runs that were killed and whose key no longer matches."""
+        for path in self.out.glob(".work-*"):
+            if path != keep and path.name.split("-")[1] == keep.name.split("-")[1]:
+                shutil.rmtree(path)
+
+
+def plan_run(run: Run) -> list[dict]:
+    """Bytes and decisions of each stage before any weight is changed.
+
+    Stages after the first are planned on the layout of the one before; ModelError where that needs weights.
+    """
+    forecasts = []
+    for index, stage in enumerate(run.recipe.stages):
+        if index and not run.folder(index - 1).exists():
+            forecasts.append(_forecast_on_layout(run, index, forecasts[-1]["layout"]))
+            continue
+        context, module = run.context(index)
+        plan = module.plan(context)
+        forecasts.append(_forecast(stage, context, plan))
+    return forecasts
+
+
+def _forecast(stage, context, plan) -> dict:
+    accounting = account(context.parent, plan.layout).to_dict()
+    return {"stage": stage.name, "accounting": accounting, "decisions": plan.decisions, "layout": plan.layout}
+
+
+def _forecast_on_layout(run: Run, index: int, layout: dict) -> dict:
+    from .accounting import planned_model
+
+    stage = run.recipe.stages[index]
+    module = importlib.import_module(f"moesvd_quant.stages.{stage.name}")
+    parent = run.meta
+    if getattr(module, "PLAN_NEEDS_WEIGHTS", False):
+        raise ModelError(f"stage {stage.name} can be planned only when the stages before it have run")
+    config = planned_model(parent, layout).config
+    stand_in = StreamedModel.described(config, parent)
+    context = Context(stand_in, run.statistics, stage.options, run.recipe.seed, run.device)
+    return _forecast(stage, context, module.plan(context))
+
+
+def _peak_rss() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def sync_threads() -> None:
+    """Threads per task are part of the result's last bits; two by default, $MOESVD_THREADS otherwise."""
+    torch.set_num_threads(int(os.environ.get("MOESVD_THREADS", "2")))

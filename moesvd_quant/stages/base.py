@@ -1,0 +1,61 @@
+"""What a stage is given, and what it gives back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..calibration.statistics import coverage, shrink
+from ..calibration.store import Statistics
+from ..model.stream import StreamedModel
+
+Progress = Callable[[int, int], None]
+
+
+class StageError(ValueError):
+    """A stage that cannot do what was asked; the message names layer, expert, tensor and remedy."""
+
+
+@dataclass
+class Context:
+    """A stage reads its input checkpoint, statistics of the original model, its options; it changes nothing."""
+
+    parent: StreamedModel
+    statistics: Statistics
+    options: Any
+    seed: int
+    device: torch.device
+    progress: Progress = lambda done, total: None
+
+
+@dataclass
+class Plan:
+    """What a stage will do: the layout of its output, and why (per layer, in words and figures)."""
+
+    layout: dict
+    decisions: dict = field(default_factory=dict)
+
+
+def expert_grams(statistics: dict, path: str, device) -> dict[str, torch.Tensor]:
+    """Gram matrix (E, in, in) of each projection, poorly sampled experts shrunk toward their layer."""
+    tokens = statistics[f"{path}/tokens"]
+    try:
+        gram_in, gram_mid = (shrink(statistics[f"{path}/{k}"], tokens) for k in ("gram_in", "gram_mid"))
+    except ValueError as error:
+        raise StageError(f"{path}: {error}; give more or other calibration text") from error
+    gram_in, gram_mid = gram_in.to(device), gram_mid.to(device)
+    return {"gate": gram_in, "up": gram_in, "down": gram_mid}
+
+
+def weak_experts(statistics: dict, path: str) -> dict[str, list[int]]:
+    """Experts with few or no tokens, for the report."""
+    return coverage(statistics[f"{path}/tokens"], statistics[f"{path}/gram_in"].shape[-1])
+
+
+def check_finite(layer: torch.nn.Module, name: str, source) -> None:
+    """StageError where a weight of a layer is not finite."""
+    for key, tensor in layer.named_parameters():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+            raise StageError(f"{source}: {name}.{key} is not finite at {where}; the checkpoint is damaged")

@@ -1,0 +1,174 @@
+"""Stage `gptq`: experts (dense or factorized) and other linear layers in 2, 3, 4 or 8 bits."""
+
+import hashlib
+
+import torch
+
+from ..calibration.store import linear_gram
+from ..decompose.whitening import whitened_error
+from ..layout import layout_of, projections_of
+from ..model.experts import dense_weights, expert_count, find_experts, find_linears, shapes_of
+from ..model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
+from ..quantize.factors import quantize_factors
+from ..quantize.gptq import PackedMatrix, QuantizeError, gptq, resolve_group_size, round_to_nearest
+from .base import Context, Plan, StageError, expert_grams, weak_experts
+
+
+def plan(context: Context) -> Plan:
+    """The parent's layout with every bank of every expert, and the other linears, packed."""
+    parent, options = context.parent, context.options
+    layout, kept = layout_of(parent), {}
+    for layer, name in zip(parent.decoder.layers, parent.layer_names):
+        for path, experts in find_experts(layer):
+            full = f"{name}.{path}"
+            layout["experts"][full] = _packed_experts(experts, full, options)
+        for path, linear in find_linears(layer):
+            full = f"{name}.{path}"
+            if isinstance(linear, PackedLinear):
+                raise StageError(f"{full}: is quantized already")
+            if not options.attention:
+                kept[full] = "attention: false"
+            elif linear.out_features < 16:
+                kept[full] = f"only {linear.out_features} output features"
+            else:
+                layout["linears"][full] = _quant(options, linear.in_features, full)
+    if not layout["experts"]:
+        raise StageError(f"{parent.folder}: a dense model: no layer has experts")
+    if options.lm_head:
+        head = parent.model.lm_head
+        if "lm_head.weight" in (getattr(parent.model, "all_tied_weights_keys", None) or {}):
+            raise StageError("lm_head: is tied to the embeddings of this model and cannot be quantized alone")
+        layout["linears"]["lm_head"] = _quant(options, head.in_features, "lm_head")
+    return Plan(layout, {"kept in 16 bit": kept} if kept else {})
+
+
+def _quant(options, columns: int, where: str, rank_axis: bool = False) -> dict:
+    try:
+        size = resolve_group_size(options.group_size, columns, rank_axis)
+    except QuantizeError as error:
+        raise StageError(f"{where}: {error}") from error
+    return {"bits": options.bits, "group_size": size, "sym": options.sym}
+
+
+def _packed_experts(experts, full: str, options) -> dict:
+    layout, shapes = projections_of(experts), shapes_of(experts)
+    for name, parts in layout.items():
+        for part in parts:
+            if part["quant"]:
+                raise StageError(f"{full}.{name}: is quantized already")
+            banks = part_banks(part, *shapes[name])
+            part["quant"] = {
+                bank: _quant(options, shape[-1], f"{full}.{name}", rank_axis=bank == "left")
+                for bank, shape in banks.items()
+            }
+    return layout
+
+
+def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
+    """Packs a loaded layer as planned. Returns the whitened error of every matrix."""
+    name, report = context.parent.layer_names[index], {}
+    for path, experts in list(find_experts(layer)):
+        full = f"{name}.{path}"
+        grams = expert_grams(statistics, path, context.device)
+        made, errors = _quantize_experts(context, full, experts, grams, plan.layout["experts"][full])
+        layer.set_submodule(path, made)
+        report[full] = errors | {"weak_experts": weak_experts(statistics, path)}
+    for path, linear in list(find_linears(layer)):
+        full = f"{name}.{path}"
+        if full not in plan.layout["linears"]:
+            continue
+        if f"{path}/gram" not in statistics and f"{path}/alias" not in statistics:
+            raise StageError(f"{full}: no calibration token passed through it; set attention: false to keep it")
+        gram = linear_gram(statistics, path).to(context.device)
+        made, error = _quantize_linear(context, full, linear, gram, plan.layout["linears"][full])
+        layer.set_submodule(path, made)
+        report[full] = error
+    return report
+
+
+def run_outer(context: Context, plan: Plan) -> dict:
+    """lm_head, where it was asked for; the outer tensors of the parent are loaded."""
+    if "lm_head" not in plan.layout["linears"]:
+        return {}
+    model, gram = context.parent.model, context.statistics.outer()
+    made, error = _quantize_linear(context, "lm_head", model.lm_head, gram, plan.layout["linears"]["lm_head"])
+    model.set_submodule("lm_head", made)
+    return {"lm_head": error}
+
+
+def _quantize(context: Context, where: str, weight, gram, quant) -> PackedMatrix:
+    try:
+        if context.options.rtn:
+            return round_to_nearest(weight, quant)
+        return gptq(weight, gram, quant, context.options.damp)
+    except (QuantizeError, RuntimeError) as error:
+        raise StageError(f"{where}: {error}") from error
+
+
+def _quantize_linear(context, where, linear, gram, quant):
+    packed = _quantize(context, where, linear.weight.float(), gram, quant)
+    kind = dict(dtype=linear.weight.dtype, device=linear.weight.device)
+    made = PackedLinear(linear.in_features, linear.out_features, linear.bias is not None, quant, **kind)
+    _fill(made, "weight", [packed], stacked=False)
+    if linear.bias is not None:
+        made.bias = linear.bias
+    return made, whitened_error(linear.weight, packed.dense(), gram)
+
+
+def _quantize_experts(context, full, experts, grams, layout):
+    count = expert_count(experts)
+    targets: dict[str, list] = {name: [None] * count for name in layout}
+    for expert in range(count):
+        for name, weight in dense_weights(experts, expert).items():
+            targets[name][expert] = weight
+    banks = {}
+    for name, parts in layout.items():
+        for i, part in enumerate(parts):
+            key = f"{name}_{i}"
+            for bank, packed in _quantize_part(context, full, name, i, part, experts, targets, grams).items():
+                banks[f"{key}_{bank}"] = packed
+    made = FactorizedExperts(experts, layout)
+    for key, packed in banks.items():
+        _fill(made, key, packed, stacked=True)
+    errors = {
+        name: [whitened_error(targets[name][e], made.dense(name, e), grams[name][e]) for e in range(count)]
+        for name in layout
+    }
+    return made, errors
+
+
+def _quantize_part(context, full, name, i, part, experts, targets, grams):
+    """Packed banks of one part: {"dense": [...]} or {"left": [...], "right": [...]}."""
+    users = part["experts"]
+    where = [f"{full}.{name}[{e}]" for e in users]
+    if "dense" in part:
+        rows = [part["dense"].index(row) for row in range(max(part["dense"]) + 1)]
+        return {
+            "dense": [
+                _quantize(context, where[r], targets[name][users[r]], grams[name][users[r]], part["quant"]["dense"])
+                for r in rows
+            ]
+        }
+    lefts, rights = quantize_factors(
+        [targets[name][e] for e in users],
+        [grams[name][e] for e in users],
+        experts.bank(name, i, "left", torch.float64),
+        experts.bank(name, i, "right", torch.float64),
+        part["left"],
+        part["right"],
+        part["quant"],
+        lambda weight, gram, quant: _quantize(context, f"{full}.{name}", weight.float(), gram, quant),
+        _seed(context.seed, full, name, i),
+    )
+    return {"left": lefts, "right": rights}
+
+
+def _fill(module, key: str, packed: list[PackedMatrix], stacked: bool) -> None:
+    for kind in packed[0].tensors:
+        values = [p.tensors[kind] for p in packed]
+        with torch.no_grad():
+            module._parameters[f"{key}_{kind}"].copy_(torch.stack(values) if stacked else values[0])
+
+
+def _seed(seed: int, *where) -> int:
+    return int.from_bytes(hashlib.sha256(repr((seed, where)).encode()).digest()[:4], "little")

@@ -1,0 +1,59 @@
+"""What each stage can be told. Read without torch, so that a recipe is checked in milliseconds."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class StageOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SvdOptions(StageOptions):
+    method: Literal["global", "uniform", "paper"] = Field(
+        "global",
+        description="global: ranks by one threshold over the model; uniform: one rank share (SVD-LLM per "
+        "expert); paper: MoE-SVD, sensitive layers kept, V shared, U trimmed",
+    )
+    ratio: float = Field(description="fraction of routed-expert parameters removed, between 0 and 1")
+    keep_u: Annotated[int, Field(ge=1)] = Field(2, description="paper: left factors kept per layer (k of eq. 7)")
+    principal_rank: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.01, description="paper: a singular value counts above this share of the largest (Algorithm 1)"
+    )
+    outlier: Annotated[float, Field(gt=0)] = Field(
+        2.0, description="paper: an activation is an outlier above this multiple of the mean (eq. 10)"
+    )
+    literal: bool = Field(False, description="paper: Algorithm 3 by the letter, without refit")
+
+    @field_validator("ratio")
+    @classmethod
+    def _ratio(cls, value):
+        if not 0 < value < 1:
+            raise ValueError(f"{value} is not between 0 and 1 (fraction of routed-expert parameters removed)")
+        return value
+
+    @model_validator(mode="after")
+    def _paper_only(self):
+        given = self.model_fields_set & {"keep_u", "principal_rank", "outlier", "literal"}
+        if given and self.method != "paper":
+            raise ValueError(f"{', '.join(sorted(given))}: only with method: paper")
+        return self
+
+
+class GptqOptions(StageOptions):
+    bits: Literal[2, 3, 4, 8] = Field(description="bits per weight")
+    group_size: Literal["auto"] | int = Field(
+        "auto", description="input features per scale; auto: the largest of 128, 64, 32 that divides"
+    )
+    sym: bool = Field(False, description="symmetric grid: no zeros are stored (needed by most kernels)")
+    damp: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description="share of the mean added to the Hessian")
+    attention: bool = Field(True, description="attention, shared-expert and dense-layer linears as well")
+    lm_head: bool = Field(False, description="the output head as well")
+    rtn: bool = Field(False, description="round to nearest instead of GPTQ: the baseline")
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size(cls, value):
+        if value != "auto" and (value <= 0 or value % 8):
+            raise ValueError(f"{value} is not a positive multiple of 8")
+        return value

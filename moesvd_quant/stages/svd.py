@@ -1,0 +1,181 @@
+"""Stage `svd`: every expert matrix becomes low-rank factors, or stays dense where that is cheaper."""
+
+import torch
+
+from ..allocate import DENSE, Group, global_ranks, level_ranks
+from ..calibration.statistics import outlier_share
+from ..decompose.sensitivity import layer_sensitivity, principal_rank, sampling_frequency, select_layers
+from ..decompose.sharing import left_count, literal, share_and_trim
+from ..decompose.whitening import whitened_error, whitened_spectrum, whitened_svd
+from ..layout import dense_layout, factor_part, layout_of, parts_by_rank
+from ..model.experts import expert_count, find_experts, shapes_of, split_projections
+from ..model.modeling_moesvd import FactorizedExperts
+from .base import Context, Plan, StageError, check_finite, expert_grams, weak_experts
+
+
+def plan(context: Context) -> Plan:
+    """Ranks of all experts under the ratio, by the method of the options."""
+    survey = _survey(context)
+    total = sum(entry["experts"] * out * i for entry in survey.values() for out, i in entry["shapes"].values())
+    budget = int(total * (1 - context.options.ratio))
+    decide = {"global": _plan_global, "uniform": _plan_uniform, "paper": _plan_paper}[context.options.method]
+    layout = layout_of(context.parent)
+    layout["experts"], decisions = decide(survey, budget, context.options)
+    for path, entry in survey.items():
+        decisions.setdefault(path, {})["weak_experts"] = entry["weak"]
+    return Plan(layout, decisions)
+
+
+def _survey(context: Context) -> dict[str, dict]:
+    """Per experts module: shapes, and what the method needs of weights and statistics."""
+    parent, options, survey = context.parent, context.options, {}
+    total_tokens = context.statistics.windows.numel()
+    for index, statistics in enumerate(context.statistics.layers(context.progress)):
+        layer, name = parent.load_layer(index), parent.layer_names[index]
+        check_finite(layer, name, parent.folder)
+        for path, experts in find_experts(layer):
+            if isinstance(experts, FactorizedExperts):
+                raise StageError(f"{name}.{path}: is factorized already; stage svd needs an original model")
+            entry = {"shapes": shapes_of(experts), "experts": expert_count(experts)}
+            entry["weak"] = weak_experts(statistics, path)
+            if options.method == "global":
+                entry["spectra"] = _spectra(experts, expert_grams(statistics, path, context.device))
+            if options.method == "paper":
+                tokens = statistics[f"{path}/tokens"]
+                entry["frequency"] = sampling_frequency(tokens, total_tokens)
+                outliers = outlier_share(
+                    statistics[f"{path}/magnitudes"], statistics[f"{path}/magnitude_sum"], options.outlier
+                )
+                ranks = _principal_ranks(experts, options.principal_rank)
+                entry["sensitivity"] = layer_sensitivity(entry["frequency"], ranks, outliers)
+            survey[f"{name}.{path}"] = entry
+        parent.drop_layer(index)
+    if not survey:
+        raise StageError(f"{parent.folder}: a dense model: no layer has experts; there is nothing to decompose")
+    return survey
+
+
+def _spectra(experts, grams):
+    return {
+        name: torch.stack([whitened_spectrum(w, g) for w, g in zip(weights, grams[name])]).cpu().numpy()
+        for name, weights in split_projections(experts).items()
+    }
+
+
+def _principal_ranks(experts, threshold):
+    """p_i summed over the expert's matrices (E,) float64."""
+    ranks = [
+        [principal_rank(w, threshold) for w in weights] for weights in split_projections(experts).values()
+    ]
+    return torch.tensor(ranks, dtype=torch.float64).sum(0)
+
+
+def _plan_global(survey, budget, options):
+    groups = {
+        (path, name): Group(spectra, entry["shapes"][name])
+        for path, entry in survey.items()
+        for name, spectra in entry["spectra"].items()
+    }
+    ranks = global_ranks(groups, budget)
+    layout: dict = {}
+    decisions: dict = {}
+    for (path, name), chosen in ranks.items():
+        layout.setdefault(path, {})[name] = parts_by_rank(chosen)
+        decisions.setdefault(path, {}).setdefault("ranks", {})[name] = ["dense" if r == DENSE else r for r in chosen]
+    return layout, decisions
+
+
+def _plan_uniform(survey, budget, options):
+    """One share of the full rank for every matrix: SVD-LLM per expert."""
+    keys = [(path, name) for path, entry in survey.items() for name in entry["shapes"]]
+    shapes = [survey[path]["shapes"][name] for path, name in keys]
+    counts = [survey[path]["experts"] for path, _ in keys]
+    ranks = level_ranks([n * sum(s) for n, s in zip(counts, shapes)], [min(s) for s in shapes], budget)
+    layout: dict = {}
+    decisions: dict = {}
+    for (path, name), rank, count in zip(keys, ranks, counts):
+        layout.setdefault(path, {})[name] = parts_by_rank([rank] * count)
+        decisions.setdefault(path, {}).setdefault("ranks", {})[name] = rank
+    return layout, decisions
+
+
+def _plan_paper(survey, budget, options):
+    """Sensitivity picks the layers; one rank share for their projections solves the rest."""
+    paths = list(survey)
+    lefts = {
+        path: left_count(entry["frequency"], options.keep_u, options.literal) for path, entry in survey.items()
+    }
+
+    def unit(path, name):  # parameters per unit of rank
+        out, in_features = survey[path]["shapes"][name]
+        return lefts[path] * out + (survey[path]["experts"] if options.literal else 1) * in_features
+
+    dense = {path: sum(e["experts"] * o * i for o, i in e["shapes"].values()) for path, e in survey.items()}
+    halved = max(
+        sum(unit(p, n) * min(s) / 2 for n, s in survey[p]["shapes"].items()) / dense[p] for p in paths
+    )
+    sensitivity = [survey[path]["sensitivity"] for path in paths]
+    selected = {paths[i] for i in select_layers(sensitivity, options.ratio, halved)}
+    order = sorted(selected, key=lambda path: -survey[path]["sensitivity"])
+    items = [(path, name) for path in order for name in survey[path]["shapes"]]
+    left_over = budget - sum(size for path, size in dense.items() if path not in selected)
+    ranks = level_ranks(
+        [unit(*item) for item in items], [min(survey[p]["shapes"][n]) for p, n in items], left_over
+    )
+    if min(ranks) == 0:
+        raise StageError(f"ratio {options.ratio} leaves some matrices no rank at all; lower it")
+    layout, decisions = {}, {}
+    for path in paths:
+        entry = survey[path]
+        decisions[path] = {"sensitivity": entry["sensitivity"], "decomposed": path in selected}
+        layout[path] = dense_layout(entry["experts"], entry["shapes"])
+    for (path, name), rank in zip(items, ranks):
+        count = survey[path]["experts"]
+        right = list(range(count)) if options.literal else [0] * count
+        # Which left factor an expert takes is known when the layer is done: the rows are filled in there.
+        rows = [min(e, lefts[path] - 1) for e in range(count)]
+        layout[path][name] = [factor_part(list(range(count)), rank, left=rows, right=right)]
+        decisions[path].setdefault("ranks", {})[name] = rank
+    return layout, decisions
+
+
+def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
+    """Replaces the experts of a loaded layer as planned. Returns errors per projection and expert."""
+    report = {}
+    for path, native in list(find_experts(layer)):
+        full = f"{context.parent.layer_names[index]}.{path}"
+        grams = expert_grams(statistics, path, context.device)
+        weights = split_projections(native)
+        frequency = sampling_frequency(statistics[f"{path}/tokens"], context.statistics.windows.numel())
+        layout, banks = plan.layout["experts"][full], {}
+        for name, parts in layout.items():
+            for i, part in enumerate(parts):
+                for bank, value in _banks(part, weights[name], grams[name], frequency, context.options).items():
+                    banks[f"{name}_{i}_{bank}"] = value
+        made = FactorizedExperts(native, layout)
+        with torch.no_grad():
+            for key, value in banks.items():
+                getattr(made, key).copy_(value)
+        layer.set_submodule(path, made)
+        report[full] = {
+            name: [
+                whitened_error(weights[name][e], made.dense(name, e), grams[name][e])
+                for e in range(made.experts)
+            ]
+            for name in layout
+        }
+    return report
+
+
+def _banks(part, weights, grams, frequency, options) -> dict[str, torch.Tensor]:
+    """Tensors of one part; the left rows of a shared part are set in it."""
+    experts = part["experts"]
+    if "dense" in part:
+        return {"dense": weights[experts]}
+    if options.method == "paper":
+        make = literal if options.literal else share_and_trim
+        made = make(list(weights), list(grams), frequency, part["rank"], options.keep_u)
+        part["left"], part["right"] = made.left_rows, made.right_rows
+        return {"left": made.left, "right": made.right}
+    pairs = [whitened_svd(weights[e], grams[e], part["rank"]) for e in experts]
+    return {"left": torch.stack([p[0] for p in pairs]), "right": torch.stack([p[1] for p in pairs])}

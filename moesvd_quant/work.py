@@ -1,0 +1,155 @@
+"""The work of one stage in its own folder: layers one by one, each file whole or absent, then the commit."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from .accounting import Accounting, by_file, planned_model
+from .checkpoint import finish
+from .checkpoint.files import commit_folder, write_json, write_tensors
+from .model.stream import StreamedModel
+from .stages.base import Plan, StageError, check_finite
+
+CHECK_WINDOWS, CHECK_LENGTH = 2, 128
+
+
+class StageWork:
+    """One stage of a run: `plan`, `layers`, `finish`, each of which finds what an earlier process did."""
+
+    def __init__(self, run, index: int, context, module):
+        self.run, self.index, self.context, self.module = run, index, context, module
+        self.stage = run.recipe.stages[index]
+        self.folder: Path = run.work_folder(index)
+        self.parent: StreamedModel = context.parent
+
+    def plan(self) -> Plan:
+        path = self.folder / "plan.json"
+        if path.is_file():
+            content = json.loads(path.read_text())
+            return Plan(content["layout"], content["decisions"])
+        plan = self.module.plan(self.context)
+        write_json(path, {"layout": plan.layout, "decisions": plan.decisions})
+        return plan
+
+    def note(self, name: str) -> Path:
+        """What was decided and measured while a file was made; written before the file."""
+        return self.folder / f"note-{name}.json"
+
+    def layers(self, plan: Plan) -> None:
+        count = len(self.parent.layer_names)
+        todo = [i for i in range(count) if not (self.folder / finish.layer_file(i)).is_file()]
+        if todo:
+            for index, statistics in enumerate(self.context.statistics.layers(self.context.progress)):
+                if index in todo:
+                    self._layer(index, statistics, plan)
+                self.run.report(f"{self.stage.name}: layers", index + 1, count)
+        if not (self.folder / finish.OUTER_FILE).is_file():
+            self._outer(plan)
+
+    def _layer(self, index: int, statistics: dict, plan: Plan) -> None:
+        name = self.parent.layer_names[index]
+        layer = self.parent.load_layer(index)
+        check_finite(layer, name, self.parent.folder)
+        report = self.module.run_layer(self.context, index, layer, statistics, plan)
+        tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+        self._check(name, tensors, report)
+        layout = {path: parts for path, parts in plan.layout["experts"].items() if path.startswith(name + ".")}
+        write_json(self.note(str(index)), {"errors": report, "experts": layout})
+        write_tensors(self.folder / finish.layer_file(index), tensors)
+        self.parent.drop_layer(index)
+
+    def _outer(self, plan: Plan) -> None:
+        self.parent.load_outer()
+        run_outer = getattr(self.module, "run_outer", None)
+        report = run_outer(self.context, plan) if run_outer else {}
+        model = self.parent.model
+        names = by_file(model, self.parent.layer_names)["outer"]
+        tensors = {name: tensor for name, tensor in names.items() if tensor.device.type != "meta"}
+        if lost := sorted(set(names) - set(tensors)):
+            raise StageError(f"{self.parent.folder}: tensors outside the layers were not read: {lost[:5]}")
+        self._check("outer", tensors, report)
+        write_json(self.note("outer"), {"errors": report, "experts": {}})
+        write_tensors(self.folder / finish.OUTER_FILE, tensors)
+
+    def _check(self, name: str, tensors: dict, report: dict) -> None:
+        """StageError where something is not finite."""
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise StageError(f"{key}: became not finite in stage {self.stage.name}; this is a defect")
+        for path, value in _errors(report):
+            if not math.isfinite(value):
+                raise StageError(f"{path}: error {value} in stage {self.stage.name}; raise damp or add calibration")
+
+    def finish(self, plan: Plan, accounting: Accounting, final: Path) -> None:
+        """Index, config, tokenizer, manifest; opens the checkpoint as a user would; commits it."""
+        notes = [str(i) for i in range(len(self.parent.layer_names))] + ["outer"]
+        errors = {}
+        for name in notes:
+            note = json.loads(self.note(name).read_text())
+            errors |= note["errors"]
+            plan.layout["experts"] |= note["experts"]
+        self._describe(plan)
+        check = self._verify()
+        manifest = {
+            "name": "-".join(_label(s) for s in self.run.recipe.stages[: self.index + 1]),
+            "base_model": self.run.recipe.model or self.run.model.name,
+            "licence": finish.licence_of(self.run.model),
+            "stages": self.run.key(self.index)["stages"],
+            "key": self.run.key(self.index),
+            "versions": self.run.key(self.index)["versions"],
+            "recipe": self.run.recipe.to_yaml(),
+            "decisions": plan.decisions,
+            "errors": errors,
+            "accounting": accounting.to_dict(),
+            "check": check,
+        }
+        finish.write_card(self.folder, manifest)
+        finish.write_manifest(self.folder, manifest)
+        for name in notes:
+            self.note(name).unlink()
+        (self.folder / "plan.json").unlink()
+        commit_folder(self.folder, final)
+
+    def _describe(self, plan: Plan) -> None:
+        files = by_file(planned_model(self.parent, plan.layout), self.parent.layer_names)
+        names = [finish.layer_file(i) for i in range(len(self.parent.layer_names))] + [finish.OUTER_FILE]
+        tensors = {key: name for name, owned in zip(names, files.values()) for key in owned}
+        total = sum(t.numel() * t.element_size() for owned in files.values() for t in owned.values())
+        finish.write_index(self.folder, tensors, total)
+        finish.write_config(self.folder, self.parent.config.to_dict(), plan.layout)
+        finish.carry_files(self.run.model, self.folder)
+
+    def _verify(self) -> dict:
+        """Reads the checkpoint back from disk and runs it beside its input: {"kl": nats per token}."""
+        windows = self.run.windows[:CHECK_WINDOWS, :CHECK_LENGTH]
+        dtype, device = self.run.statistics.dtype, self.run.device
+        before = torch.cat(list(StreamedModel(self.parent.folder, dtype, device).logits(windows))).double()
+        after = torch.cat(list(StreamedModel(self.folder, dtype, device).logits(windows))).double()
+        if not torch.isfinite(after).all():
+            raise StageError(f"stage {self.stage.name}: the reloaded checkpoint gives logits that are not finite")
+        p, q = before.log_softmax(-1), after.log_softmax(-1)
+        return {"kl": float((p.exp() * (p - q)).sum(-1).mean()), "tokens": windows.numel()}
+
+
+def _errors(report, path=""):
+    if isinstance(report, float):
+        yield path, report
+    elif isinstance(report, dict):
+        for key, value in report.items():
+            yield from _errors(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(report, list):
+        for i, value in enumerate(report):
+            yield from _errors(value, f"{path}[{i}]")
+
+
+def _label(stage) -> str:
+    """Short name of a stage in tables: svd 40%, gptq 4 bit."""
+    options = stage.options
+    if stage.name == "svd":
+        method = {"global": "svd", "uniform": "svd-llm", "paper": "moe-svd-paper"}[options.method]
+        return f"{method}{round(options.ratio * 100)}"
+    if stage.name == "gptq":
+        return f"{'rtn' if options.rtn else 'gptq'}{options.bits}"
+    return stage.name
