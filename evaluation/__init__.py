@@ -1,0 +1,1 @@
+"""Perplexity, memory, tables and plots of any set of checkpoints."""

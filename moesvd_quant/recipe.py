@@ -126,9 +126,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     problems: list[str] = []
 
     def place(at: tuple) -> str:
-        for end in range(len(at), -1, -1):
-            if at[:end] in origin:
-                return origin[at[:end]]
+        for path, override in origin.items():
+            if path[: len(at)] == at or at[: len(path)] == path:
+                return override
         line = next((lines[at[:end]] for end in range(len(at), -1, -1) if at[:end] in lines), 1)
         return f"{where}:{line}"
 

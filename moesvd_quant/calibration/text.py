@@ -1,227 +1,178 @@
-"""Text by name, file or folder, and the token windows that calibration and evaluation are made of."""
+"""Text, from a known name or local files, as windows of tokens."""
 
-import difflib
-import gzip
 import hashlib
-import io
-import json
-import random
-import re
-import sysconfig
+import importlib
+import inspect
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
-import pyarrow.parquet
 import torch
 
-SUFFIXES = (".txt", ".raw", ".tokens", ".jsonl", ".json", ".parquet")
-FIELDS = ("text", "content", "sentence")  # where records keep their text, in order of preference
-MIXTURE = ("mixture-wiki", "mixture-web", "mixture-books", "mixture-code")
-NAMES = ("wikitext2", "ptb", "c4", "mixture", "demo")
-JOINT = "\n\n"  # between documents, as the GPTQ papers do with the lines of WikiText-2
-STREAMED_CHARS = 16_000_000  # of a streamed set's train side: about 4 M tokens
-PIECE_CHARS = 20_000  # longer documents are cut for calibration, so that a book can be sampled in places
+PLAIN = (".txt", ".raw", ".tokens")
+TABULAR = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
-# {name: (arguments of load_dataset, train split, test split)}. PTB has a loading script, which datasets >= 4
-# refuses: its converted branch is read. Without a test split every twentieth document is held out.
-_HUB: dict[str, tuple[dict, str, str | None]] = {
-    "wikitext2": (dict(path="Salesforce/wikitext", name="wikitext-2-raw-v1"), "train", "test"),
-    "ptb": (dict(path="ptb-text-only/ptb_text_only", revision="refs/convert/parquet"), "train", "test"),
-    "c4": (dict(path="allenai/c4", name="en", streaming=True), "train", "validation"),
-    "mixture-wiki": (dict(path="wikimedia/wikipedia", name="20231101.en", streaming=True), "train", None),
-    "mixture-books": (dict(path="manu/project_gutenberg", streaming=True), "en", None),
-    "mixture-code": (dict(path="codeparrot/codeparrot-clean-train", streaming=True), "train", None),
+# Hub datasets that load without code of their own: (repository, configuration, {split}, column, documents).
+HUB = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"train": "train", "test": "test"}, "text", None),
+    "ptb": ("mikasenghaas/ptb", None, {"train": "train", "test": "test"}, "text", None),
+    "c4": ("allenai/c4", "en", {"train": "train", "test": "validation"}, "text", 1100),
+    "books": ("manu/project_gutenberg", None, {"train": "en", "test": "en"}, "text", 500),
+    "code": ("codeparrot/codeparrot-clean-valid", None, {"train": "train", "test": "train"}, "content", 2000),
 }
-_HUB["mixture-web"] = _HUB["c4"]
-HELD_OUT = 20
-TEST_DOCUMENTS = 1100  # of a streamed set's test side; GPTQ takes as many of C4's
+MIXTURE = ("wikitext2", "c4", "books", "code")
+DEMO_MODULES = (
+    "argparse", "asyncio", "ast", "collections", "configparser", "csv", "datetime", "decimal", "difflib", "doctest",
+    "enum", "fractions", "functools", "heapq", "inspect", "itertools", "json", "logging", "mailbox", "os", "pickle",
+    "pickletools", "random", "re", "shutil", "statistics", "string", "subprocess", "tarfile", "textwrap", "threading",
+    "traceback", "typing", "unittest", "urllib.request", "zipfile",
+)  # fmt: skip
 
 
 class TextError(ValueError):
-    """A text that cannot be read or is too short; the message says which and what is needed."""
+    """Text that cannot be read or is too short; the message says what is there and what is needed."""
 
 
-def load_documents(source: str, split: str) -> list[str]:
-    """Documents of a source, or of several joined by commas, in a fixed order; split is "train" or "test".
-
-    A source is one of NAMES or MIXTURE, a file with one of SUFFIXES (or that and .gz), or a folder of such
-    files. Local text serves both splits as it is; .txt, .raw and .tokens are one document, byte for byte.
-    TextError where a source is unknown, unreachable, damaged or empty.
-    """
-    if split not in ("train", "test"):
-        raise TextError(f"split {split!r}: must be train or test")
-    return [document for name in sources(source) for document in _one(name, split)]
+def sources_of(source: str) -> list[str]:
+    """The parts of a comma-joined source; `mixture` stands for several."""
+    parts = [part.strip() for part in source.split(",") if part.strip()]
+    return [name for part in parts for name in (MIXTURE if part == "mixture" else (part,))]
 
 
-def sources(source: str) -> list[str]:
-    """The single sources of a comma-joined list; mixture becomes its four parts."""
-    names = [source] if source and Path(source).exists() else [part.strip() for part in source.split(",")]
-    if "" in names:
-        raise TextError(f"source {source!r}: an empty name; known are {', '.join(NAMES)}, files and folders")
-    return [part for name in names for part in (MIXTURE if name == "mixture" else (name,))]
+def documents(source: str, split: str = "train") -> Iterator[str]:
+    """Documents of one source, streamed. TextError where it is neither a known name nor a readable file."""
+    if source == "demo":
+        yield from _demo(split)
+    elif source in HUB:
+        yield from _hub(source, split)
+    elif Path(source).exists():
+        for file in _files(Path(source)):
+            yield from _local(file)
+    else:
+        names = ", ".join(["demo", "mixture", *HUB])
+        raise TextError(f"{source}: no such file or folder, and no known text ({names})")
 
 
-def token_windows(documents: list[str], tokenizer, length: int) -> torch.Tensor:
-    """The whole text as non-overlapping windows, int64 (n, length); the last short one is dropped.
+def load_documents(source: str, split: str = "test") -> list[str]:
+    """All documents of a comma-joined source."""
+    return [text for part in sources_of(source) for text in documents(part, split)]
 
-    No special tokens are added. TextError where there is less than one window.
-    """
-    ids = _tokens(tokenizer, [JOINT.join(documents)])
-    if length < 1 or len(ids) < length:
-        raise TextError(f"text too short: {len(ids)} tokens found, {max(length, 1)} needed for one window")
-    return torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64).view(-1, length)
+
+def token_windows(texts: Iterable[str], tokenizer, length: int) -> torch.Tensor:
+    """Non-overlapping windows (n, length) int64 of the whole text: documents joined by a blank line, tokenised
+    without special tokens; the last, short window is dropped. TextError where there is not one."""
+    ids = _encode(tokenizer, "\n\n".join(texts))
+    count = len(ids) // length
+    if count == 0:
+        raise TextError(f"the text has {len(ids)} tokens; one window needs {length}. Give more text or a shorter length")
+    return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
 
 
 def calibration_windows(source: str, tokenizer, samples: int, length: int, seed: int) -> torch.Tensor:
-    """`samples` windows of `length` tokens from the train side of a source, int64 (samples, length).
+    """(samples, length) int64: equal shares of every part of the source, windows at random places.
 
-    Several sources give equal shares (the first ones more by one where it does not divide). TextError where
-    one has too little text, saying how many windows it has.
+    Documents are taken in an order shuffled by seed, and tokenised only until there are four times as many
+    windows as wanted, of which a random choice is taken. TextError where there are too few.
     """
-    names = sources(source)
-    if length < 1 or samples < len(names):
-        raise TextError(f"samples={samples}, length={length}: each of {len(names)} sources needs a sample")
-    windows = []
-    for i, name in enumerate(names):
-        share = samples // len(names) + (i < samples % len(names))
-        # Seeded by place in the list and not by name: a path must not change what is drawn.
-        windows.append(_draw(name, tokenizer, share, length, random.Random(f"{seed}/{i}")))
-    order = list(range(samples))
-    random.Random(f"{seed}/order").shuffle(order)  # so that each batch sees every source
-    return torch.cat(windows)[order]
+    parts = sources_of(source)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for index, part in enumerate(parts):
+        wanted = samples // len(parts) + (index < samples % len(parts))
+        chosen.append(_sample(part, tokenizer, wanted, length, generator))
+    windows = torch.cat(chosen)
+    return windows[torch.randperm(len(windows), generator=generator)]
 
 
 def digest(windows: torch.Tensor) -> str:
-    """sha256 (hex) over shape and token ids."""
-    data = windows.to(torch.int64).contiguous().cpu().numpy().astype("<i8")
-    return hashlib.sha256(repr(tuple(windows.shape)).encode() + data.tobytes()).hexdigest()
+    """sha256 of the shape and the tokens."""
+    return hashlib.sha256(repr(tuple(windows.shape)).encode() + windows.long().numpy().tobytes()).hexdigest()
 
 
-def _draw(name: str, tokenizer, share: int, length: int, rng: random.Random) -> torch.Tensor:
-    size = max(PIECE_CHARS, 8 * length)
-    pieces = [piece for document in load_documents(name, "train") for piece in _pieces(document, size)]
-    rng.shuffle(pieces)
+def _sample(source, tokenizer, wanted, length, generator):
+    texts = list(documents(source, "train"))
+    order = torch.randperm(len(texts), generator=generator).tolist()
     ids: list[int] = []
-    # Twice what is needed leaves the places of windows to chance; a large corpus is not tokenized whole.
-    for start in range(0, len(pieces), 64):
-        ids += _tokens(tokenizer, [piece + JOINT for piece in pieces[start : start + 64]])
-        if len(ids) >= 2 * share * length:
+    for index in order:
+        ids += _encode(tokenizer, texts[index] + "\n\n")
+        if len(ids) >= 4 * wanted * length:
             break
-    found = len(ids) // length
-    if found < share:
-        raise TextError(f"{name}: {len(ids)} tokens make {found} windows of {length}; {share} are needed")
-    # Gaps before the windows: sorted places in what is left over keep windows apart, all layouts as likely.
-    gaps = sorted(rng.choices(range(len(ids) - share * length + 1), k=share))
-    starts = [gap + i * length for i, gap in enumerate(gaps)]
-    return torch.tensor([ids[start : start + length] for start in starts], dtype=torch.int64)
+    count = len(ids) // length
+    if count < wanted:
+        raise TextError(
+            f"{source}: {len(ids)} tokens give {count} windows of {length}; {wanted} are wanted. "
+            "Give more text, fewer calibration.samples or a shorter calibration.length"
+        )
+    places = torch.randperm(count, generator=generator)[:wanted]
+    return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)[places]
 
 
-def _pieces(document: str, size: int) -> list[str]:
-    """The document in pieces of at least `size` characters, cut at line ends."""
-    pieces, start = [], 0
-    while len(document) - start > size:
-        end = document.find("\n", start + size) + 1
-        if end == 0:
-            break
-        pieces.append(document[start:end])
-        start = end
-    return [*pieces, document[start:]]
+def _encode(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def _tokens(tokenizer, texts: list[str]) -> list[int]:
-    batch = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [token for ids in batch for token in ids]
+def _files(path: Path) -> list[Path]:
+    """A file, or the readable files of a folder in order of name."""
+    if path.is_file():
+        if _ending(path) is None:
+            raise TextError(f"{path}: not a text file ({', '.join([*PLAIN, *TABULAR])}, also .gz)")
+        return [path]
+    found = sorted(file for file in path.iterdir() if _ending(file))
+    if not found:
+        raise TextError(f"{path}: no text files in this folder ({', '.join([*PLAIN, *TABULAR])}, also .gz)")
+    return found
 
 
-def _one(name: str, split: str) -> list[str]:
-    if name == "demo":
-        documents = _demo(split)
-    elif name in _HUB:
-        documents = _hub(name, split)
-    elif Path(name).is_dir():
-        files = sorted(path for path in Path(name).iterdir() if _suffix(path) in SUFFIXES)
-        documents = [document for path in files for document in _file(path)]
-    elif Path(name).is_file():
-        documents = _file(Path(name))
-    else:
-        near = difflib.get_close_matches(name, NAMES, 1) or NAMES
-        raise TextError(f"{name}: no such text, file or folder; did you mean {' or '.join(near)}?")
-    if not any(documents):
-        raise TextError(f"{name}: holds no text (files read end in {', '.join(SUFFIXES)}, or that and .gz)")
-    return documents
+def _ending(path: Path) -> str | None:
+    name = path.name.removesuffix(".gz")
+    return next((end for end in (*PLAIN, *TABULAR) if name.endswith(end)), None)
 
 
-def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix
-
-
-def _file(path: Path) -> list[str]:
-    kind = _suffix(path)
-    if kind not in SUFFIXES:
-        raise TextError(f"{path}: text files end in {', '.join(SUFFIXES)}, or that and .gz")
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        if kind == ".parquet":
-            records = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
-        elif kind == ".jsonl":
-            # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-            records = [json.loads(line) for line in data.decode().split("\n") if line.strip()]
-        elif kind == ".json":
-            records = json.loads(data.decode())
-        else:
-            return [data.decode()]
-    except (OSError, EOFError, ValueError) as error:  # of gzip, UTF-8, JSON and Arrow
-        raise TextError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(records, list):
-        raise TextError(f"{path}: must hold a list of texts or of records")
-    return [_field(record, f"{path}, record {i + 1}") for i, record in enumerate(records)]
-
-
-def _field(record, where: str) -> str:
-    if isinstance(record, str):
-        return record
-    for field in FIELDS if isinstance(record, dict) else ():
-        if isinstance(record.get(field), str):
-            return record[field]
-    raise TextError(f"{where}: none of the text fields {', '.join(FIELDS)}")
-
-
-def _hub(name: str, split: str) -> list[str]:
+def _local(path: Path) -> Iterator[str]:
     from datasets import load_dataset
 
-    arguments, train, test = _HUB[name]
-    streaming = arguments.get("streaming", False)
-    documents, size = [], 0
+    ending = _ending(path)
     try:
-        for i, record in enumerate(
-            load_dataset(split=test if split == "test" and test else train, **arguments)
-        ):
-            if test is None and (i % HELD_OUT == 0) != (split == "test"):
-                continue
-            documents.append(_field(record, f"record {i + 1}"))
-            size += len(documents[-1])
-            full = split == "test" and len(documents) == TEST_DOCUMENTS
-            if streaming and (full or size >= STREAMED_CHARS):
-                break
-    except Exception as error:  # the hub's clients raise errors of many libraries
+        if ending in PLAIN:  # a whole file is one document, line ends kept
+            rows = load_dataset("text", data_files=str(path), split="train", streaming=True, sample_by="document")
+        else:
+            rows = load_dataset(TABULAR[ending], data_files=str(path), split="train", streaming=True)
+        for row in rows:
+            if "text" not in row:
+                raise TextError(f"{path}: has no column 'text'; it has {', '.join(row)}")
+            yield row["text"]
+    except TextError:
+        raise
+    except Exception as error:  # datasets wraps every parser's own errors
+        raise TextError(f"{path}: cannot be read: {error}") from error
+
+
+def _hub(name: str, split: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    repository, configuration, splits, column, limit = HUB[name]
+    try:
+        rows = load_dataset(repository, configuration, split=splits[split], streaming=True)
+        for row in islice(rows, limit):
+            yield row[column]
+    except Exception as error:  # network, hub and parser errors of many kinds
         raise TextError(
-            f"{name}: {arguments['path']} cannot be read: {error}; or give a local file"
+            f"{name}: {repository} could not be read from the hub ({error}); without network give a local file, "
+            "for example calibration.dataset=FILE"
         ) from error
-    if not streaming and split == "train":
-        return ["\n".join(row.rstrip("\n") for row in documents)]  # rows are lines: keep their order
-    return documents
 
 
-def _demo(split: str) -> list[str]:
-    """Text that every Python carries: the language reference and the manuals in its modules' docstrings."""
+def _demo(split: str) -> Iterator[str]:
+    """Text that every Python carries: the language reference of pydoc, and docstrings of its modules."""
     from pydoc_data.topics import topics
 
-    texts = dict(topics)
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        found = re.match(
-            r'(?:#.*\n|\s)*r?"""(.{1000,}?)"""', path.read_bytes().decode(errors="replace"), re.S
-        )
-        texts |= {"module " + path.stem: found[1]} if found and '"""' not in found[1] else {}
-    # By size, so that both sides get long and short topics; every fourth is for testing.
-    order = sorted(texts, key=lambda topic: (-len(texts[topic]), topic))
-    return [texts[topic] for i, topic in enumerate(order) if (i % 4 == 3) == (split == "test")]
+    texts = [text for _, text in sorted(topics.items())]
+    for name in DEMO_MODULES:
+        module = importlib.import_module(name)
+        owned = [m for _, m in inspect.getmembers(module) if getattr(m, "__module__", None) == name]
+        docs = {inspect.getdoc(member) or "" for member in [module, *owned]}
+        texts.append("\n\n".join(sorted(doc for doc in docs if len(doc) > 200)))
+    for index, text in enumerate(texts):
+        held_out = index % 5 == 0
+        if text and held_out == (split == "test"):
+            yield text

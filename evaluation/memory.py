@@ -1,0 +1,80 @@
+"""Bytes of a model: on disk, resident after load, at the peak of loading and generating."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+KINDS = ("experts", "router", "attention", "embeddings", "norms", "other")
+
+
+def kind_of(name: str) -> str:
+    """What a tensor belongs to, by its name."""
+    parts = name.split(".")
+    if "experts" in parts:
+        return "experts"
+    if any(part in ("gate", "router", "shared_expert_gate") for part in parts):
+        return "router"
+    if any("attn" in part or "attention" in part for part in parts) and "norm" not in parts[-2]:
+        return "attention"
+    if any(part in ("lm_head", "embed_tokens", "wte", "embeddings") for part in parts):
+        return "embeddings"
+    return "norms" if any("norm" in part for part in parts) else "other"
+
+
+def disk_bytes(folder: str | Path) -> dict[str, int]:
+    """Bytes of all safetensors files: {"total" with headers, and each of KINDS without}."""
+    sizes = dict.fromkeys(KINDS, 0)
+    files = sorted(Path(folder).glob("*.safetensors"))
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                tensor = file.get_slice(name)
+                count = 1
+                for size in tensor.get_shape():
+                    count *= size
+                sizes[kind_of(name)] += count * _item_size(tensor.get_dtype())
+    return {"total": sum(path.stat().st_size for path in files)} | sizes
+
+
+def resident_bytes(model: torch.nn.Module) -> int:
+    """Bytes of parameters and buffers, each storage once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def peak_bytes(folder: str | Path) -> dict[str, int]:
+    """{"resident_bytes", "peak_rss_bytes", "import_rss_bytes"} of a fresh process that loads the folder and
+    generates 32 tokens. RuntimeError with its message where it fails."""
+    command = [sys.executable, "-m", "moesvd_quant.evaluation.memory", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{folder}: measuring memory failed: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _item_size(kind: str) -> int:
+    return int("".join(c for c in kind.split("_")[0] if c.isdigit()) or 8) // 8
+
+
+def _measure(folder: str) -> None:
+    import resource
+
+    import moesvd_quant
+
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # noqa: E731
+    import transformers.generation  # noqa: F401 (its import is not the model's memory)
+
+    before = peak()
+    model = moesvd_quant.load(folder)
+    prompt = torch.ones(1, 8, dtype=torch.long)
+    model.generate(prompt, attention_mask=prompt, max_new_tokens=32, do_sample=False)
+    figures = {"resident_bytes": resident_bytes(model), "peak_rss_bytes": peak(), "import_rss_bytes": before}
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    _measure(sys.argv[1])
