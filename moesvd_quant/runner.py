@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .accounting import account
+from .accounting import account, planned_model
 from .calibration.store import Statistics, fingerprint
 from .checkpoint.files import require_space, write_json, write_text
 from .model.modeling_moesvd import MANIFEST
-from .model.stream import ModelError, StreamedModel
+from .model.stream import StreamedModel
 from .recipe import Recipe
 from .stages.base import Context
 from .work import StageWork
@@ -167,38 +167,22 @@ class Run:
 
 
 def plan_run(run: Run) -> list[dict]:
-    """Bytes and decisions of each stage before any weight is changed.
-
-    Stages after the first are planned on the layout of the one before; ModelError where that needs weights.
-    """
-    forecasts = []
+    """Bytes and decisions of each stage, [{"stage", "accounting", "decisions", "layout"}], before any weight is
+    changed. A stage after the first is planned on the layout of the one before."""
+    forecasts: list[dict] = []
     for index, stage in enumerate(run.recipe.stages):
-        if index and not run.folder(index - 1).exists():
-            forecasts.append(_forecast_on_layout(run, index, forecasts[-1]["layout"]))
-            continue
-        context, module = run.context(index)
+        module = importlib.import_module(f"moesvd_quant.stages.{stage.name}")
+        parent = run.meta
+        if forecasts:
+            parent = StreamedModel.described(planned_model(run.meta, forecasts[-1]["layout"]).config, run.meta)
+        progress = lambda done, total: run.report("reading the model", done, total)  # noqa: E731
+        context = Context(parent, run.statistics, stage.options, run.recipe.seed, run.device, progress)
         plan = module.plan(context)
-        forecasts.append(_forecast(stage, context, plan))
+        accounting = account(parent, plan.layout).to_dict()
+        forecasts.append(
+            {"stage": stage.name, "accounting": accounting, "decisions": plan.decisions, "layout": plan.layout}
+        )
     return forecasts
-
-
-def _forecast(stage, context, plan) -> dict:
-    accounting = account(context.parent, plan.layout).to_dict()
-    return {"stage": stage.name, "accounting": accounting, "decisions": plan.decisions, "layout": plan.layout}
-
-
-def _forecast_on_layout(run: Run, index: int, layout: dict) -> dict:
-    from .accounting import planned_model
-
-    stage = run.recipe.stages[index]
-    module = importlib.import_module(f"moesvd_quant.stages.{stage.name}")
-    parent = run.meta
-    if getattr(module, "PLAN_NEEDS_WEIGHTS", False):
-        raise ModelError(f"stage {stage.name} can be planned only when the stages before it have run")
-    config = planned_model(parent, layout).config
-    stand_in = StreamedModel.described(config, parent)
-    context = Context(stand_in, run.statistics, stage.options, run.recipe.seed, run.device)
-    return _forecast(stage, context, module.plan(context))
 
 
 def _peak_rss() -> int:

@@ -60,6 +60,7 @@ def refit_left(
     return cross @ torch.linalg.pinv(inner, hermitian=True, rtol=1e-12)
 
 
+@torch.no_grad()
 def whitened_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor) -> float:
     """tr((W - W_hat) G (W - W_hat)^T) / tr(W G W^T), 0 where the matrix has no energy under gram."""
     weight, gram = weight.double(), gram.double()

@@ -60,12 +60,25 @@ class StreamedModel:
     dtype: of the weights in memory; None keeps the checkpoint's. Packed tensors stay integers.
     """
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"):
-        self.folder, self.device = Path(folder), torch.device(device)
-        self.config = read_config(self.folder)
-        self.stored_dtype = self.config.dtype or torch.float32
+    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
+        config = read_config(Path(folder))
+        check_digests(Path(folder))
+        self._describe(Path(folder), config, dtype, device)
+        self.mapping = get_model_conversion_mapping(self.model)
+        self.sources = self._target_names(weight_files(self.folder))
+        self._check_files()
+
+    @classmethod
+    def described(cls, config, like: "StreamedModel") -> "StreamedModel":
+        """A model that is planned and not yet written: it has shapes and no tensors to load."""
+        made = cls.__new__(cls)
+        made._describe(like.folder, config, None, like.device)
+        return made
+
+    def _describe(self, folder, config, dtype, device):
+        self.folder, self.device, self.config = folder, torch.device(device), config
+        self.stored_dtype = config.dtype or torch.float32
         self.dtype = dtype or self.stored_dtype
-        check_digests(self.folder)
         with init_empty_weights(include_buffers=False):
             self.model = self._construct().eval()
         self.model.requires_grad_(False)
@@ -73,9 +86,6 @@ class StreamedModel:
         names = {id(module): name for name, module in self.model.named_modules()}
         self.prefix = names[id(self.decoder)]
         self.layer_names = [f"{self.prefix}.layers.{i}" for i in range(len(self.decoder.layers))]
-        self.mapping = get_model_conversion_mapping(self.model)
-        self.sources = self._target_names(weight_files(self.folder))
-        self._check_files()
 
     def _construct(self):
         if isinstance(self.config, MoesvdConfig):
@@ -118,6 +128,7 @@ class StreamedModel:
                 dtype=self.dtype,
             ),
         )
+        self.model.requires_grad_(False)
         missing = [key for key in info.missing_keys if key.startswith(prefixes) and not self._tied(key)]
         for kind, found in (
             ("missing", missing),

@@ -1,6 +1,7 @@
 """GPTQ through gptqmodel's core, driven by our own Gram matrices. The only module that imports gptqmodel."""
 
-import logging
+import contextlib
+import io
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from ..model.modeling_moesvd import dequantize, pack
+from ..model.modeling_moesvd import dequantize, pack, unpack
 
 FP16_MAX = 65504.0
 
@@ -35,11 +36,9 @@ def _core():
     """gptqmodel's classes. It prints a banner, sets environment variables and takes seconds to import."""
     os.environ.setdefault("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
     os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
-    from gptqmodel.quantization import GPTQ, GPTQConfig
-
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("gptqmodel"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+    noise = io.StringIO()
+    with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+        from gptqmodel.quantization import GPTQ, GPTQConfig
     return GPTQ, GPTQConfig
 
 
@@ -131,3 +130,35 @@ def _scaled(gram: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(mean) or mean <= 0:
         raise QuantizeError("the Gram matrix of the inputs is zero or not finite")
     return (gram / mean).float()
+
+
+def to_standard(packed: PackedMatrix, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """qweight, qzeros, scales, g_idx (and bias) of the GPTQ format v1, as gptqmodel packs them.
+
+    QuantizeError where the format cannot hold the matrix.
+    """
+    _core()
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+
+    quant, columns, out = packed.quant, packed.columns, packed.tensors["scales"].shape[0]
+    if columns % 32 or out % 32 or columns % quant["group_size"]:
+        raise QuantizeError(f"the GPTQ format needs multiples of 32 and whole groups, the matrix is {out} x {columns}")
+    scale = packed.tensors["scales"].view(torch.float16).float()
+    if quant["sym"]:
+        zero = torch.full_like(scale, 2.0 ** (quant["bits"] - 1))
+    else:
+        zero = unpack(packed.tensors["zeros"], quant["bits"], scale.shape[1]).float()
+        if (zero == 0).any():
+            raise QuantizeError("a zero point of 0 cannot be stored in the GPTQ format v1; quantize with sym: true")
+    linear = nn.Linear(columns, out, bias=bias is not None)
+    linear.weight.data = packed.dense(torch.float32)
+    if bias is not None:
+        linear.bias.data = bias.float()
+    kind = dict(bits=quant["bits"], group_size=quant["group_size"], sym=quant["sym"], desc_act=False)
+    module = TorchLinear(**kind, in_features=columns, out_features=out, bias=bias is not None)
+    index = torch.arange(columns, dtype=torch.int32) // quant["group_size"]
+    module.pack_block(linear, scale, zero, index)
+    _, GPTQConfig = _core()
+    convert_gptq_v2_to_v1_format_module(module, GPTQConfig(bits=quant["bits"], group_size=quant["group_size"]))
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
