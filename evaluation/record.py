@@ -44,7 +44,11 @@ def evaluate(
         windows = token_windows(load_documents(source, "test"), tokenizer, length)
         say = lambda done, total, text=text: progress(f"perplexity on {text}", done, total)  # noqa: E731
         measured[text] = perplexity(model, windows, progress=say).to_dict()
-    memory = {"disk": disk_bytes(folder), "disk_bytes": disk_bytes(folder)["total"], "resident_bytes": resident}
+    memory = {
+        "disk": disk_bytes(folder),
+        "disk_bytes": disk_bytes(folder)["total"],
+        "resident_bytes": resident,
+    }
     if peak:
         memory |= peak_bytes(folder)
     about = _about(folder, model)

@@ -8,6 +8,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+from typing import Any
 
 TRIGGER = "transformers.models.auto.modeling_auto"
 
@@ -21,7 +22,7 @@ class _AfterAutoClasses(importlib.abc.MetaPathFinder):
         if name != TRIGGER:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec: Any = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
         def exec_module(module):

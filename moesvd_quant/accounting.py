@@ -4,15 +4,20 @@ import json
 from dataclasses import asdict, dataclass
 
 import torch
-
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
-from .model.experts import find_experts, shapes_of, expert_count
+from .model.experts import expert_count, find_experts, shapes_of
 from .model.modeling_moesvd import FactorizedExperts, config_class, model_class
 from .model.stream import StreamedModel
 
-_NAMES = {torch.uint8: "U8", torch.int16: "I16", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_NAMES = {
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+}
 
 
 @dataclass(frozen=True)

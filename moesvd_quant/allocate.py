@@ -1,10 +1,13 @@
 """Which rank every expert matrix gets under one budget of parameters. Pure functions on spectra."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 RANK_STEP = 16
+Key = TypeVar("Key", bound=Hashable)
 DENSE = -1  # in place of a rank: the matrix stays as it is
 MAX_RANKS = 4  # distinct ranks per layer and projection: each is one tensor and one grouped product
 
@@ -39,7 +42,7 @@ class Group:
         return lost / total if total > 0 else lost
 
 
-def global_ranks(groups: dict[str, Group], budget: int) -> dict[str, list[int]]:
+def global_ranks(groups: dict[Key, Group], budget: int) -> dict[Key, list[int]]:
     """Ranks (or DENSE) of each expert of each group: least summed error with at most `budget` parameters.
 
     One price per parameter for all matrices of the model (a global threshold on energy per parameter),

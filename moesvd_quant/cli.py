@@ -75,7 +75,7 @@ def progress_bars(quiet: bool = False):
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=quiet)
-    tasks: dict[str, int] = {}
+    tasks: dict = {}
     with bars:
 
         def report(what: str, done: int, total: int) -> None:
@@ -233,8 +233,9 @@ def evaluate_verb(
 ) -> None:
     """Perplexity and memory of model folders; writes eval.json and prints a table."""
     from .evaluation.record import RECORD, evaluate, write
+    from .recipe import named_texts
 
-    named = dict(t.split("=", 1) if "=" in t else (Path(t).name.split(".")[0], t) for t in text or ["wikitext2"])
+    named = named_texts(text or ["wikitext2"])
     records = []
     with progress_bars(as_json) as report:
         for folder in folders:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
 from .recipe_yaml import YamlProblem, apply_override, parse
 from .stages import NOT_AFTER, OPTIONS
@@ -30,6 +30,21 @@ class Calibration(_Part):
     length: Literal["auto"] | Annotated[int, Field(ge=16)] = Field("auto", description="tokens per window")
 
 
+def named_texts(sources: Sequence[str]) -> dict[str, str]:
+    """{name: source} of texts, each `name=source`, a known name, or a file that its first name part names.
+
+    ValueError where two have one name.
+    """
+    named: dict[str, str] = {}
+    for source in sources:
+        name, given, rest = source.partition("=")
+        name = name if given else Path(source).name.split(".")[0]
+        if name in named:
+            raise ValueError(f"two texts are named {name!r}; give one of them another name: {name}2={source}")
+        named[name] = rest if given else source
+    return named
+
+
 class Evaluate(_Part):
     perplexity: list[str] | dict[str, str] = Field(
         default_factory=list, description="texts: known names, or name: source"
@@ -39,7 +54,14 @@ class Evaluate(_Part):
     def texts(self) -> dict[str, str]:
         """{name: source}; a list names known texts or files."""
         named = self.perplexity
-        return dict(named) if isinstance(named, dict) else {Path(n).name.split(".")[0]: n for n in named}
+        return dict(named) if isinstance(named, dict) else named_texts(named)
+
+    @field_validator("perplexity")
+    @classmethod
+    def _distinct(cls, value):
+        if isinstance(value, list):
+            named_texts(value)
+        return value
 
 
 class Stage(_Part):
@@ -149,7 +171,8 @@ def _stages(content: dict, place, problems: list[str]) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     for index, entry in enumerate(entries):
         at: tuple = ("stages", index)
-        name, given = entry, {}
+        name: object = entry
+        given: dict = {}
         if isinstance(entry, dict):
             if len(entry) != 1:
                 problems.append(f"{place(at)}: stages[{index}]: one stage per item, found {sorted(entry)}")
@@ -157,7 +180,9 @@ def _stages(content: dict, place, problems: list[str]) -> tuple[Stage, ...]:
             name, given = next(iter(entry.items()))
         if name not in OPTIONS:
             hint = _near(str(name), OPTIONS)
-            problems.append(f"{place((*at, name))}: stages[{index}]: unknown stage {name!r}{hint} (valid: {', '.join(OPTIONS)})")
+            problems.append(
+                f"{place((*at, name))}: stages[{index}]: unknown stage {name!r}{hint} (valid: {', '.join(OPTIONS)})"
+            )
             continue
         before = {s.name for s in stages} & NOT_AFTER[name]
         if before:

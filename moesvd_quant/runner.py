@@ -170,7 +170,7 @@ def plan_run(run: Run) -> list[dict]:
     """Bytes and decisions of each stage, [{"stage", "accounting", "decisions", "layout"}], before any weight is
     changed. A stage after the first is planned on the layout of the one before."""
     forecasts: list[dict] = []
-    for index, stage in enumerate(run.recipe.stages):
+    for stage in run.recipe.stages:
         module = importlib.import_module(f"moesvd_quant.stages.{stage.name}")
         parent = run.meta
         if forecasts:
@@ -180,7 +180,12 @@ def plan_run(run: Run) -> list[dict]:
         plan = module.plan(context)
         accounting = account(parent, plan.layout).to_dict()
         forecasts.append(
-            {"stage": stage.name, "accounting": accounting, "decisions": plan.decisions, "layout": plan.layout}
+            {
+                "stage": stage.name,
+                "accounting": accounting,
+                "decisions": plan.decisions,
+                "layout": plan.layout,
+            }
         )
     return forecasts
 

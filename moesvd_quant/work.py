@@ -85,7 +85,7 @@ class StageWork:
     def finish(self, plan: Plan, accounting: Accounting, final: Path) -> None:
         """Index, config, tokenizer, manifest; opens the checkpoint as a user would; commits it."""
         notes = [str(i) for i in range(len(self.parent.layer_names))] + ["outer"]
-        errors = {}
+        errors: dict = {}
         for name in notes:
             note = json.loads(self.note(name).read_text())
             errors |= note["errors"]

@@ -29,7 +29,7 @@ class LayerRecorder:
         self.aliases: dict[str, str] = {}
         self._last: tuple[str, torch.Tensor] | None = None
         self._hooks = []
-        self._experts = []
+        self._experts: list[nn.Module] = []
         for path, module in find_experts(layer):
             self._attach_experts(path, module)
         for path, module in find_linears(layer):
@@ -107,9 +107,7 @@ class LayerRecorder:
         size = inner.abs()
         octave = size.clamp(min=2.0**LOWEST_OCTAVE).log2() - LOWEST_OCTAVE
         bins = (octave * BINS_PER_OCTAVE).long().clamp(max=OCTAVES * BINS_PER_OCTAVE - 1)
-        sums[f"{path}/magnitudes"][expert] += torch.bincount(
-            bins.flatten(), minlength=OCTAVES * BINS_PER_OCTAVE
-        )
+        sums[f"{path}/magnitudes"][expert] += torch.bincount(bins.flatten(), minlength=OCTAVES * BINS_PER_OCTAVE)
         sums[f"{path}/magnitude_sum"][expert] += size.double().sum()
 
 

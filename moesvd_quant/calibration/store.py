@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-
 from safetensors.torch import load_file, save_file
 
-from ..model.experts import find_experts, find_linears, shapes_of, expert_count
+from ..model.experts import expert_count, find_experts, find_linears, shapes_of
 from ..model.modeling_moesvd import file_digest
 from ..model.stream import StreamedModel
 from .statistics import LayerRecorder
@@ -98,10 +97,8 @@ class Statistics:
 
     def _outer(self, streamed: StreamedModel) -> None:
         """The Gram matrix of the inputs of lm_head."""
-        total = 0
-        for hidden in streamed.hidden:
-            flat = streamed.decoder.norm(hidden).reshape(-1, hidden.shape[-1]).float()
-            total = total + flat.T @ flat
+        flats = [streamed.decoder.norm(h).reshape(-1, h.shape[-1]).float() for h in streamed.hidden]
+        total = sum((flat.T @ flat for flat in flats[1:]), flats[0].T @ flats[0])
         self.outer_gram = total.cpu()
         self._write(self.path("outer"), {"gram": self.outer_gram})
 

@@ -14,7 +14,13 @@ TABULAR = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 # Hub datasets that load without code of their own: (repository, configuration, {split}, column, documents).
 HUB = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"train": "train", "test": "test"}, "text", None),
+    "wikitext2": (
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        {"train": "train", "test": "test"},
+        "text",
+        None,
+    ),
     "ptb": ("mikasenghaas/ptb", None, {"train": "train", "test": "test"}, "text", None),
     "c4": ("allenai/c4", "en", {"train": "train", "test": "validation"}, "text", 1100),
     "books": ("manu/project_gutenberg", None, {"train": "en", "test": "en"}, "text", 500),
@@ -64,7 +70,9 @@ def token_windows(texts: Iterable[str], tokenizer, length: int) -> torch.Tensor:
     ids = _encode(tokenizer, "\n\n".join(texts))
     count = len(ids) // length
     if count == 0:
-        raise TextError(f"the text has {len(ids)} tokens; one window needs {length}. Give more text or a shorter length")
+        raise TextError(
+            f"the text has {len(ids)} tokens; one window needs {length}. Give more text or a shorter length"
+        )
     return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
 
 
@@ -131,12 +139,11 @@ def _ending(path: Path) -> str | None:
 def _local(path: Path) -> Iterator[str]:
     from datasets import load_dataset
 
-    ending = _ending(path)
+    # A plain file is one document, line ends kept.
+    kind = TABULAR.get(_ending(path) or "", "text")
+    more = {"sample_by": "document"} if kind == "text" else {}
     try:
-        if ending in PLAIN:  # a whole file is one document, line ends kept
-            rows = load_dataset("text", data_files=str(path), split="train", streaming=True, sample_by="document")
-        else:
-            rows = load_dataset(TABULAR[ending], data_files=str(path), split="train", streaming=True)
+        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True, **more)
         for row in rows:
             if "text" not in row:
                 raise TextError(f"{path}: has no column 'text'; it has {', '.join(row)}")

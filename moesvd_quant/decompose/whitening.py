@@ -48,9 +48,7 @@ def balance(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torc
     return left * scale, right / scale[:, None]
 
 
-def refit_left(
-    weights: list[torch.Tensor], grams: list[torch.Tensor], rights: list[torch.Tensor]
-) -> torch.Tensor:
+def refit_left(weights: list[torch.Tensor], grams: list[torch.Tensor], rights: list[torch.Tensor]) -> torch.Tensor:
     """The left factor (out, rank) float64 that minimises the summed error of experts that share it.
 
     left = (sum_e W_e G_e R_e^T) (sum_e R_e G_e R_e^T)^+, for given right factors R_e (rank, in).
@@ -67,4 +65,3 @@ def whitened_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torc
     delta = weight - approximation.double()
     energy = float(((weight @ gram) * weight).sum())
     return float(((delta @ gram) * delta).sum()) / energy if energy > 0 else 0.0
-

@@ -16,6 +16,7 @@ import json
 import shutil
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,10 +110,10 @@ class Packed(nn.Module):
         if quant is None:
             bank = get(name)
             return (bank if row is None else bank[row]).to(dtype)
-        tensors = [get(f"{name}_{kind}") for kind in ("codes", "scales", "zeros")]
+        codes, scales, zeros = (get(f"{name}_{kind}") for kind in ("codes", "scales", "zeros"))
         if row is not None:
-            tensors = [None if t is None else t[row] for t in tensors]
-        return dequantize(*tensors, quant, columns, dtype)
+            codes, scales, zeros = codes[row], scales[row], None if zeros is None else zeros[row]
+        return dequantize(codes, scales, zeros, quant, columns, dtype)
 
 
 class PackedLinear(Packed):
@@ -147,7 +148,8 @@ class FactorizedExperts(Packed):
         if not isinstance(native, FactorizedExperts):
             self.native_class, self.shapes = type(native), projection_shapes(native)
             self.experts = native.down_proj.shape[0]
-        self.layout, self._maps = layout, {}
+        self.layout = layout
+        self._maps: dict[tuple, torch.Tensor] = {}
         kind = next(p for p in native.parameters() if p.is_floating_point())
         for key, shape, quant in self.banks():
             self.add_bank(key, shape, quant, kind.dtype, kind.device)
@@ -304,7 +306,7 @@ class MoesvdConfig(PreTrainedConfig):
 
 
 @lru_cache
-def config_class(native_type: str) -> type:
+def config_class(native_type: str) -> Any:
     body = {"model_type": "moesvd", "__module__": __name__}
     made = type("MoesvdConfig", (MoesvdConfig, CONFIG_MAPPING[native_type]), body)
     AutoModelForCausalLM.register(made, MoesvdForCausalLM, exist_ok=True)
@@ -312,7 +314,7 @@ def config_class(native_type: str) -> type:
 
 
 @lru_cache
-def model_class(native_type: str) -> type:
+def model_class(native_type: str) -> Any:
     """A subclass of the architecture's causal model whose modules follow `config.moesvd`."""
     native = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[native_type]]
 

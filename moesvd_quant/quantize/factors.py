@@ -6,7 +6,6 @@ from ..decompose.whitening import balance, refit_left
 from .gptq import PackedMatrix
 
 
-
 def rotation(rank: int, seed: int) -> torch.Tensor:
     """A random orthogonal (rank, rank) float64: spreads a bottleneck's outliers over all its directions."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,8 +18,13 @@ import torch
 import typer
 from datasets import load_dataset
 from rich.progress import Progress, TimeRemainingColumn
-from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
-from transformers import get_cosine_schedule_with_warmup
+from transformers import (
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
 
 LENGTH = 256
 BATCH = 16
@@ -78,7 +83,7 @@ def windows(path: Path, tokenizer, wanted: int) -> torch.Tensor:
     """Up to `wanted` windows (n, LENGTH) of a file, documents joined by the end-of-text token."""
     stream: list[int] = []
     for text in texts(path):
-        stream += tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        stream += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         if len(stream) >= wanted * LENGTH:
             break
     count = min(wanted, len(stream) // LENGTH)
@@ -91,7 +96,9 @@ def perplexities(model, valid: dict[str, torch.Tensor]) -> dict[str, float]:
     model.eval()
     result = {}
     for name, data in valid.items():
-        losses = [model(batch, labels=batch, output_router_logits=False).loss * len(batch) for batch in data.split(BATCH)]
+        losses = [
+            model(batch, labels=batch, output_router_logits=False).loss * len(batch) for batch in data.split(BATCH)
+        ]
         result[name] = math.exp(float(sum(losses)) / len(data))
     model.train()
     return result
@@ -113,8 +120,8 @@ def card(out: Path, figures: dict) -> None:
         "\n".join([
             "# Reference Mixture of Experts", "",
             "Mixtral architecture, 8 experts top-2, 4 layers, hidden 192, intermediate 256, vocabulary 4096 (own",
-            f"byte-level BPE), {figures['parameters'] / 1e6:.1f} M parameters, bfloat16. Its use is to make compression",
-            "methods comparable, not to write prose.", "",
+            f"byte-level BPE), {figures['parameters'] / 1e6:.1f} M parameters, bfloat16. Its use is to make",
+            "compression methods comparable, not to write prose.", "",
             "## Training", "",
             f"Seed {figures['seed']}; {figures['tokens'] / 1e6:.2f} M tokens in this run after"
             f" {figures['tokens_before'] / 1e6:.2f} M before it; AdamW, peak {figures['lr']}, cosine to 0, batch"

@@ -64,9 +64,7 @@ def _spectra(experts, grams):
 
 def _principal_ranks(experts, threshold):
     """p_i summed over the expert's matrices (E,) float64."""
-    ranks = [
-        [principal_rank(w, threshold) for w in weights] for weights in split_projections(experts).values()
-    ]
+    ranks = [[principal_rank(w, threshold) for w in weights] for weights in split_projections(experts).values()]
     return torch.tensor(ranks, dtype=torch.float64).sum(0)
 
 
@@ -102,26 +100,20 @@ def _plan_uniform(survey, budget, options):
 def _plan_paper(survey, budget, options):
     """Sensitivity picks the layers; one rank share for their projections solves the rest."""
     paths = list(survey)
-    lefts = {
-        path: left_count(entry["frequency"], options.keep_u, options.literal) for path, entry in survey.items()
-    }
+    lefts = {path: left_count(entry["frequency"], options.keep_u, options.literal) for path, entry in survey.items()}
 
     def unit(path, name):  # parameters per unit of rank
         out, in_features = survey[path]["shapes"][name]
         return lefts[path] * out + (survey[path]["experts"] if options.literal else 1) * in_features
 
     dense = {path: sum(e["experts"] * o * i for o, i in e["shapes"].values()) for path, e in survey.items()}
-    halved = max(
-        sum(unit(p, n) * min(s) / 2 for n, s in survey[p]["shapes"].items()) / dense[p] for p in paths
-    )
+    halved = max(sum(unit(p, n) * min(s) / 2 for n, s in survey[p]["shapes"].items()) / dense[p] for p in paths)
     sensitivity = [survey[path]["sensitivity"] for path in paths]
     selected = {paths[i] for i in select_layers(sensitivity, options.ratio, halved)}
     order = sorted(selected, key=lambda path: -survey[path]["sensitivity"])
     items = [(path, name) for path in order for name in survey[path]["shapes"]]
     left_over = budget - sum(size for path, size in dense.items() if path not in selected)
-    ranks = level_ranks(
-        [unit(*item) for item in items], [min(survey[p]["shapes"][n]) for p, n in items], left_over
-    )
+    ranks = level_ranks([unit(*item) for item in items], [min(survey[p]["shapes"][n]) for p, n in items], left_over)
     if min(ranks) == 0:
         raise StageError(f"ratio {options.ratio} leaves some matrices no rank at all; lower it")
     layout, decisions = {}, {}
@@ -158,10 +150,7 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
                 getattr(made, key).copy_(value)
         layer.set_submodule(path, made)
         report[full] = {
-            name: [
-                whitened_error(weights[name][e], made.dense(name, e), grams[name][e])
-                for e in range(made.experts)
-            ]
+            name: [whitened_error(weights[name][e], made.dense(name, e), grams[name][e]) for e in range(made.experts)]
             for name in layout
         }
     return report
