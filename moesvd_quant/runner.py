@@ -22,7 +22,7 @@ from .checkpoint.files import require_space, write_json, write_text
 from .model.modeling_moesvd import MANIFEST
 from .model.stream import StreamedModel
 from .recipe import Recipe
-from .stages.base import Context
+from .stages.base import Context, Plan
 from .work import StageWork
 
 Report = Callable[[str, int, int], None]  # what, done, total
@@ -96,6 +96,9 @@ class Run:
             for index in range(len(self.recipe.stages)):
                 self._check_key(self.folder(index), index)
             write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
+            self.forecasts = self._forecasts()
+            todo = [f for i, f in enumerate(self.forecasts) if not self._done(i)]
+            require_space(self.out, sum(f["accounting"]["disk_bytes"] for f in todo))
             folders = [self._stage(index) for index in range(len(self.recipe.stages))]
             if self.recipe.keep == "last":
                 for folder in folders[:-1]:
@@ -120,22 +123,40 @@ class Run:
                 "the folder to make it anew. Nothing was changed"
             )
 
-    def _later_exists(self, index: int) -> bool:
-        """With `keep: last` an earlier stage is gone when a later one is there."""
-        return self.recipe.keep == "last" and self.folder(len(self.recipe.stages) - 1).exists()
+    def _done(self, index: int) -> bool:
+        """With `keep: last` an earlier stage may be gone because the last one is there."""
+        gone = self.recipe.keep == "last" and self.folder(len(self.recipe.stages) - 1).exists()
+        return gone or self.folder(index).exists()
+
+    def _forecasts(self) -> list[dict]:
+        """The plan of all stages, made before any weight is changed and kept in OUT/plan.json."""
+        path, key = self.out / "plan.json", self.key(len(self.recipe.stages) - 1)
+        if path.is_file():
+            content = json.loads(path.read_text())
+            if content["key"] == key:
+                return content["stages"]
+        forecasts = plan_run(self)
+        write_json(path, {"key": key, "stages": forecasts})
+        return forecasts
+
+    def plan(self, index: int, context: Context, module) -> Plan:
+        """The first stage follows the forecast; a later one is planned again on the checkpoint that is there,
+        in which rows of shared factors are settled."""
+        if index:
+            return module.plan(context)
+        return Plan(self.forecasts[0]["layout"], self.forecasts[0]["decisions"])
 
     def _stage(self, index: int) -> Path:
         folder = self.folder(index)
-        if folder.exists() or (index < len(self.recipe.stages) - 1 and self._later_exists(index)):
+        if self._done(index):
             return folder
         context, module = self.context(index)
         started = time.time()
         work = StageWork(self, index, context, module)
         self._clean(keep=work.folder)
         work.folder.mkdir(exist_ok=True)
-        plan = work.plan()
+        plan = self.plan(index, context, module)
         accounting = account(context.parent, plan.layout)
-        require_space(self.out, accounting.disk_bytes)
         work.layers(plan)
         work.finish(plan, accounting, folder)
         write_json(

@@ -7,31 +7,22 @@ from pathlib import Path
 import torch
 
 from .accounting import Accounting, by_file, planned_model
-from .checkpoint import finish
+from .checkpoint import finish, verify
 from .checkpoint.files import commit_folder, write_json, write_tensors
 from .model.stream import StreamedModel
-from .stages.base import Plan, StageError, check_finite
+from .stages.base import Plan, StageError
 
 CHECK_WINDOWS, CHECK_LENGTH = 2, 128
 
 
 class StageWork:
-    """One stage of a run: `plan`, `layers`, `finish`, each of which finds what an earlier process did."""
+    """One stage of a run: `layers`, then `finish`; each finds what an earlier process did."""
 
     def __init__(self, run, index: int, context, module):
         self.run, self.index, self.context, self.module = run, index, context, module
         self.stage = run.recipe.stages[index]
         self.folder: Path = run.work_folder(index)
         self.parent: StreamedModel = context.parent
-
-    def plan(self) -> Plan:
-        path = self.folder / "plan.json"
-        if path.is_file():
-            content = json.loads(path.read_text())
-            return Plan(content["layout"], content["decisions"])
-        plan = self.module.plan(self.context)
-        write_json(path, {"layout": plan.layout, "decisions": plan.decisions})
-        return plan
 
     def note(self, name: str) -> Path:
         """What was decided and measured while a file was made; written before the file."""
@@ -51,12 +42,12 @@ class StageWork:
     def _layer(self, index: int, statistics: dict, plan: Plan) -> None:
         name = self.parent.layer_names[index]
         layer = self.parent.load_layer(index)
-        check_finite(layer, name, self.parent.folder)
         report = self.module.run_layer(self.context, index, layer, statistics, plan)
         tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
         self._check(name, tensors, report)
         layout = {path: parts for path, parts in plan.layout["experts"].items() if path.startswith(name + ".")}
-        write_json(self.note(str(index)), {"errors": report, "experts": layout})
+        seen = verify.outputs(self.parent.model, verify.targets(plan.layout, name + "."))
+        write_json(self.note(str(index)), {"errors": report, "experts": layout, "outputs": seen})
         write_tensors(self.folder / finish.layer_file(index), tensors)
         self.parent.drop_layer(index)
 
@@ -70,7 +61,8 @@ class StageWork:
         if lost := sorted(set(names) - set(tensors)):
             raise StageError(f"{self.parent.folder}: tensors outside the layers were not read: {lost[:5]}")
         self._check("outer", tensors, report)
-        write_json(self.note("outer"), {"errors": report, "experts": {}})
+        seen = verify.outputs(model, verify.targets(plan.layout, "lm_head"))
+        write_json(self.note("outer"), {"errors": report, "experts": {}, "outputs": seen})
         write_tensors(self.folder / finish.OUTER_FILE, tensors)
 
     def _check(self, name: str, tensors: dict, report: dict) -> None:
@@ -86,15 +78,18 @@ class StageWork:
         """Index, config, tokenizer, manifest; opens the checkpoint as a user would; commits it."""
         notes = [str(i) for i in range(len(self.parent.layer_names))] + ["outer"]
         errors: dict = {}
+        outputs: dict = {}
         for name in notes:
             note = json.loads(self.note(name).read_text())
             errors |= note["errors"]
+            outputs |= note["outputs"]
             plan.layout["experts"] |= note["experts"]
         self._describe(plan)
-        check = self._verify()
+        check = self._verify(plan, outputs)
+        origin = finish.origin_of(self.run.model)
         manifest = {
-            "name": "-".join(_label(s) for s in self.run.recipe.stages[: self.index + 1]),
-            "base_model": self.run.recipe.model or self.run.model.name,
+            "name": "-".join([*origin["names"], *(_label(s) for s in self.run.recipe.stages[: self.index + 1])]),
+            "base_model": self.run.recipe.model or origin["base_model"],
             "licence": finish.licence_of(self.run.model),
             "stages": self.run.key(self.index)["stages"],
             "key": self.run.key(self.index),
@@ -109,7 +104,6 @@ class StageWork:
         finish.write_manifest(self.folder, manifest)
         for name in notes:
             self.note(name).unlink()
-        (self.folder / "plan.json").unlink()
         commit_folder(self.folder, final)
 
     def _describe(self, plan: Plan) -> None:
@@ -121,8 +115,10 @@ class StageWork:
         finish.write_config(self.folder, self.parent.config.to_dict(), plan.layout)
         finish.carry_files(self.run.model, self.folder)
 
-    def _verify(self) -> dict:
-        """Reads the checkpoint back from disk and runs it beside its input: {"kl": nats per token}."""
+    def _verify(self, plan: Plan, outputs: dict) -> dict:
+        """Reads the checkpoint back from disk: every target computes what it did in memory, bit for bit, and
+        the whole model runs. {"kl": nats per token to its input, "tokens"}; StageError otherwise."""
+        verify.check_reload(StreamedModel(self.folder, device=self.run.device), plan.layout, outputs)
         windows = self.run.windows[:CHECK_WINDOWS, :CHECK_LENGTH]
         dtype, device = self.run.statistics.dtype, self.run.device
         before = torch.cat(list(StreamedModel(self.parent.folder, dtype, device).logits(windows))).double()

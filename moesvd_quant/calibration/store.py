@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+import transformers
+from safetensors.torch import load_file
 
+from ..checkpoint.files import write_tensors
 from ..model.experts import expert_count, find_experts, find_linears, shapes_of
 from ..model.modeling_moesvd import file_digest
 from ..model.stream import StreamedModel
@@ -44,13 +47,15 @@ class Statistics:
             "model": model_digest,
             "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
             "shape": list(windows.shape),
-            "walk": [WALK_VERSION, BATCH_SIZE, str(self.dtype)],
+            "walk": [WALK_VERSION, BATCH_SIZE, str(self.dtype), torch.__version__, transformers.__version__],
         }
         self.key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-        self.root = (root or cache_root() / "statistics") / self.key[:32]
+        self.store = root or cache_root() / "statistics"
+        self.root = self.store / self.key[:32]
         meta = StreamedModel(folder, self.dtype)
-        self.count = len(meta.layer_names)
-        self.stored = self.forecast(meta) <= cap_bytes
+        self.count, self.cap_bytes = len(meta.layer_names), cap_bytes
+        self.needed = self.forecast(meta)
+        self.stored = self.needed <= cap_bytes
 
     @staticmethod
     def forecast(meta: StreamedModel) -> int:
@@ -111,10 +116,21 @@ class Statistics:
     def _write(self, path: Path, tensors) -> None:
         if not self.stored:
             return
+        if not self.root.is_dir():
+            self._make_room()
         self.root.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        os.replace(temporary, path)
+        write_tensors(path, tensors)
+
+    def _make_room(self) -> None:
+        """Deletes the statistics that were written longest ago until these fit under the cap."""
+        sizes = {
+            folder: sum(file.stat().st_size for file in folder.iterdir())
+            for folder in sorted(self.store.glob("*"), key=lambda path: path.stat().st_mtime)
+        }
+        for folder in list(sizes):
+            if sum(sizes.values()) + self.needed > self.cap_bytes:
+                shutil.rmtree(folder)
+                del sizes[folder]
 
 
 def linear_gram(statistics: dict, path: str) -> torch.Tensor:

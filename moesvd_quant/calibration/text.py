@@ -34,6 +34,8 @@ DEMO_MODULES = (
     "traceback", "typing", "unittest", "urllib.request", "zipfile",
 )  # fmt: skip
 
+DEMO_CODE = ("argparse", "ast", "dataclasses", "heapq", "json.decoder", "textwrap", "zipfile")
+
 
 class TextError(ValueError):
     """Text that cannot be read or is too short; the message says what is there and what is needed."""
@@ -49,13 +51,15 @@ def documents(source: str, split: str = "train") -> Iterator[str]:
     """Documents of one source, streamed. TextError where it is neither a known name nor a readable file."""
     if source == "demo":
         yield from _demo(split)
+    elif source == "demo-code":
+        yield from _demo_code()
     elif source in HUB:
         yield from _hub(source, split)
     elif Path(source).exists():
         for file in _files(Path(source)):
             yield from _local(file)
     else:
-        names = ", ".join(["demo", "mixture", *HUB])
+        names = ", ".join(["demo", "demo-code", "mixture", *HUB])
         raise TextError(f"{source}: no such file or folder, and no known text ({names})")
 
 
@@ -169,11 +173,17 @@ def _hub(name: str, split: str) -> Iterator[str]:
         ) from error
 
 
+def _demo_code() -> Iterator[str]:
+    """Source code that every Python carries: text unlike `demo`."""
+    for name in DEMO_CODE:
+        yield inspect.getsource(importlib.import_module(name))
+
+
 def _demo(split: str) -> Iterator[str]:
     """Text that every Python carries: the language reference of pydoc, and docstrings of its modules."""
     from pydoc_data.topics import topics
 
-    texts = [text for _, text in sorted(topics.items())]
+    texts = list(dict.fromkeys(text for _, text in sorted(topics.items())))  # some stand under several names
     for name in DEMO_MODULES:
         module = importlib.import_module(name)
         owned = [m for _, m in inspect.getmembers(module) if getattr(m, "__module__", None) == name]

@@ -19,7 +19,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
     A checkpoint file that exists under its final name is therefore whole.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _guard(lambda: save_file(contiguous, temporary, metadata={"format": "pt"}), path)
     _sync(temporary)
@@ -35,7 +35,7 @@ def write_json(path: Path, content) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     _guard(lambda: temporary.write_text(text), path)
     _sync(temporary)
     os.replace(temporary, path)
@@ -43,6 +43,8 @@ def write_text(path: Path, text: str) -> None:
 
 def commit_folder(work: Path, final: Path) -> None:
     """Renames a finished work folder to its final name, with everything in it on disk before."""
+    for leftover in work.glob(".*.tmp"):  # of a process that was killed
+        leftover.unlink()
     for path in sorted(work.iterdir()):
         _sync(path)
     _sync(work)
@@ -58,6 +60,11 @@ def require_space(folder: Path, needed: int) -> None:
             f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room or choose "
             "another --out. Nothing that was finished is lost"
         )
+
+
+def _temporary(path: Path) -> Path:
+    """A name of this process alone: two runs may fill one cache."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

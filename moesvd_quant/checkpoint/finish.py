@@ -83,6 +83,14 @@ def write_card(folder: Path, manifest: dict) -> None:
     write_text(folder / "README.md", "\n".join(lines))
 
 
+def origin_of(folder: Path) -> dict:
+    """{"base_model", "names"}: what a model folder was made from, and the labels of the stages behind it."""
+    manifest = folder / MANIFEST
+    content = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    names = [content["name"]] if "name" in content else []
+    return {"base_model": content.get("base_model", folder.name), "names": names}
+
+
 def licence_of(folder: Path) -> str | None:
     """The `license:` of a model folder's card, where it has one."""
     card = folder / "README.md"

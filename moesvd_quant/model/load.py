@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from .stream import ModelError, read_config, weight_files
+from .stream import ModelError, no_loading_bars, read_config, weight_files
 
 
 def load(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu"):
@@ -17,7 +17,8 @@ def load(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu
     read_config(folder)
     weight_files(folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        with no_loading_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (ValueError, RuntimeError, OSError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

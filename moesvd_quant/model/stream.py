@@ -6,6 +6,7 @@ decomposition, quantization and verification.
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,6 +52,18 @@ def weight_files(folder: Path) -> dict[str, str]:
             return dict.fromkeys(file.keys(), single.name)
     except SafetensorError as error:
         raise ModelError(f"{single}: truncated or damaged ({error})") from error
+
+
+@contextmanager
+def no_loading_bars():
+    """transformers draws a bar per call, which is one per layer here."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 class StreamedModel:
@@ -108,7 +121,8 @@ class StreamedModel:
                 raise ModelError(f"{self.folder / file}: missing, truncated or damaged ({error})") from error
 
     def load(self, *prefixes: str) -> None:
-        """Fills all tensors under the prefixes; ModelError where one is missing, unexpected or misshapen."""
+        """Fills all tensors under the prefixes; ModelError where one is missing, unexpected, misshapen or not
+        finite."""
         wanted: dict[str, list[str]] = {}
         for target, key, file in self.sources:
             if target.startswith(prefixes):
@@ -117,16 +131,11 @@ class StreamedModel:
         handles = [safe_open(self.folder / file, "pt") for file in wanted]
         for handle, keys in zip(handles, wanted.values()):
             state.update({key: handle.get_slice(key) for key in keys})
-        transformers_logging.disable_progress_bar()
-        info, _ = convert_and_load_state_dict_in_model(
-            self.model,
-            state,
-            LoadStateDictConfig(
-                weight_mapping=get_model_conversion_mapping(self.model),
-                device_map={"": self.device},
-                dtype=self.dtype,
-            ),
+        how = LoadStateDictConfig(
+            weight_mapping=get_model_conversion_mapping(self.model), device_map={"": self.device}, dtype=self.dtype
         )
+        with no_loading_bars():
+            info, _ = convert_and_load_state_dict_in_model(self.model, state, how)
         self.model.requires_grad_(False)
         missing = [key for key in info.missing_keys if key.startswith(prefixes) and not self._tied(key)]
         for kind, found in (
@@ -137,6 +146,10 @@ class StreamedModel:
         ):
             if found:
                 raise ModelError(f"{self.folder}: tensors {kind}: {sorted(map(str, found))[:5]}")
+        for key, tensor in self.model.named_parameters():
+            if key.startswith(prefixes) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+                raise ModelError(f"{self.folder}: {key} is not finite at {where}; the checkpoint is damaged")
 
     def _tied(self, key: str) -> bool:
         return key in (getattr(self.model, "all_tied_weights_keys", None) or {})

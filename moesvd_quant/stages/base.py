@@ -8,6 +8,7 @@ import torch
 
 from ..calibration.statistics import coverage, shrink
 from ..calibration.store import Statistics
+from ..model.experts import find_experts
 from ..model.stream import StreamedModel
 
 Progress = Callable[[int, int], None]
@@ -53,9 +54,7 @@ def weak_experts(statistics: dict, path: str) -> dict[str, list[int]]:
     return coverage(statistics[f"{path}/tokens"], statistics[f"{path}/gram_in"].shape[-1])
 
 
-def check_finite(layer: torch.nn.Module, name: str, source) -> None:
-    """StageError where a weight of a layer is not finite."""
-    for key, tensor in layer.named_parameters():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-            raise StageError(f"{source}: {name}.{key} is not finite at {where}; the checkpoint is damaged")
+def require_experts(parent: StreamedModel) -> None:
+    """StageError for a dense model, before any walk."""
+    if not any(True for layer in parent.decoder.layers for _ in find_experts(layer)):
+        raise StageError(f"{parent.folder}: a dense model: no layer has experts, there is nothing to compress")

@@ -11,12 +11,13 @@ from ..model.experts import dense_weights, expert_count, find_experts, find_line
 from ..model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
 from ..quantize.factors import quantize_factors
 from ..quantize.gptq import PackedMatrix, QuantizeError, gptq, resolve_group_size, round_to_nearest
-from .base import Context, Plan, StageError, expert_grams, weak_experts
+from .base import Context, Plan, StageError, expert_grams, require_experts, weak_experts
 
 
 def plan(context: Context) -> Plan:
     """The parent's layout with every bank of every expert, and the other linears, packed."""
     parent, options = context.parent, context.options
+    require_experts(parent)
     layout, kept = layout_of(parent), {}
     for layer, name in zip(parent.decoder.layers, parent.layer_names):
         for path, experts in find_experts(layer):
@@ -32,8 +33,6 @@ def plan(context: Context) -> Plan:
                 kept[full] = f"only {linear.out_features} output features"
             else:
                 layout["linears"][full] = _quant(options, linear.in_features, full)
-    if not layout["experts"]:
-        raise StageError(f"{parent.folder}: a dense model: no layer has experts")
     if options.lm_head:
         head = parent.model.lm_head
         if "lm_head.weight" in (getattr(parent.model, "all_tied_weights_keys", None) or {}):

@@ -10,11 +10,12 @@ from ..decompose.whitening import whitened_error, whitened_spectrum, whitened_sv
 from ..layout import dense_layout, factor_part, layout_of, parts_by_rank
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
 from ..model.modeling_moesvd import FactorizedExperts
-from .base import Context, Plan, StageError, check_finite, expert_grams, weak_experts
+from .base import Context, Plan, StageError, expert_grams, require_experts, weak_experts
 
 
 def plan(context: Context) -> Plan:
     """Ranks of all experts under the ratio, by the method of the options."""
+    require_experts(context.parent)
     survey = _survey(context)
     total = sum(entry["experts"] * out * i for entry in survey.values() for out, i in entry["shapes"].values())
     budget = int(total * (1 - context.options.ratio))
@@ -32,7 +33,6 @@ def _survey(context: Context) -> dict[str, dict]:
     total_tokens = context.statistics.windows.numel()
     for index, statistics in enumerate(context.statistics.layers(context.progress)):
         layer, name = parent.load_layer(index), parent.layer_names[index]
-        check_finite(layer, name, parent.folder)
         for path, experts in find_experts(layer):
             if isinstance(experts, FactorizedExperts):
                 raise StageError(f"{name}.{path}: is factorized already; stage svd needs an original model")
@@ -50,8 +50,6 @@ def _survey(context: Context) -> dict[str, dict]:
                 entry["sensitivity"] = layer_sensitivity(entry["frequency"], ranks, outliers)
             survey[f"{name}.{path}"] = entry
         parent.drop_layer(index)
-    if not survey:
-        raise StageError(f"{parent.folder}: a dense model: no layer has experts; there is nothing to decompose")
     return survey
 
 

@@ -1,0 +1,64 @@
+"""That a checkpoint holds what its stage made: every target was changed, and computes the same after reload."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..model.modeling_moesvd import FactorizedExperts, PackedLinear
+from ..model.stream import ModelError, StreamedModel
+
+PROBES = 8  # random inputs of a linear; experts get one each
+
+
+class VerifyError(ModelError):
+    """A checkpoint that is not what its plan says: a defect, never the user's."""
+
+
+def targets(layout: dict, prefix: str) -> list[str]:
+    """Paths of the layout under a prefix, which ends with a dot or is a whole path."""
+    return [path for kind in ("experts", "linears") for path in layout[kind] if path.startswith(prefix)]
+
+
+def outputs(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """sha256 of what each target gives for fixed random inputs; VerifyError where one was not changed."""
+    found = {}
+    for path in paths:
+        module = model.get_submodule(path)
+        if not isinstance(module, FactorizedExperts | PackedLinear):
+            raise VerifyError(f"{path}: is in the plan and was not changed; this is a defect")
+        found[path] = _digest(module)
+    return found
+
+
+@torch.no_grad()
+def _digest(module: FactorizedExperts | PackedLinear) -> str:
+    for parameter in module.parameters():
+        # A tensor mapped from a file may start at any address, and products differ in the last bit with it.
+        parameter.data = parameter.data.clone()
+    generator = torch.Generator().manual_seed(0)
+    first = next(iter(module.parameters()))
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    like = dict(device=first.device, dtype=dtype)
+    if isinstance(module, PackedLinear):
+        y = module(torch.randn(PROBES, module.in_features, generator=generator).to(**like))
+    else:
+        x = torch.randn(module.experts, module.shapes["down"][0], generator=generator).to(**like)
+        chosen = torch.arange(module.experts, device=first.device)[:, None]  # every expert once
+        y = module(x, chosen, torch.ones(chosen.shape, **like))
+    return hashlib.sha256(y.float().cpu().numpy().tobytes()).hexdigest()
+
+
+def check_reload(streamed: StreamedModel, layout: dict, expected: dict[str, str]) -> None:
+    """VerifyError where a target of the checkpoint on disk computes something else than `expected`."""
+    streamed.load_outer()
+    for index, name in enumerate([*streamed.layer_names, "lm_head"]):
+        inside = index < len(streamed.layer_names)
+        if inside:
+            streamed.load_layer(index)
+        found = outputs(streamed.model, targets(layout, name + "." if inside else name))
+        if inside:
+            streamed.drop_layer(index)
+        if wrong := [path for path in found if found[path] != expected.get(path)]:
+            raise VerifyError(f"{streamed.folder}: reloads to other values at {', '.join(wrong)}; this is a defect")

@@ -1,0 +1,59 @@
+"""Statistics are computed once, reused, and bounded in size."""
+
+import pytest
+import torch
+
+from moesvd_quant.calibration.store import Statistics, fingerprint
+from moesvd_quant.model.stream import StreamedModel
+
+WINDOWS = torch.randint(1, 250, (4, 32), generator=torch.Generator().manual_seed(4))
+
+
+def make(folder, root, windows=WINDOWS, cap=10**9):
+    return Statistics(folder, fingerprint(folder), windows, cap_bytes=cap, root=root)
+
+
+@pytest.fixture
+def folder(make_model):
+    return make_model("mixtral")
+
+
+def test_second_pass_reads_the_files(folder, tmp_path, monkeypatch):
+    first = list(make(folder, tmp_path).layers())
+    monkeypatch.setattr(StreamedModel, "walk", lambda *_: pytest.fail("walked again"))
+    second = list(make(folder, tmp_path).layers())
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_an_interrupted_walk_goes_on_to_the_same_bits(folder, tmp_path):
+    whole = make(folder, tmp_path / "a")
+    expected = list(whole.layers())
+    part = make(folder, tmp_path / "b")
+    next(part.layers())
+    for a, b in zip(expected, part.layers(), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert torch.equal(whole.outer(), part.outer())
+
+
+def test_other_text_or_model_is_another_key(folder, tmp_path, make_model):
+    keys = {
+        make(folder, tmp_path).key,
+        make(folder, tmp_path, WINDOWS + 1).key,
+        make(make_model("olmoe"), tmp_path).key,
+    }
+    assert len(keys) == 3
+
+
+def test_above_the_cap_nothing_is_stored(folder, tmp_path):
+    statistics = make(folder, tmp_path, cap=1000)
+    assert len(list(statistics.layers())) == 2 and not any(tmp_path.iterdir())
+    assert statistics.outer().shape == (64, 64)
+
+
+def test_the_oldest_statistics_make_room(folder, tmp_path):
+    first = make(folder, tmp_path)
+    list(first.layers())
+    second = make(folder, tmp_path, WINDOWS + 1, cap=int(1.5 * first.needed))
+    list(second.layers())
+    assert not first.root.exists() and second.complete()

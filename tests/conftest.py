@@ -1,0 +1,61 @@
+"""Fixtures: tiny models with tokenizers, text, an own cache; shared models where they are."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+import moesvd_quant  # registers our model type
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory):
+    """make_model(architecture, dtype) -> folder of a tiny model with tokenizer; made once."""
+    made: dict = {}
+
+    def make(architecture: str, dtype=torch.float32) -> Path:
+        if (architecture, dtype) not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            tiny_model(architecture, dtype).save_pretrained(folder)
+            tiny_tokenizer().save_pretrained(folder)
+            made[architecture, dtype] = folder
+        return made[architecture, dtype]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """Words drawn from a small vocabulary: text enough for calibration and evaluation."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 7))) for _ in range(200)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(draw.choices(words, k=6000)))
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """No test reads or leaves statistics in the user's cache."""
+    os.environ["MOESVD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    torch.set_num_threads(2)
+    return moesvd_quant
+
+
+@pytest.fixture
+def small(text):
+    """Overrides that make any recipe small."""
+    return [f"calibration.dataset={text}", "calibration.samples=24", "calibration.length=64", "evaluate.perplexity=[]"]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Models and data that lie beside the project; tests that need them skip without."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip("no shared models and data beside the project")
+    return SHARED
