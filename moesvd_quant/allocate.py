@@ -85,21 +85,23 @@ def _choose(errors: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
 
 
 def _spend_rest(choices, tables, rest: float) -> None:
-    """Moves single experts to a dearer option that their group already has, best gain per parameter first."""
+    """Moves single experts to a dearer option, best gain per parameter first, while one is affordable. An
+    option that its group has not yet is open as long as the group has fewer than MAX_RANKS."""
     while True:
-        moves = []
+        best, where = 0.0, None
         for name, chosen in choices.items():
             errors, costs = tables[name]
-            options = sorted(set(chosen.tolist()))
-            for expert, now in enumerate(chosen.tolist()):
-                for option in options:
-                    extra = costs[option] - costs[now]
-                    gain = errors[expert, now] - errors[expert, option]
-                    if 0 < extra <= rest and gain > 0:
-                        moves.append((gain / extra, name, expert, option, extra))
-        if not moves:
+            here = set(chosen.tolist()) | {0}
+            options = np.array(sorted(here) if len(here) > MAX_RANKS else range(len(costs)))
+            extra = costs[options] - costs[chosen][:, None]
+            gain = errors[np.arange(len(chosen)), chosen][:, None] - errors[:, options]
+            rate = np.where((extra > 0) & (extra <= rest), gain / np.maximum(extra, 1), 0)
+            expert, option = np.unravel_index(rate.argmax(), rate.shape)
+            if rate[expert, option] > best:
+                best, where = rate[expert, option], (name, expert, options[option], extra[expert, option])
+        if where is None:
             return
-        _, name, expert, option, extra = max(moves)
+        name, expert, option, extra = where
         choices[name][expert] = option
         rest -= extra
 

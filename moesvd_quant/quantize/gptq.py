@@ -160,5 +160,7 @@ def to_standard(packed: PackedMatrix, bias: torch.Tensor | None) -> dict[str, to
     index = torch.arange(columns, dtype=torch.int32) // quant["group_size"]
     module.pack_block(linear, scale, zero, index)
     _, GPTQConfig = _core()
-    convert_gptq_v2_to_v1_format_module(module, GPTQConfig(bits=quant["bits"], group_size=quant["group_size"]))
+    convert_gptq_v2_to_v1_format_module(
+        module, GPTQConfig(bits=quant["bits"], group_size=quant["group_size"], offload_to_disk=False)
+    )
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}

@@ -1,0 +1,77 @@
+"""Quantizing factors: the gauge is free, the refit is worth it, users of shared banks count together."""
+
+import torch
+
+from moesvd_quant.decompose.whitening import whitened_error, whitened_svd
+from moesvd_quant.quantize.factors import quantize_factors, rotation
+from moesvd_quant.quantize.gptq import gptq
+
+QUANT = {bank: {"bits": 3, "group_size": 32, "sym": False} for bank in ("left", "right")}
+
+
+class Exact:
+    """A packed matrix that lost nothing."""
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+
+    def dense(self):
+        return self.matrix
+
+
+def problem(seed=0, out=64, columns=96, rank=32):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, columns, generator=generator, dtype=torch.float64)
+    x = torch.randn(1000, columns, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    gram = x.T @ x
+    return weight, gram, *whitened_svd(weight, gram, rank)
+
+
+def run(quantizer, weight, gram, left, right):
+    lefts, rights = quantize_factors([weight], [gram], left[None], right[None], [0], [0], QUANT, quantizer, seed=0)
+    return lefts[0].dense() @ rights[0].dense()
+
+
+def test_without_loss_in_the_quantizer_the_product_is_the_best_of_its_rank():
+    weight, gram, left, right = problem()
+    got = run(lambda matrix, *_: Exact(matrix), weight, gram, left, right)
+    assert torch.allclose(got, left @ right, atol=1e-8)
+
+
+def test_rotation_is_orthogonal_and_drawn_by_seed():
+    turn = rotation(32, 7)
+    assert torch.allclose(turn @ turn.T, torch.eye(32, dtype=torch.float64), atol=1e-12)
+    assert torch.equal(turn, rotation(32, 7)) and not torch.equal(turn, rotation(32, 8))
+
+
+def test_better_than_quantizing_the_factors_one_by_one():
+    weight, gram, left, right = problem()
+
+    def quantizer(matrix, gram, quant):
+        return gptq(matrix.float(), gram.float(), quant, 0.01)
+
+    ours = whitened_error(weight, run(quantizer, weight, gram, left, right), gram)
+    plain_right = quantizer(right, gram, QUANT["right"]).dense()
+    plain_left = quantizer(left, right @ gram @ right.T, QUANT["left"]).dense()
+    lost = whitened_error(weight, left @ right, gram)
+    assert ours - lost < 0.8 * (whitened_error(weight, plain_left @ plain_right, gram) - lost)
+
+
+def test_a_shared_right_factor_sees_the_inputs_of_all_its_experts():
+    first, second = problem(0), problem(1)
+    seen = {}
+
+    def quantizer(matrix, gram, quant):
+        seen.setdefault(tuple(matrix.shape), []).append(gram)
+        return Exact(matrix)
+
+    lefts, rights = quantize_factors(
+        [first[0], second[0]], [first[1], second[1]], torch.stack([first[2], second[2]]), first[3][None],
+        [0, 1], [0, 0], QUANT, quantizer, seed=0,
+    )  # fmt: skip
+    assert len(rights) == 1 and len(lefts) == 2
+    assert torch.allclose(seen[32, 96][0], first[1] + second[1])
+    right = rights[0].dense()
+    for left, (weight, gram, *_) in zip(lefts, (first, second)):  # each refitted under its own inputs
+        assert ((weight - left.dense() @ right) @ gram @ right.T).abs().max() < 1e-6 * gram.abs().max()

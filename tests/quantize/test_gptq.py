@@ -1,0 +1,127 @@
+"""GPTQ against the algorithm written out, rounding against its formula, and the packed form against both."""
+
+import pytest
+import torch
+
+from moesvd_quant.decompose.whitening import whitened_error
+from moesvd_quant.quantize.gptq import QuantizeError, gptq, resolve_group_size, round_to_nearest, to_standard
+
+
+def problem(out=48, columns=128, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2000, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    x = x * torch.rand(columns, generator=generator) ** 2
+    return torch.randn(out, columns, generator=generator), x.T @ x
+
+
+def grid(weight, bits, size, sym):
+    """(scale, zero) per group, from the range of its weights, zero included."""
+    groups = weight.unflatten(1, (-1, size))
+    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+    if sym:
+        high = torch.maximum(high, -low)
+        low = -high
+    scale = (high - low) / (2**bits - 1)
+    return scale, torch.full_like(scale, 2 ** (bits - 1)) if sym else (-low / scale).round()
+
+
+def written_out_gptq(weight, gram, bits, size, sym, damp):
+    """Frantar et al., algorithm 1, one column at a time in order of activation, groups fixed beforehand."""
+    weight, hessian = weight.double().clone(), gram.double().clone()
+    scale, zero = grid(weight, bits, size, sym)
+    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    order = hessian.diagonal().argsort(descending=True)
+    inverse = torch.linalg.inv(hessian[order][:, order])
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    result = torch.zeros_like(weight)
+    for step, column in enumerate(order.tolist()):
+        s, z = scale[:, column // size], zero[:, column // size]
+        value = ((weight[:, column] / s + z).round().clamp(0, 2**bits - 1) - z) * s
+        result[:, column] = value
+        error = (weight[:, column] - value) / upper[step, step]
+        later = order[step + 1 :]
+        weight[:, later] -= error[:, None] * upper[step, step + 1 :]
+    return result
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [False, True])
+def test_as_good_as_gptq_written_out_and_better_than_rounding(bits, sym):
+    weight, gram = problem()
+    quant = {"bits": bits, "group_size": 32, "sym": sym}
+    got = whitened_error(weight, gptq(weight, gram, quant, 0.01).dense(), gram)
+    expected = whitened_error(weight, written_out_gptq(weight, gram, bits, 32, sym, 0.01), gram)
+    assert got == pytest.approx(expected, rel=0.05)
+    assert got < 0.7 * whitened_error(weight, round_to_nearest(weight, quant).dense(), gram)
+
+
+@pytest.mark.parametrize("sym", [False, True])
+def test_rounding_is_the_nearest_grid_point(sym):
+    weight, _ = problem()
+    quant = {"bits": 4, "group_size": 32, "sym": sym}
+    scale, zero = grid(weight, 4, 32, sym)
+    scale, zero = (t.repeat_interleave(32, 1) for t in (scale, zero))
+    expected = ((weight / scale + zero).round().clamp(0, 15) - zero) * scale
+    assert torch.allclose(round_to_nearest(weight, quant).dense(torch.float32), expected, atol=2e-3)
+
+
+def test_a_short_last_group():
+    weight, gram = problem(columns=80)
+    packed = gptq(weight, gram, {"bits": 4, "group_size": 64, "sym": False}, 0.01)
+    assert packed.tensors["scales"].shape == (48, 2)
+    assert whitened_error(weight, packed.dense(), gram) < 0.01
+
+
+def test_scale_of_the_gram_matrix_does_not_matter():
+    weight, gram = problem()
+    quant = {"bits": 3, "group_size": 32, "sym": False}
+    small, large = (gptq(weight, gram * factor, quant, 0.01).dense() for factor in (1e-9, 1e9))
+    assert torch.equal(small, large)
+
+
+def test_one_input_direction_alone_still_works():
+    weight, _ = problem()
+    x = torch.ones(1, 128)
+    packed = gptq(weight, x.T @ x, {"bits": 4, "group_size": 32, "sym": False}, 0.01)
+    assert torch.isfinite(packed.dense()).all()
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda w, g: (w, g * 0), "Gram matrix of the inputs is zero"),
+        (lambda w, g: (w * 1e6, g), "overflows fp16"),
+        (lambda w, g: (w * 1e-12, g), "underflows fp16"),
+    ],
+)
+def test_what_cannot_be_stored_is_an_error(change, message):
+    weight, gram = change(*problem())
+    with pytest.raises(QuantizeError, match=message):
+        gptq(weight, gram, {"bits": 4, "group_size": 32, "sym": False}, 0.01)
+
+
+def test_group_sizes():
+    assert [resolve_group_size("auto", n) for n in (4096, 192, 96, 80)] == [128, 64, 32, 80]
+    assert resolve_group_size("auto", 48, rank_axis=True) == 48
+    assert resolve_group_size(128, 80, rank_axis=True) == 80
+    with pytest.raises(QuantizeError, match="group_size 128 does not divide 192"):
+        resolve_group_size(128, 192)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_standard_form_gives_the_same_outputs_in_gptqmodel(bits):
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    weight, gram = problem(out=64)
+    quant = {"bits": bits, "group_size": 32, "sym": True}
+    packed = gptq(weight, gram, quant, 0.01)
+    shape = dict(in_features=128, out_features=64, bias=False)
+    module = TorchLinear(bits=bits, group_size=32, sym=True, desc_act=False, **shape)
+    module.load_state_dict(to_standard(packed, None))
+    module.qzero_format(format=1)
+    convert_gptq_v1_to_v2_format_module(module, bits, torch.int32)
+    module.post_init()
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    got, expected = module(x.half()).float(), x.half().float() @ packed.dense(torch.float32).T
+    assert torch.allclose(got, expected, rtol=1e-2, atol=2e-2)
