@@ -1,0 +1,118 @@
+"""Recipes: what is valid, and that everything wrong is said at once with its place."""
+
+import pytest
+import yaml
+
+from moesvd_quant.recipe import RecipeError, load_recipe, read_shipped, shipped
+
+GOOD = """\
+seed: 3
+stages:
+  - svd: {ratio: 0.4}
+  - gptq:
+      bits: 4
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def errors(tmp_path, text, *overrides):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, text), overrides)
+    return str(caught.value)
+
+
+def test_defaults_are_filled_in_and_written_out(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert recipe.seed == 3 and [s.name for s in recipe.stages] == ["svd", "gptq"]
+    assert recipe.stages[0].options.method == "global" and recipe.stages[1].options.group_size == "auto"
+    again = load_recipe(write(tmp_path, recipe.to_yaml()))
+    assert again.digest() == recipe.digest() and again.stages == recipe.stages
+
+
+@pytest.mark.parametrize("name", [name for name, _ in shipped()])
+def test_every_shipped_recipe_loads_and_says_what_it_is(name):
+    recipe, line = load_recipe(name), dict(shipped())[name]
+    assert recipe.stages and recipe.evaluate.perplexity and len(line) > 20
+    assert f"moesvd run {name} " in read_shipped(name)
+
+
+@pytest.mark.parametrize(
+    "text,messages",
+    [
+        ("stages: [{svd: {ratio: 1.7}}]", ["mine.yaml:1: stages[0].svd.ratio: 1.7 is not between 0 and 1"]),
+        ("stages:\n  - svd: {ratoi: 0.4}", ["mine.yaml:2: stages[0].svd.ratoi: unknown key; did you mean 'ratio'?"]),
+        ("stages:\n  - svd: {ratoi: 0.4}", ["mine.yaml:2: stages[0].svd.ratio: is required"]),
+        ("sede: 1\nstages: [svd]", ["mine.yaml:1: sede: unknown key; did you mean 'seed'?"]),
+        ("stages: [svdd]", ["mine.yaml:1: stages[0]: unknown stage 'svdd'; did you mean 'svd'?"]),
+        ("stages:\n - gptq: {bits: 5}", ["mine.yaml:2: stages[0].gptq.bits:", "2, 3, 4 or 8", "got 5"]),
+        ("stages:\n - gptq: {bits: '4'}", ["mine.yaml:2: stages[0].gptq.bits:", "got '4'"]),
+        ("stages:\n - gptq: {bits: 4}\n - svd: {ratio: 0.4}", ["mine.yaml:3: stages[1].svd: cannot come after gptq"]),
+        ("stages: [{svd: {ratio: 0.4, keep_u: 2}}]", ["keep_u: only with method: paper"]),
+        ("stages: [{gptq: {bits: 4, group_size: 12}}]", ["12 is not a positive multiple of 8"]),
+        ("stages: []", ["mine.yaml:1: stages: give at least one of svd, gptq"]),
+        ("stages: [svd\n", ["mine.yaml:2:"]),
+        ("seed: 1\nseed: 2\nstages: [svd]", ["mine.yaml:2: key 'seed' stands here twice"]),
+        ("- svd", ["a recipe is a mapping"]),
+        ("stages: [{svd: {ratio: !!python/name:os.system x}}]", ["mine.yaml:1"]),
+        ("stages: [{gptq: {bits: 4}}]\nevaluate: {perplexity: [a/x.txt, b/x.txt]}", ["mine.yaml:2", "named 'x'"]),
+        ("stages: [{gptq: {bits: 4}}]\ncalibration: {samples: 0}", ["mine.yaml:2: calibration.samples:", "got 0"]),
+    ],
+)
+def test_what_is_wrong_and_where(tmp_path, text, messages):
+    said = errors(tmp_path, text)
+    for message in messages:
+        assert message in said, said
+
+
+def test_all_problems_at_once(tmp_path):
+    said = errors(tmp_path, "sede: 1\nkeep: some\nstages:\n  - svd: {ratio: 2}\n  - gptq: {bits: 7}\n")
+    assert sorted(line.split(": ")[0].split(":")[-1] for line in said.splitlines()) == ["1", "2", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    "override,path,value",
+    [
+        ("seed=7", ("seed",), 7),
+        ("svd.ratio=0.6", ("stages", 0, "svd", "ratio"), 0.6),
+        ("stages.gptq.bits=3", ("stages", 1, "gptq", "bits"), 3),
+        ("calibration.dataset=my file.txt", ("calibration", "dataset"), "my file.txt"),
+        ("evaluate.perplexity=[a, b]", ("evaluate", "perplexity"), ["a", "b"]),
+    ],
+)
+def test_overrides_set_what_they_name(tmp_path, override, path, value):
+    content = yaml.safe_load(load_recipe(write(tmp_path, GOOD), [override]).to_yaml())
+    for part in path:
+        content = content[part]
+    assert content == value
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("svd.ratio=1.7", "override 'svd.ratio=1.7': stages[0].svd.ratio: 1.7 is not between 0 and 1"),
+        ("svd.ratoi=0.3", "did you mean 'ratio'?"),
+        ("svd.ratio", "has no '='"),
+        ("stages.d2.ratio=0.3", "the recipe's stages are: svd, gptq"),
+    ],
+)
+def test_overrides_that_cannot_be(tmp_path, override, message):
+    assert message in errors(tmp_path, GOOD, override)
+
+
+def test_unknown_recipes_have_near_names(tmp_path):
+    with pytest.raises(RecipeError, match="did you mean 'svd-gptq4'"):
+        load_recipe("svd-gtpq4")
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_the_digest_follows_what_changes_weights(tmp_path):
+    base = load_recipe(write(tmp_path, GOOD)).digest()
+    assert load_recipe(write(tmp_path, GOOD), ["evaluate.perplexity=[ptb]"]).digest() == base
+    changed = {load_recipe(write(tmp_path, GOOD), [o]).digest() for o in ("seed=4", "svd.ratio=0.5", "gptq.bits=3")}
+    assert len(changed | {base}) == 4

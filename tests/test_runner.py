@@ -1,0 +1,217 @@
+"""Recipes on every architecture, end to end; interrupted, changed, locked."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ARCHITECTURES
+
+import moesvd_quant
+from moesvd_quant.model.experts import find_experts
+from moesvd_quant.model.modeling_moesvd import FactorizedExperts, PackedLinear
+from moesvd_quant.recipe import load_recipe
+from moesvd_quant.runner import Run, RunError, plan_run
+from moesvd_quant.stages import gptq
+from moesvd_quant.stages.base import StageError
+
+IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
+
+
+def make(recipe, folder, out, small, *overrides):
+    return Run(load_recipe(recipe, [*small, *overrides]), folder, out)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """Contents of everything that has to be reproducible."""
+    paths = [p for p in sorted(out.rglob("*")) if p.is_file() and p.name not in ("run.json", ".lock")]
+    return {str(p.relative_to(out)): p.read_bytes() for p in paths}
+
+
+def logits(folder, ids=IDS):
+    with torch.no_grad():
+        return moesvd_quant.load(folder, dtype=torch.float32)(ids).logits
+
+
+def logits_without_experts(folder, ids):
+    """What is left of a model whose routed experts put out nothing: the control."""
+    model = moesvd_quant.load(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for _, experts in find_experts(model):
+            experts.down_proj.zero_()
+            if experts.has_bias:
+                experts.down_proj_bias.zero_()
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_svd_gptq4_on_every_architecture(architecture, make_model, tmp_path, small):
+    folder = make_model(architecture)
+    run = make("svd-gptq4", folder, tmp_path, small)
+    forecasts = plan_run(run)
+    checkpoints = run.run()
+    ids = run.windows[:4]
+    original, without = logits(folder, ids), logits_without_experts(folder, ids)
+    for checkpoint, forecast in zip(checkpoints, forecasts, strict=True):
+        on_disk = sum(p.stat().st_size for p in checkpoint.glob("*.safetensors"))
+        assert on_disk == pytest.approx(forecast["accounting"]["disk_bytes"], rel=0.01)
+        model = moesvd_quant.load(checkpoint, dtype=torch.float32)
+        assert all(isinstance(module, FactorizedExperts) for _, module in find_experts(model))
+        with torch.no_grad():
+            change = (model(ids).logits - original).norm()
+        assert 0 < change < 0.6 * (without - original).norm()
+    stored = [name for name, p in model.named_parameters() if p.dtype == torch.uint8]
+    assert any(isinstance(m, PackedLinear) for m in model.modules()) and stored
+    manifest = json.loads((checkpoints[1] / "moesvd.json").read_text())
+    assert manifest["accounting"]["expert_ratio"] == pytest.approx(0.4, abs=0.05)
+    assert {"key", "recipe", "decisions", "errors", "digests", "check", "accounting"} <= manifest.keys()
+
+
+@pytest.mark.parametrize("recipe", ["moe-svd-paper-gptq4", "svd-llm", "gptq3", "svd-gptq3"])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
+def test_other_recipes(recipe, architecture, make_model, tmp_path, small):
+    for checkpoint in make(recipe, make_model(architecture), tmp_path, small).run():
+        assert torch.isfinite(logits(checkpoint)).all()
+
+
+def test_paper_keeps_sensitive_layers_and_shares(make_model, tmp_path, small):
+    (checkpoint,) = make("moe-svd-paper", make_model("mixtral"), tmp_path, small, "svd.ratio=0.3").run()
+    manifest = json.loads((checkpoint / "moesvd.json").read_text())
+    chosen = {path: decision["decomposed"] for path, decision in manifest["decisions"].items()}
+    scores = {path: decision["sensitivity"] for path, decision in manifest["decisions"].items()}
+    assert sorted(chosen.values()) == [False, True]
+    assert chosen[min(scores, key=scores.get)] and not chosen[max(scores, key=scores.get)]
+    model = moesvd_quant.load(checkpoint)
+    for path, experts in find_experts(model):
+        for parts in experts.layout.values():
+            if chosen[path]:
+                assert len(set(parts[0]["right"])) == 1 and len(set(parts[0]["left"])) == 2
+            else:
+                assert "dense" in parts[0]
+    assert manifest["accounting"]["expert_ratio"] == pytest.approx(0.3, abs=0.03)
+
+
+def test_full_ratio_of_quantization_leaves_routers_norms_and_embeddings(make_model, tmp_path, small):
+    folder = make_model("qwen2_moe")
+    (checkpoint,) = make("gptq4", folder, tmp_path, small).run()
+    before = dict(moesvd_quant.load(folder).named_parameters())
+    after = dict(moesvd_quant.load(checkpoint).named_parameters())
+    kept = [n for n in after if "norm" in n or "embed" in n or "lm_head" in n or n.endswith("gate.weight")]
+    assert len(kept) > 8
+    for name in kept:
+        assert torch.equal(before[name], after[name]), name
+
+
+def test_lm_head_on_request(make_model, tmp_path, small):
+    (checkpoint,) = make("gptq4", make_model("mixtral"), tmp_path, small, "gptq.lm_head=true").run()
+    model = moesvd_quant.load(checkpoint)
+    assert isinstance(model.lm_head, PackedLinear) and torch.isfinite(model(IDS).logits).all()
+
+
+def test_a_run_on_a_checkpoint_of_ours(make_model, tmp_path, small):
+    (first,) = make("svd", make_model("mixtral"), tmp_path / "a", small).run()
+    (second,) = make("gptq4", first, tmp_path / "b", small).run()
+    manifest = json.loads((second / "moesvd.json").read_text())
+    assert manifest["name"] == "svd40-gptq4"
+    assert manifest["base_model"] == make_model("mixtral").name
+    with pytest.raises(StageError, match="is factorized already"):
+        make("svd", first, tmp_path / "c", small).run()
+
+
+def test_interrupted_anywhere_the_files_are_the_same(make_model, tmp_path, small, monkeypatch):
+    folder, layer = make_model("mixtral"), gptq.run_layer
+    make("svd-gptq3", folder, tmp_path / "whole", small).run()
+
+    def fail_at(index):
+        def run_layer(context, i, *rest):
+            if i == index:
+                raise KeyboardInterrupt
+            return layer(context, i, *rest)
+
+        return run_layer
+
+    for index in (0, 1):
+        monkeypatch.setattr(gptq, "run_layer", fail_at(index))
+        with pytest.raises(KeyboardInterrupt):
+            make("svd-gptq3", folder, tmp_path / "parts", small).run()
+    done = []
+    monkeypatch.setattr(gptq, "run_layer", lambda c, i, *rest: done.append(i) or layer(c, i, *rest))
+    make("svd-gptq3", folder, tmp_path / "parts", small).run()
+    assert done == [1]  # layer 0 was finished by the second try
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_times(make_model, tmp_path, small):
+    folder = make_model("qwen3_moe")
+    make("svd-gptq3", folder, tmp_path / "whole", small).run()
+    command = [sys.executable, "-m", "moesvd_quant.cli", "run", "svd-gptq3", *small]
+    command += ["--model", str(folder), "--out", str(tmp_path / "parts")]
+    environment = os.environ | {"MOESVD_CACHE": str(tmp_path / "cache")}
+    killed = 0
+    for tenths in range(30, 200, 4):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        time.sleep(tenths / 10)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        killed += 1
+    assert process.returncode == 0, process.stderr.read()
+    assert killed > 5
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_finished_stages_are_not_done_again(make_model, tmp_path, small, monkeypatch):
+    folder = make_model("mixtral")
+    first = make("svd", folder, tmp_path, small).run()
+    monkeypatch.setattr("moesvd_quant.stages.svd.run_layer", lambda *_: pytest.fail("done again"))
+    assert make("svd", folder, tmp_path, small).run() == first
+
+
+@pytest.mark.parametrize(
+    "change,said", [("svd.ratio=0.5", "stages"), ("seed=9", "seed"), ("calibration.samples=20", "statistics")]
+)
+def test_a_changed_recipe_is_noticed_and_nothing_lost(make_model, tmp_path, small, change, said):
+    folder = make_model("mixtral")
+    make("svd", folder, tmp_path, small).run()
+    before = files(tmp_path)
+    with pytest.raises(RunError, match=f"made with another .*{said}"):
+        make("svd", folder, tmp_path, small, change).run()
+    assert files(tmp_path) == before
+
+
+def test_a_changed_model_or_version_is_noticed(make_model, tmp_path, small, monkeypatch):
+    make("svd", make_model("mixtral"), tmp_path, small).run()
+    with pytest.raises(RunError, match="made with another model"):
+        make("svd", make_model("phimoe"), tmp_path, small).run()
+    monkeypatch.setattr("moesvd_quant.__version__", "9.9")
+    monkeypatch.setattr("moesvd_quant.runner.__version__", "9.9")
+    with pytest.raises(RunError, match="made with another versions"):
+        make("svd", make_model("mixtral"), tmp_path, small).run()
+
+
+def test_one_run_per_folder(make_model, tmp_path, small):
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another run is working here"):
+            make("svd", make_model("mixtral"), tmp_path, small).run()
+
+
+def test_keep_last(make_model, tmp_path, small):
+    folder = make_model("mixtral")
+    (last,) = make("svd-gptq4", folder, tmp_path, small, "keep=last").run()
+    assert last.name == "02-gptq" and not (tmp_path / "01-svd").exists()
+    assert make("svd-gptq4", folder, tmp_path, small, "keep=last").run() == [last]
+    assert not list(tmp_path.glob(".work*"))
+
+
+def test_the_models_own_folder_is_no_output(make_model, small):
+    with pytest.raises(RunError, match="is the model's own folder"):
+        make("svd", make_model("mixtral"), make_model("mixtral"), small)
