@@ -16,24 +16,40 @@ class Table:
 
 
 def table8(records: list[dict]) -> Table:
-    """Methods as rows, largest first: memory, bits per original expert weight, what was removed, perplexities."""
+    """Methods as rows, largest first: bytes on disk, after load and at the peak (where measured), bits per
+    original expert weight, what was removed, perplexity on each text."""
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
     lengths = sorted({r["protocol"]["length"] for r in records})
+    peaks = any("peak_rss_bytes" in r["memory"] for r in records)
     rows: list[list[str | float]] = []
     for record in sorted(records, key=lambda r: (-r["memory"]["disk_bytes"], r["name"])):
-        account = record["accounting"]
+        memory, account = record["memory"], record["accounting"]
         figures = [record["perplexity"].get(text, {}).get("ppl") for text in texts]
         rows.append([
             record["name"],
-            round(record["memory"]["disk_bytes"] / 1e6, 3),
+            _megabytes(memory["disk_bytes"]),
+            _megabytes(memory["resident_bytes"]),
+            *([_megabytes(_peak(memory))] if peaks else []),
             round(account["bits_per_expert_weight"], 3),
             round(100 * account["expert_ratio"], 1),
             round(100 * account["model_ratio"], 1),
             *["-" if value is None else float(f"{value:.5g}") for value in figures],
         ])  # fmt: skip
-    columns = ["method", "memory (MB)", "bits/expert weight", "experts removed %", "model removed %", *texts]
+    columns = [
+        "method", "disk MB", "loaded MB", *(["peak MB"] if peaks else []),
+        "bits/expert weight", "experts removed %", "model removed %", *texts,
+    ]  # fmt: skip
     windows = ", ".join(map(str, lengths))
     return Table(f"Memory and perplexity (windows of {windows} tokens)", columns, rows)
+
+
+def _peak(memory: dict) -> int | None:
+    """Peak of loading and generating, above what importing the libraries takes."""
+    return memory["peak_rss_bytes"] - memory["import_rss_bytes"] if "peak_rss_bytes" in memory else None
+
+
+def _megabytes(size: int | None) -> str | float:
+    return "-" if size is None else round(size / 1e6, 3)
 
 
 def render(table: Table, form: str = "terminal") -> str:
@@ -63,6 +79,6 @@ def _terminal(table: Table) -> str:
         shown.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
     for row in table.rows:
         shown.add_row(*map(str, row))
-    console = Console(width=max(100, 12 * len(table.columns)), file=io.StringIO())
+    console = Console(width=sum(len(column) + 3 for column in table.columns) + 20, file=io.StringIO())
     console.print(shown)
     return console.file.getvalue()  # type: ignore[attr-defined]

@@ -76,14 +76,18 @@ def progress_bars(quiet: bool = False):
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=quiet)
     tasks: dict = {}
-    with bars:
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+    def report(what: str, done: int, total: int) -> None:
+        bars.start()  # not before there is something to show
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total)
 
+    try:
         yield report
+    finally:
+        if tasks:
+            bars.stop()
 
 
 def _start(recipe_name: str, model: str | None, overrides: list[str] | None, out: Path, device: str, report):
@@ -121,26 +125,16 @@ def run(
 
 
 def _evaluate_run(job, folders: list[Path], device: str, report: Callable) -> list[dict]:
-    """Evaluates the original and every checkpoint of a run on the recipe's texts; records that are there and
-    were made by the same protocol stay."""
-    from .evaluation.record import RECORD, evaluate, write
+    """Evaluates the original and every checkpoint of a run on the recipe's texts."""
+    from .bench import measured
 
-    wanted = job.recipe.evaluate
-    texts, records = wanted.texts(), []
-    if not texts:
-        return []
+    wanted, records = job.recipe.evaluate, []
     length = None if wanted.length == "auto" else wanted.length
+    if not wanted.texts():
+        return []
     for source, folder in [(job.model, job.out / "00-original"), *((f, f) for f in folders)]:
-        file = folder / RECORD
-        if file.is_file():
-            found = json.loads(file.read_text())
-            if found["protocol"]["texts"] == texts and length in (None, found["protocol"]["length"]):
-                records.append(found)
-                continue
         say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
-        record = evaluate(source, texts, length, device, progress=say)
-        write(record, file)
-        records.append(record)
+        records.append(measured(source, folder, wanted.texts(), length, device, say))
     return records
 
 
@@ -287,11 +281,46 @@ def export(
 
 
 @app.command()
+def bench(
+    recipes: Annotated[list[str], typer.Argument(help="Recipes to compare, then key=value overrides for all.")],
+    model: Model = None,
+    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    out: Out = Path("bench"),
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare recipes on one model: runs each, evaluates all, prints the table, draws the plot."""
+    from .bench import compare
+    from .recipe import named_texts
+    from .runner import sync_threads
+
+    sync_threads()
+    names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
+    texts, folder = named_texts(text or ["wikitext2"]), resolve_model(model)
+    with progress_bars(as_json) as report:
+        result = compare(folder, names, out, texts, length, overrides, resolve_device(device), report)
+    _print_comparison(*result, out, as_json)
+
+
+@app.command()
 def demo(out: Out = Path("demo-out"), as_json: Json = False) -> None:
-    """Compress the embedded model in eight ways on embedded text, and print the table."""
+    """Compress the embedded model in several ways on embedded text, and print the table."""
     from .demo import run_demo
 
-    run_demo(out, as_json)
+    with progress_bars(as_json) as report:
+        result = run_demo(out, report)
+    _print_comparison(*result, out, as_json)
+
+
+def _print_comparison(records: list[dict], compared, out: Path, as_json: bool) -> None:
+    from .evaluation.table import render
+
+    if as_json:
+        print(json.dumps(records))
+        return
+    print(render(compared), end="")
+    print(f"checkpoints: {out}/*/0*-*\ntable: {out}/table8.md, .csv, .json\nplot: {out}/perplexity-against-bytes.png")
 
 
 if __name__ == "__main__":

@@ -15,16 +15,17 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory):
-    """make_model(architecture, dtype) -> folder of a tiny model with tokenizer; made once."""
+    """make_model(architecture, dtype, **config) -> folder of a tiny model with tokenizer; made once."""
     made: dict = {}
 
-    def make(architecture: str, dtype=torch.float32) -> Path:
-        if (architecture, dtype) not in made:
+    def make(architecture: str, dtype=torch.float32, **more) -> Path:
+        key = architecture, dtype, *sorted(more.items())
+        if key not in made:
             folder = tmp_path_factory.mktemp(architecture)
-            tiny_model(architecture, dtype).save_pretrained(folder)
+            tiny_model(architecture, dtype, **more).save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)
-            made[architecture, dtype] = folder
-        return made[architecture, dtype]
+            made[key] = folder
+        return made[key]
 
     return make
 

@@ -61,11 +61,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, bos_token=end, eos_token=end, pad_token=end)
 
 
-def tiny_model(architecture: str, dtype=torch.float32, seed: int = 0):
-    """A random model whose weights are large enough that experts matter."""
+def tiny_model(architecture: str, dtype=torch.float32, seed: int = 0, **more):
+    """A random model whose weights are large enough that experts matter; `more` goes to the config."""
     name, options = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
-    config = getattr(transformers, name)(**(_COMMON | options))
+    config = getattr(transformers, name)(**(_COMMON | options | more))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for key, tensor in model.named_parameters():

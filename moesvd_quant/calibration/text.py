@@ -34,7 +34,7 @@ DEMO_MODULES = (
     "traceback", "typing", "unittest", "urllib.request", "zipfile",
 )  # fmt: skip
 
-DEMO_CODE = ("argparse", "ast", "dataclasses", "heapq", "json.decoder", "textwrap", "zipfile")
+DEMO_CODE = ("dataclasses", "heapq", "json.decoder", "textwrap")
 
 
 class TextError(ValueError):

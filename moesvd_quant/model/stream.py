@@ -147,7 +147,9 @@ class StreamedModel:
             if found:
                 raise ModelError(f"{self.folder}: tensors {kind}: {sorted(map(str, found))[:5]}")
         for key, tensor in self.model.named_parameters():
-            if key.startswith(prefixes) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not key.startswith(prefixes) or not tensor.is_floating_point() or self._tied(key):
+                continue
+            if not torch.isfinite(tensor).all():
                 where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
                 raise ModelError(f"{self.folder}: {key} is not finite at {where}; the checkpoint is damaged")
 

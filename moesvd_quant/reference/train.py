@@ -3,7 +3,7 @@
 python -m moesvd_quant.reference.train --data FOLDER --out FOLDER [--start MODEL] [--tokens N]
 
 FOLDER holds *.jsonl, *.jsonl.gz (field `text`), *.txt or *.txt.gz, one file per source; files with `.valid.` in
-their name are only evaluated on. An optional sources.json in it, {file prefix: "origin, licence"}, goes to the card.
+their name are only evaluated on. An optional sources.json in it, {name: "origin, licence"}, goes to the card.
 """
 
 import json
@@ -83,7 +83,7 @@ def windows(path: Path, tokenizer, wanted: int) -> torch.Tensor:
     """Up to `wanted` windows (n, LENGTH) of a file, documents joined by the end-of-text token."""
     stream: list[int] = []
     for text in texts(path):
-        stream += [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        stream += [*tokenizer(text, add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
         if len(stream) >= wanted * LENGTH:
             break
     count = min(wanted, len(stream) // LENGTH)
@@ -118,10 +118,11 @@ def card(out: Path, figures: dict) -> None:
     sources = [f"- {name}: {origin}" for name, origin in figures["sources"].items()]
     out.joinpath("README.md").write_text(
         "\n".join([
-            "# Reference Mixture of Experts", "",
+            "---", "license: apache-2.0", "---", "# Reference Mixture of Experts", "",
             "Mixtral architecture, 8 experts top-2, 4 layers, hidden 192, intermediate 256, vocabulary 4096 (own",
-            f"byte-level BPE), {figures['parameters'] / 1e6:.1f} M parameters, bfloat16. Its use is to make",
-            "compression methods comparable, not to write prose.", "",
+            f"byte-level BPE), {figures['parameters'] / 1e6:.1f} M parameters, bfloat16. Its use is to make compression"
+            " methods comparable, not to write",
+            "prose. The weights are under the project's licence, the texts keep theirs.", "",
             "## Training", "",
             f"Seed {figures['seed']}; {figures['tokens'] / 1e6:.2f} M tokens in this run after"
             f" {figures['tokens_before'] / 1e6:.2f} M before it; AdamW, peak {figures['lr']}, cosine to 0, batch"

@@ -1,0 +1,56 @@
+"""Several recipes on one model, side by side: the only honest way to say that one is better."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .evaluation.plot import plot_bytes
+from .evaluation.record import RECORD, evaluate, write
+from .evaluation.table import Table, render, table8
+from .recipe import load_recipe
+from .runner import Run
+
+Report = Callable[[str, int, int], None]
+
+
+def compare(
+    model: Path,
+    recipes: Sequence[str],
+    out: Path,
+    texts: dict[str, str],
+    length: int | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    report: Report = lambda what, done, total: None,
+) -> tuple[list[dict], Table]:
+    """Runs each recipe under OUT/NAME and evaluates its last checkpoint and the original on `texts`.
+
+    Writes OUT/table8.md, .csv, .json and OUT/perplexity-against-bytes.png. Recipes are loaded before any runs;
+    finished runs and records by the same protocol stay. Returns the records and their table.
+    """
+    wanted = [load_recipe(name, [*overrides, "evaluate.perplexity=[]", "keep=last"]) for name in recipes]
+    records = [measured(model, out / "00-original", texts, length, device)]
+    for done, recipe in enumerate(wanted):
+        report("recipes", done, len(wanted))
+        folder = Run(recipe, model, out / recipe.name.replace("/", "-"), device, report).run()[-1]
+        records.append(measured(folder, folder, texts, length, device))
+    report("recipes", len(wanted), len(wanted))
+    table = table8(records)
+    for form, ending in (("markdown", "md"), ("csv", "csv"), ("json", "json")):
+        (out / f"table8.{ending}").write_text(render(table, form))
+    plot_bytes(records, out / "perplexity-against-bytes.png")
+    return records, table
+
+
+def measured(
+    source: Path, folder: Path, texts: dict[str, str], length: int | None, device: str, report: Report | None = None
+) -> dict:
+    """The record of a model in `folder`: the one that is there if it was made by the same protocol, else a new one."""
+    file = folder / RECORD
+    if file.is_file():
+        found = json.loads(file.read_text())
+        if found["protocol"]["texts"] == texts and length in (None, found["protocol"]["length"]):
+            return found
+    record = evaluate(source, texts, length, device, progress=report or (lambda what, done, total: None))
+    write(record, file)
+    return record

@@ -1,0 +1,107 @@
+"""A checkpoint opens by three routes with the same bits, survives saving, generates, and otherwise raises."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import moesvd_quant
+from moesvd_quant.model.stream import ModelError, StreamedModel
+from moesvd_quant.recipe import load_recipe
+from moesvd_quant.runner import Run
+
+IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module", params=["mixtral", "qwen2_moe", "gpt_oss", "tied"])
+def checkpoint(request, make_model, tmp_path_factory, text):
+    overrides = [f"calibration.dataset={text}", "calibration.samples=24", "calibration.length=64"]
+    tied = dict(tie_word_embeddings=True) if request.param == "tied" else {}
+    folder = make_model("mixtral" if tied else request.param, torch.bfloat16, **tied)
+    return Run(load_recipe("svd-gptq3", overrides), folder, tmp_path_factory.mktemp("out")).run()[-1]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_all_routes_give_the_same_bits(checkpoint, tmp_path):
+    expected = logits(moesvd_quant.load(checkpoint))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(checkpoint)), expected)
+    streamed = torch.cat(list(StreamedModel(checkpoint).logits(IDS)))
+    assert torch.allclose(streamed, expected, atol=2e-2)  # bfloat16, another order of sums
+
+
+def test_saved_again_it_is_the_same(checkpoint, tmp_path):
+    model = moesvd_quant.load(checkpoint)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(moesvd_quant.load(tmp_path)), logits(model))
+    digests = json.loads((tmp_path / "moesvd.json").read_text())["digests"]
+    assert set(digests) == {p.name for p in tmp_path.glob("*.safetensors")}
+
+
+def test_no_cast_reaches_packed_weights(checkpoint):
+    a, b = moesvd_quant.load(checkpoint), moesvd_quant.load(checkpoint, dtype=torch.float32)
+    for (name, p), (_, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        if not p.is_floating_point():
+            assert torch.equal(p, q), name
+    assert (logits(a).float() - logits(b)).abs().mean() < 0.05
+
+
+def test_it_generates(checkpoint):
+    model = moesvd_quant.load(checkpoint, dtype=torch.float32)
+    out = model.generate(IDS[:, :8], max_new_tokens=5, do_sample=False, attention_mask=torch.ones(2, 8))
+    with torch.no_grad():
+        tokens = IDS[:, :8]
+        for _ in range(5):  # greedy without a cache
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(out[:, : tokens.shape[1]], tokens) or 0 in out  # an end token stops generate
+
+
+def test_a_lost_or_foreign_tensor_raises(checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    (copy / "moesvd.json").unlink()  # whoever edits weights has no digests
+    file = copy / "model-layer-00001.safetensors"
+    tensors = load_file(file)
+    lost = next(name for name in tensors if "experts" in name and name.endswith("codes"))
+    save_file({k: v for k, v in tensors.items() if k != lost}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError):
+        moesvd_quant.load(copy)
+
+
+WITHOUT_PACKAGE = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in str(f).lower()]
+sys.modules["moesvd_quant"] = None  # as on a machine without it
+import torch
+from transformers import AutoModelForCausalLM
+folder, ids, out, trust = sys.argv[1], torch.load(sys.argv[2]), sys.argv[3], sys.argv[4] == "trust"
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()
+with torch.no_grad():
+    torch.save(model(ids).logits, out)
+"""
+
+
+@pytest.mark.parametrize("checkpoint", ["mixtral"], indirect=True)
+def test_without_the_package_it_needs_trust_and_then_gives_the_same_bits(checkpoint, tmp_path):
+    torch.save(IDS, tmp_path / "ids.pt")
+
+    def run(trust):
+        command = [sys.executable, "-c", WITHOUT_PACKAGE, checkpoint, tmp_path / "ids.pt", tmp_path / "out.pt", trust]
+        environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+
+    refused = run("no")
+    assert refused.returncode and "trust_remote_code" in refused.stderr and not (tmp_path / "out.pt").exists()
+    done = run("trust")
+    assert done.returncode == 0, done.stderr
+    expected = logits(moesvd_quant.load(checkpoint))
+    assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
