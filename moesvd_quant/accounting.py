@@ -50,13 +50,13 @@ def planned_model(parent: StreamedModel, layout: dict):
 
 def original_model(parent: StreamedModel):
     """The native architecture on the meta device."""
+    config = parent.config
+    if hasattr(config, "moesvd"):
+        native = config_class(config.moesvd["native_type"]).__mro__[2]
+        ours = ("moesvd", "auto_map", "architectures", "model_type")
+        config = native.from_dict({key: value for key, value in config.to_dict().items() if key not in ours})
     with init_empty_weights(include_buffers=False):
-        if hasattr(parent.config, "moesvd"):
-            native = config_class(parent.config.moesvd["native_type"]).__mro__[2]
-            return AutoModelForCausalLM.from_config(
-                native.from_dict(parent.config.to_dict()), dtype=parent.stored_dtype
-            )
-        return AutoModelForCausalLM.from_config(parent.config, dtype=parent.stored_dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=parent.stored_dtype)
 
 
 def stored_tensors(model) -> dict[str, torch.Tensor]:

@@ -90,6 +90,11 @@ def part_banks(part: dict, out_features: int, in_features: int) -> dict:
 
 def projection_shapes(experts: nn.Module) -> dict:
     """(out, in) of each projection of a native fused-expert module: {"gate", "up", "down"} or without gate."""
+    if not hasattr(experts, "down_proj"):
+        raise ValueError(
+            f"{type(experts).__name__} is no fused experts module; a library that unfuses experts (gptqmodel does) "
+            "was at work in this process: open the checkpoint in a fresh one"
+        )
     down = experts.down_proj.shape[1:]
     hidden, inner = down[::-1] if experts.is_transposed else down
     shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
