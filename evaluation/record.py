@@ -31,7 +31,7 @@ def evaluate(
 
     import moesvd_quant
 
-    from ..calibration.text import load_documents, token_windows
+    from ..calibration.text import joiner_of, load_documents, token_windows
 
     folder = Path(folder)
     model = moesvd_quant.load(folder)
@@ -41,7 +41,7 @@ def evaluate(
     length = length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
     measured = {}
     for text, source in texts.items():
-        windows = token_windows(load_documents(source, "test"), tokenizer, length)
+        windows = token_windows(load_documents(source, "test"), tokenizer, length, joiner_of(source))
         say = lambda done, total, text=text: progress(f"perplexity on {text}", done, total)  # noqa: E731
         measured[text] = perplexity(model, windows, progress=say).to_dict()
     memory = {

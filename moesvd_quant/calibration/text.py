@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import inspect
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -12,20 +13,32 @@ import torch
 PLAIN = (".txt", ".raw", ".tokens")
 TABULAR = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
-# Hub datasets that load without code of their own: (repository, configuration, {split}, column, documents).
+
+@dataclass(frozen=True)
+class HubText:
+    """A text of the hub that loads without code of its own."""
+
+    repository: str
+    configuration: str | None
+    splits: dict[str, str]  # ours (train, test) -> theirs
+    column: str = "text"
+    documents: int | None = None  # at most so many
+    revision: str | None = None
+    joiner: str = "\n\n"  # between documents, as the perplexities in the literature have it
+
+
 HUB = {
-    "wikitext2": (
-        "Salesforce/wikitext",
-        "wikitext-2-raw-v1",
-        {"train": "train", "test": "test"},
-        "text",
-        None,
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", {"train": "train", "test": "test"}),
+    "ptb": HubText(
+        "ptb-text-only/ptb_text_only", "penn_treebank", {"train": "train", "test": "test"}, "sentence",
+        revision="refs/convert/parquet", joiner=" ",
     ),
-    "ptb": ("mikasenghaas/ptb", None, {"train": "train", "test": "test"}, "text", None),
-    "c4": ("allenai/c4", "en", {"train": "train", "test": "validation"}, "text", 1100),
-    "books": ("manu/project_gutenberg", None, {"train": "en", "test": "en"}, "text", 500),
-    "code": ("codeparrot/codeparrot-clean-valid", None, {"train": "train", "test": "train"}, "content", 2000),
-}
+    "c4": HubText("allenai/c4", "en", {"train": "train", "test": "validation"}, documents=1100, joiner=" "),
+    "books": HubText("manu/project_gutenberg", None, {"train": "en", "test": "en"}, documents=500),
+    "code": HubText(
+        "codeparrot/codeparrot-clean-valid", None, {"train": "train", "test": "train"}, "content", documents=2000
+    ),
+}  # fmt: skip
 MIXTURE = ("wikitext2", "c4", "books", "code")
 DEMO_MODULES = (
     "argparse", "asyncio", "ast", "collections", "configparser", "csv", "datetime", "decimal", "difflib", "doctest",
@@ -68,10 +81,15 @@ def load_documents(source: str, split: str = "test") -> list[str]:
     return [text for part in sources_of(source) for text in documents(part, split)]
 
 
-def token_windows(texts: Iterable[str], tokenizer, length: int) -> torch.Tensor:
-    """Non-overlapping windows (n, length) int64 of the whole text: documents joined by a blank line, tokenised
-    without special tokens; the last, short window is dropped. TextError where there is not one."""
-    ids = _encode(tokenizer, "\n\n".join(texts))
+def joiner_of(source: str) -> str:
+    """What stands between the documents of a source in `token_windows`."""
+    return HUB[source].joiner if source in HUB else "\n\n"
+
+
+def token_windows(texts: Iterable[str], tokenizer, length: int, joiner: str = "\n\n") -> torch.Tensor:
+    """Non-overlapping windows (n, length) int64 of the whole text: documents joined and tokenised without special
+    tokens; the last, short window is dropped. TextError where there is not one."""
+    ids = _encode(tokenizer, joiner.join(texts))
     count = len(ids) // length
     if count == 0:
         raise TextError(
@@ -161,14 +179,14 @@ def _local(path: Path) -> Iterator[str]:
 def _hub(name: str, split: str) -> Iterator[str]:
     from datasets import load_dataset
 
-    repository, configuration, splits, column, limit = HUB[name]
+    text = HUB[name]
+    where = dict(split=text.splits[split], revision=text.revision, streaming=True)
     try:
-        rows = load_dataset(repository, configuration, split=splits[split], streaming=True)
-        for row in islice(rows, limit):
-            yield row[column]
+        for row in islice(load_dataset(text.repository, text.configuration, **where), text.documents):
+            yield row[text.column]
     except Exception as error:  # network, hub and parser errors of many kinds
         raise TextError(
-            f"{name}: {repository} could not be read from the hub ({error}); without network give a local file, "
+            f"{name}: {text.repository} could not be read from the hub ({error}); without network give a local file, "
             "for example calibration.dataset=FILE"
         ) from error
 
