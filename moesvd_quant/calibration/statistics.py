@@ -127,24 +127,3 @@ def outlier_share(magnitudes: torch.Tensor, magnitude_sum: torch.Tensor, thresho
     here = counts.gather(1, index[:, None])[:, 0]
     share = above.gather(1, index[:, None])[:, 0] - here * (edge - index)
     return torch.where(total > 0, share / total.clamp(min=1), 0.0)
-
-
-def shrink(gram: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Gram matrices (E, n, n) of experts, each with n tokens' worth of the layer's pooled one added.
-
-    So that an expert with few tokens (or none) is judged like its layer, and one with many hardly changes.
-    The sums stay sums: a frequent expert keeps its weight. ValueError where no expert saw a token.
-    """
-    total = int(tokens.sum())
-    if total == 0:
-        raise ValueError("no calibration token reached any expert of this layer")
-    return gram + gram.sum(0) * (gram.shape[-1] / total)
-
-
-def coverage(tokens: torch.Tensor, features: int) -> dict[str, list[int]]:
-    """Experts whose statistics are weak: {"none": at most one token, "few": fewer tokens than features}."""
-    counts = tokens.tolist()
-    return {
-        "none": [e for e, n in enumerate(counts) if n <= 1],
-        "few": [e for e, n in enumerate(counts) if 1 < n < features],
-    }

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..calibration.statistics import coverage, shrink
+from ..calibration.metric import blend, coverage
 from ..calibration.store import Statistics
 from ..model.experts import find_experts
 from ..model.stream import StreamedModel
@@ -38,11 +38,11 @@ class Plan:
     decisions: dict = field(default_factory=dict)
 
 
-def expert_grams(statistics: dict, path: str, device) -> dict[str, torch.Tensor]:
-    """Gram matrix (E, in, in) of each projection, poorly sampled experts shrunk toward their layer."""
+def expert_grams(statistics: dict, path: str, device, metric=blend) -> dict[str, torch.Tensor]:
+    """Gram matrices (E, in, in) that each projection's errors are judged by; `metric` is `blend` or `shrink`."""
     tokens = statistics[f"{path}/tokens"]
     try:
-        gram_in, gram_mid = (shrink(statistics[f"{path}/{k}"], tokens) for k in ("gram_in", "gram_mid"))
+        gram_in, gram_mid = (metric(statistics[f"{path}/{k}"], tokens) for k in ("gram_in", "gram_mid"))
     except ValueError as error:
         raise StageError(f"{path}: {error}; give more or other calibration text") from error
     gram_in, gram_mid = gram_in.to(device), gram_mid.to(device)

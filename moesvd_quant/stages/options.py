@@ -46,7 +46,7 @@ class GptqOptions(StageOptions):
         "auto", description="input features per scale; auto: the largest of 128, 64, 32 that divides"
     )
     sym: bool = Field(False, description="symmetric grid: no zeros are stored (needed by most kernels)")
-    damp: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description="share of the mean added to the Hessian")
+    damp: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of the mean added to the Hessian")
     attention: bool = Field(True, description="attention, shared-expert and dense-layer linears as well")
     lm_head: bool = Field(False, description="the output head as well")
     rtn: bool = Field(False, description="round to nearest instead of GPTQ: the baseline")

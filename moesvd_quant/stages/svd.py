@@ -3,6 +3,7 @@
 import torch
 
 from ..allocate import DENSE, Group, global_ranks, level_ranks
+from ..calibration.metric import blend, shrink
 from ..calibration.statistics import outlier_share
 from ..decompose.sensitivity import layer_sensitivity, principal_rank, sampling_frequency, select_layers
 from ..decompose.sharing import left_count, literal, share_and_trim
@@ -51,6 +52,11 @@ def _survey(context: Context) -> dict[str, dict]:
             survey[f"{name}.{path}"] = entry
         parent.drop_layer(index)
     return survey
+
+
+def _metric(options):
+    """The published methods are judged, and factorized, by each expert's own inputs."""
+    return blend if options.method == "global" else shrink
 
 
 def _spectra(experts, grams):
@@ -134,7 +140,7 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
     report = {}
     for path, native in list(find_experts(layer)):
         full = f"{context.parent.layer_names[index]}.{path}"
-        grams = expert_grams(statistics, path, context.device)
+        grams = expert_grams(statistics, path, context.device, _metric(context.options))
         weights = split_projections(native)
         frequency = sampling_frequency(statistics[f"{path}/tokens"], context.statistics.windows.numel())
         layout, banks = plan.layout["experts"][full], {}

@@ -5,7 +5,8 @@ import torch
 from tiny import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
-from moesvd_quant.calibration.statistics import LayerRecorder, coverage, outlier_share, shrink
+from moesvd_quant.calibration.metric import DIAGONAL, FREQUENCY, OWN, POOLED, blend, coverage, shrink
+from moesvd_quant.calibration.statistics import LayerRecorder, outlier_share
 from moesvd_quant.calibration.store import linear_gram
 from moesvd_quant.model.experts import find_experts, split_projections
 from moesvd_quant.model.stream import StreamedModel
@@ -97,3 +98,29 @@ def test_shrink_moves_unseen_experts_to_the_layer_and_leaves_seen_ones():
     assert coverage(tokens, 6) == {"none": [2, 3], "few": []}
     with pytest.raises(ValueError, match="no calibration token"):
         shrink(gram, torch.zeros(4, dtype=torch.long))
+
+
+def test_blend_is_the_expected_error_over_three_kinds_of_inputs():
+    """tr(D M D^T) is the mean squared output error, each kind of input drawn with its share."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(count, 5, generator=generator, dtype=torch.float64) * scale
+        for count, scale in ((9000, 1), (3000, 3))
+    ]
+    gram, tokens = torch.stack([x.T @ x for x in inputs]), torch.tensor([9000, 3000])
+    delta = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    everything = torch.cat(inputs)
+    shuffled = torch.stack([column[torch.randperm(12000, generator=generator)] for column in everything.T], 1)
+    weights = (tokens + 5.0) / (tokens + 5.0).mean()
+    for expert, metric in enumerate(blend(gram, tokens)):
+        errors = [float(((x @ delta.T) ** 2).sum(1).mean()) for x in (inputs[expert], everything, shuffled)]
+        expected = float(weights[expert]) ** FREQUENCY * (OWN * errors[0] + POOLED * errors[1] + DIAGONAL * errors[2])
+        assert float(((delta @ metric) * delta).sum()) == pytest.approx(expected, rel=0.02)
+    assert pytest.approx(1) == OWN + POOLED + DIAGONAL
+
+
+def test_an_expert_without_tokens_is_judged_like_its_layer():
+    gram = torch.stack([torch.eye(3) * 600, torch.zeros(3, 3)])
+    metric = blend(gram, torch.tensor([600, 0]))
+    assert torch.allclose(metric[1] / metric[1].trace(), torch.eye(3) / 3)
+    assert 0 < metric[1].trace() < metric[0].trace()

@@ -1,0 +1,69 @@
+"""The README is true: its commands run, its table is the demo's, its recipes and links exist."""
+
+import random
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from moesvd_quant import cli
+from moesvd_quant.recipe import load_recipe, shipped
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def commands():
+    block = README.split("## Use")[1].split("```sh\n")[1].split("```")[0]
+    return [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
+
+
+def test_every_command_of_the_readme_runs(make_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw = random.Random(0)
+    for name, count in (("mine.txt", 350_000), ("held-out.txt", 3000)):
+        Path(name).write_text("".join(draw.choices("abc def ghi", k=count)))
+    assert len(commands()) == 8
+    for command in commands():
+        command = [str(make_model("mixtral")) if part == "MODEL" else part for part in command]
+        monkeypatch.setattr("sys.argv", ["moesvd", *command])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code, (command, capsys.readouterr().err)
+    assert Path("out/plot.png").is_file() and Path("plain/model.safetensors").is_file()
+
+
+def test_the_recipe_and_every_named_one_are_valid(tmp_path):
+    (tmp_path / "mine.yaml").write_text(README.split("```yaml\n")[1].split("```")[0])
+    assert [s.name for s in load_recipe(tmp_path / "mine.yaml").stages] == ["svd", "gptq"]
+    table = README.split("| recipe |")[1].split("\n\n")[0]
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`([\w-]+)`", row.split("|")[1])}
+    assert named == {name for name, _ in shipped()}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+def test_functions_named_in_the_method_notes_exist():
+    import importlib
+
+    names = re.findall(r"`((?:decompose|calibration|allocate)[\w.]*\.\w+)`", (ROOT / "docs/moe-svd.md").read_text())
+    assert len(names) >= 10
+    for name in names:
+        module, function = name.rsplit(".", 1)
+        assert hasattr(importlib.import_module(f"moesvd_quant.{module}"), function), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_table_of_the_readme_is_what_the_demo_prints(tmp_path):
+    from moesvd_quant.evaluation.table import render
+
+    from moesvd_quant.demo import run_demo
+
+    table = README.split("<!-- demo table: begin -->\n")[1].split("<!-- demo table: end -->")[0]
+    assert render(run_demo(tmp_path)[1], "markdown") == table
