@@ -1,100 +1,108 @@
-"""Which rank every expert matrix gets under one budget of parameters. Pure functions on spectra."""
+"""What every expert matrix becomes under one budget. Pure functions on tables of choices."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-RANK_STEP = 16
 Key = TypeVar("Key", bound=Hashable)
-DENSE = -1  # in place of a rank: the matrix stays as it is
-MAX_RANKS = 4  # distinct ranks per layer and projection: each is one tensor and one grouped product
+RANK_STEP = 16
+DENSE = -1  # in place of a rank: the matrix stays whole
+FLOAT = 16  # in place of bits: not quantized
+MAX_RANKS = 4  # distinct choices per layer and projection: each is one tensor and one grouped product
+
+
+class Choice(NamedTuple):
+    rank: int  # 0: no matrix at all; DENSE
+    bits: int = FLOAT
+
+
+NOTHING = Choice(0)
 
 
 @dataclass(frozen=True)
-class Group:
-    """The matrices of one projection of one layer.
+class Table:
+    """Choices of the matrices of one projection of one layer; the first is NOTHING.
 
-    spectra: (experts, min(out, in)) squared whitened singular values, largest first; shape: (out, in).
+    costs: (choices,) in the unit of the budget; errors: (experts, choices), as shares of the energy of all experts.
     """
 
-    spectra: np.ndarray
-    shape: tuple[int, int]
-
-    def ranks(self) -> list[int]:
-        """Ranks worth having: multiples of RANK_STEP that cost less than the matrix, then DENSE."""
-        out, in_features = self.shape
-        limit = min(min(self.shape), -(-out * in_features // (out + in_features)) - 1)
-        return [*range(0, limit + 1, RANK_STEP), DENSE]
-
-    def costs(self) -> np.ndarray:
-        """Parameters of each option of `ranks`."""
-        out, in_features = self.shape
-        return np.array([out * in_features if r == DENSE else r * (out + in_features) for r in self.ranks()])
-
-    def errors(self) -> np.ndarray:
-        """(experts, options) energy lost, as a share of the energy of all experts of the group."""
-        total = self.spectra.sum()
-        kept = np.concatenate([np.zeros((len(self.spectra), 1)), self.spectra.cumsum(1)], 1)
-        lost = kept[:, -1:] - kept[:, [r for r in self.ranks() if r != DENSE]]
-        lost = np.concatenate([lost, np.zeros((len(lost), 1))], 1)
-        return lost / total if total > 0 else lost
+    choices: list[Choice]
+    costs: np.ndarray
+    errors: np.ndarray
 
 
-def global_ranks(groups: dict[Key, Group], budget: int) -> dict[Key, list[int]]:
-    """Ranks (or DENSE) of each expert of each group: least summed error with at most `budget` parameters.
+def useful_ranks(shape: tuple[int, int]) -> list[int]:
+    """Multiples of RANK_STEP whose factors hold fewer parameters than the matrix (out, in)."""
+    out, in_features = shape
+    limit = min(min(shape), -(-out * in_features // (out + in_features)) - 1)
+    return list(range(RANK_STEP, limit + 1, RANK_STEP))
 
-    One price per parameter for all matrices of the model (a global threshold on energy per parameter),
-    found by bisection; then whatever still fits is spent where it helps most. At most MAX_RANKS distinct
-    non-zero options per group. ValueError where the budget is negative.
+
+def rank_table(spectra: np.ndarray, shape: tuple[int, int]) -> Table:
+    """Costs in parameters. spectra (experts, min(out, in)): squared whitened singular values, largest first."""
+    ranks = useful_ranks(shape)
+    total = spectra.sum()
+    kept = np.concatenate([np.zeros((len(spectra), 1)), spectra.cumsum(1)], 1)
+    lost = kept[:, -1:] - kept[:, [0, *ranks]]
+    errors = np.concatenate([lost, np.zeros((len(lost), 1))], 1)
+    costs = np.array([0, *(rank * sum(shape) for rank in ranks), shape[0] * shape[1]], dtype=float)
+    choices = [NOTHING, *(Choice(rank) for rank in ranks), Choice(DENSE)]
+    return Table(choices, costs, errors / total if total > 0 else errors)
+
+
+def allocate(tables: dict[Key, Table], budget: float) -> dict[Key, list[Choice]]:
+    """A choice for each expert of each group: least summed error at a cost of at most `budget`.
+
+    One price per unit of cost for all matrices of the model, found by bisection; then whatever still fits is spent
+    where it helps most. At most MAX_RANKS distinct choices (besides NOTHING) per group. ValueError below zero.
     """
     if budget < 0:
-        raise ValueError(f"a budget of {budget} parameters cannot be met")
-    tables = {name: (group.errors(), group.costs().astype(float)) for name, group in groups.items()}
+        raise ValueError(f"a budget of {budget:.0f} cannot be met")
 
     def solve(price):
-        return {name: _choose(errors, costs, price) for name, (errors, costs) in tables.items()}
+        return {name: _choose(table, price) for name, table in tables.items()}
 
-    def spent(choices):
-        return sum(tables[name][1][chosen].sum() for name, chosen in choices.items())
+    def spent(chosen):
+        return sum(tables[name].costs[indices].sum() for name, indices in chosen.items())
 
-    low, high = 1e-16, 1.0  # prices: error per parameter; at `high` everything is rank 0
+    low, high = 1e-16, 1.0  # prices: error per unit of cost; at `high` nothing is worth having
     best = solve(high)
     for _ in range(60):
         middle = (low * high) ** 0.5
-        choices = solve(middle)
-        if spent(choices) > budget:
+        chosen = solve(middle)
+        if spent(chosen) > budget:
             low = middle
         else:
-            high, best = middle, choices
+            high, best = middle, chosen
     _spend_rest(best, tables, budget - spent(best))
-    return {name: [groups[name].ranks()[i] for i in chosen] for name, chosen in best.items()}
+    return {name: [tables[name].choices[i] for i in indices] for name, indices in best.items()}
 
 
-def _choose(errors: np.ndarray, costs: np.ndarray, price: float) -> np.ndarray:
-    """Option of each expert at a price per parameter, with few distinct ones."""
-    objective = errors + price * costs
+def _choose(table: Table, price: float) -> np.ndarray:
+    """Choice of each expert at a price, with few distinct ones."""
+    objective = table.errors + price * table.costs
     chosen = objective.argmin(1)
     allowed = sorted(set(chosen.tolist()) | {0})
-    while len(allowed) > MAX_RANKS + 1:  # option 0 is rank 0, which is no tensor
+    while len(allowed) > MAX_RANKS + 1:
         trials = [[o for o in allowed if o != gone] for gone in allowed[1:]]
         losses = [objective[:, trial].min(1).sum() for trial in trials]
         allowed = trials[int(np.argmin(losses))]
     return np.array(allowed)[objective[:, allowed].argmin(1)]
 
 
-def _spend_rest(choices, tables, rest: float) -> None:
-    """Moves single experts to a dearer option, best gain per parameter first, while one is affordable. An
-    option that its group has not yet is open as long as the group has fewer than MAX_RANKS."""
+def _spend_rest(chosen, tables, rest: float) -> None:
+    """Moves single experts to a dearer choice, best gain per cost first, while one is affordable. A choice that
+    its group has not yet is open as long as the group has fewer than MAX_RANKS."""
     while True:
         best, where = 0.0, None
-        for name, chosen in choices.items():
-            errors, costs = tables[name]
-            here = set(chosen.tolist()) | {0}
+        for name, now in chosen.items():
+            errors, costs = tables[name].errors, tables[name].costs
+            here = set(now.tolist()) | {0}
             options = np.array(sorted(here) if len(here) > MAX_RANKS else range(len(costs)))
-            extra = costs[options] - costs[chosen][:, None]
-            gain = errors[np.arange(len(chosen)), chosen][:, None] - errors[:, options]
+            extra = costs[options] - costs[now][:, None]
+            gain = errors[np.arange(len(now)), now][:, None] - errors[:, options]
             rate = np.where((extra > 0) & (extra <= rest), gain / np.maximum(extra, 1), 0)
             expert, option = np.unravel_index(rate.argmax(), rate.shape)
             if rate[expert, option] > best:
@@ -102,7 +110,7 @@ def _spend_rest(choices, tables, rest: float) -> None:
         if where is None:
             return
         name, expert, option, extra = where
-        choices[name][expert] = option
+        chosen[name][expert] = option
         rest -= extra
 
 

@@ -3,7 +3,7 @@ its checkpoint (`model/modeling_moesvd.py` explains it)."""
 
 import copy
 
-from .allocate import DENSE
+from .allocate import DENSE, Choice
 from .model.modeling_moesvd import FORMAT, FactorizedExperts
 from .model.stream import StreamedModel
 
@@ -37,6 +37,17 @@ def parts_by_rank(ranks: list[int]) -> list[dict]:
         experts = [e for e, r in enumerate(ranks) if r == rank]
         parts.append(dense_part(experts) if rank == DENSE else factor_part(experts, rank))
     return parts
+
+
+def parts_by_choice(choices: list[Choice]) -> tuple[list[dict], list[int]]:
+    """Parts of a projection whose experts have these ranks and widths, and the bits of each part."""
+    distinct = sorted({choice for choice in choices if choice.rank}, reverse=True)
+    users = [[e for e, choice in enumerate(choices) if choice == wanted] for wanted in distinct]
+    parts = [
+        dense_part(experts) if choice.rank == DENSE else factor_part(experts, choice.rank)
+        for choice, experts in zip(distinct, users)
+    ]
+    return parts, [choice.bits for choice in distinct]
 
 
 def dense_layout(experts_count: int, projections) -> dict:

@@ -3,10 +3,11 @@
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
@@ -64,6 +65,25 @@ class Evaluate(_Part):
         return value
 
 
+class Budget(NamedTuple):
+    """amount in bytes of all files ("bytes"), or in bits per original expert weight ("bpw")."""
+
+    amount: float
+    unit: Literal["bytes", "bpw"]
+
+
+UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "B": 1}
+
+
+def parse_budget(text: str) -> Budget:
+    """`20GB`, `512MiB`, `1.5bpw`; ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    unit = found[2].upper() if found else ""
+    if not found or float(found[1]) <= 0 or (unit != "BPW" and unit not in UNITS):
+        raise ValueError(f"{text!r} is no budget; write bytes (20GB, 512MiB) or bits per expert weight (1.5bpw)")
+    return Budget(float(found[1]), "bpw") if unit == "BPW" else Budget(float(found[1]) * UNITS[unit], "bytes")
+
+
 class Stage(_Part):
     name: str
     options: SerializeAsAny[StageOptions]
@@ -79,6 +99,14 @@ class Recipe(_Part):
     stages: tuple[Stage, ...]
     evaluate: Evaluate = Evaluate()
     keep: Literal["all", "last"] = "all"
+    budget: str | None = None  # what decides where stages leave ratio or bits open; see `parse_budget`
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, value):
+        if value is not None:
+            parse_budget(value)
+        return value
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; loads back equal."""
@@ -92,6 +120,7 @@ class Recipe(_Part):
             "seed": self.seed,
             "calibration": self.calibration.model_dump(),
             "stages": [{s.name: s.options.model_dump()} for s in self.stages],
+            "budget": self.budget,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -158,6 +187,16 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     body = {k: v for k, v in content.items() if k != "stages"}
     name = path.stem if is_file else str(source)
     recipe = _validate(Recipe, body | {"name": name, "stages": stages}, (), place, problems)
+    open_stages = [(i, s.name) for i, s in enumerate(stages) if s.options.is_open()]
+    if content.get("budget") is None:
+        for index, stage in open_stages:
+            key = {"svd": "ratio", "gptq": "bits"}[stage]
+            where_ = place(("stages", index, stage))
+            problems.append(f"{where_}: stages[{index}].{stage}.{key}: is required, or give a budget (20GB, 1.5bpw)")
+    elif stages and not open_stages:
+        problems.append(
+            f"{place(('budget',))}: budget: nothing is left for it to decide; leave svd.ratio or gptq.bits out"
+        )
     if problems:
         raise RecipeError("\n".join(problems))
     return recipe

@@ -88,7 +88,7 @@ class StageWork:
         check = self._verify(plan, outputs)
         origin = finish.origin_of(self.run.model)
         manifest = {
-            "name": "-".join([*origin["names"], *(_label(s) for s in self.run.recipe.stages[: self.index + 1])]),
+            "name": self._name(origin["names"]),
             "base_model": self.run.recipe.model or origin["base_model"],
             "licence": finish.licence_of(self.run.model),
             "stages": self.run.key(self.index)["stages"],
@@ -105,6 +105,12 @@ class StageWork:
         for name in notes:
             self.note(name).unlink()
         commit_folder(self.folder, final)
+
+    def _name(self, before: list[str]) -> str:
+        """Short name in tables: svd40-gptq3, or svd-gptq@2.3bpw where a budget decided."""
+        stages = self.run.recipe.stages[: self.index + 1]
+        budget = f"@{self.run.recipe.budget}" if any(s.options.is_open() for s in stages) else ""
+        return "-".join([*before, *(_label(s) for s in stages)]) + budget
 
     def _describe(self, plan: Plan) -> None:
         files = by_file(planned_model(self.parent, plan.layout), self.parent.layer_names)
@@ -145,7 +151,8 @@ def _label(stage) -> str:
     options = stage.options
     if stage.name == "svd":
         method = {"global": "svd", "uniform": "svd-llm", "paper": "moe-svd-paper"}[options.method]
-        return f"{method}{round(options.ratio * 100)}"
+        literal = "-literal" if options.literal else ""
+        return f"{method}{literal}{'' if options.ratio is None else round(options.ratio * 100)}"
     if stage.name == "gptq":
-        return f"{'rtn' if options.rtn else 'gptq'}{options.bits}"
+        return f"{'rtn' if options.rtn else 'gptq'}{options.bits or ''}"
     return stage.name

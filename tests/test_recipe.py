@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from moesvd_quant.recipe import RecipeError, load_recipe, read_shipped, shipped
+from moesvd_quant.recipe import RecipeError, load_recipe, parse_budget, read_shipped, shipped
 
 GOOD = """\
 seed: 3
@@ -42,11 +42,29 @@ def test_every_shipped_recipe_loads_and_says_what_it_is(name):
 
 
 @pytest.mark.parametrize(
+    "text,budget",
+    [("20GB", (20e9, "bytes")), ("512 MiB", (2**29, "bytes")), ("1.5bpw", (1.5, "bpw")), ("7b", (7, "bytes"))],
+)
+def test_budgets(text, budget):
+    assert parse_budget(text) == budget
+
+
+@pytest.mark.parametrize("text", ["20", "GB", "-1GB", "0bpw", "1,5bpw", "2 GB 3"])
+def test_no_budgets(text):
+    with pytest.raises(ValueError, match="is no budget"):
+        parse_budget(text)
+
+
+@pytest.mark.parametrize(
     "text,messages",
     [
         ("stages: [{svd: {ratio: 1.7}}]", ["mine.yaml:1: stages[0].svd.ratio: 1.7 is not between 0 and 1"]),
         ("stages:\n  - svd: {ratoi: 0.4}", ["mine.yaml:2: stages[0].svd.ratoi: unknown key; did you mean 'ratio'?"]),
-        ("stages:\n  - svd: {ratoi: 0.4}", ["mine.yaml:2: stages[0].svd.ratio: is required"]),
+        ("stages:\n  - svd", ["mine.yaml:2: stages[0].svd.ratio: is required, or give a budget (20GB, 1.5bpw)"]),
+        ("stages:\n  - gptq: {}", ["mine.yaml:2: stages[0].gptq.bits: is required, or give a budget"]),
+        ("stages: [{svd: {method: paper}}]", ["ratio: is required"]),
+        ("budget: 20 apples\nstages: [svd]", ["mine.yaml:1: budget: '20 apples' is no budget; write bytes (20GB"]),
+        ("stages: [{gptq: {bits: 4}}]\nbudget: 2bpw", ["mine.yaml:2: budget: nothing is left for it to decide"]),
         ("sede: 1\nstages: [svd]", ["mine.yaml:1: sede: unknown key; did you mean 'seed'?"]),
         ("stages: [svdd]", ["mine.yaml:1: stages[0]: unknown stage 'svdd'; did you mean 'svd'?"]),
         ("stages:\n - gptq: {bits: 5}", ["mine.yaml:2: stages[0].gptq.bits:", "2, 3, 4 or 8", "got 5"]),

@@ -53,7 +53,7 @@ def logits_without_experts(folder, ids):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_svd_gptq4_on_every_architecture(architecture, make_model, tmp_path, small):
     folder = make_model(architecture)
-    run = make("svd-gptq4", folder, tmp_path, small)
+    run = make("svd-gptq4", folder, tmp_path, small, "svd.ratio=0.2")  # random weights have no redundancy to find
     forecasts = plan_run(run)
     checkpoints = run.run()
     ids = run.windows[:4]
@@ -69,7 +69,7 @@ def test_svd_gptq4_on_every_architecture(architecture, make_model, tmp_path, sma
     stored = [name for name, p in model.named_parameters() if p.dtype == torch.uint8]
     assert any(isinstance(m, PackedLinear) for m in model.modules()) and stored
     manifest = json.loads((checkpoints[1] / "moesvd.json").read_text())
-    assert manifest["accounting"]["expert_ratio"] == pytest.approx(0.4, abs=0.05)
+    assert manifest["accounting"]["expert_ratio"] == pytest.approx(0.2, abs=0.05)
     assert {"key", "recipe", "decisions", "errors", "digests", "check", "accounting"} <= manifest.keys()
 
 

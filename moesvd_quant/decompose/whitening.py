@@ -14,26 +14,48 @@ def gram_root(gram: torch.Tensor) -> torch.Tensor:
     return vectors * values.clamp(min=0).sqrt()
 
 
+def _directions(weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared whitened singular values (k,), largest first, and U^T W (k, in) with U the left singular vectors, both
+    float64, k = min(out, in); only the smaller side is decomposed."""
+    weight, gram = weight.double(), gram.double()
+    if weight.shape[0] <= weight.shape[1]:
+        values, u = torch.linalg.eigh(weight @ gram @ weight.T)
+        return values.flip(0).clamp(min=0), u.flip(1).T @ weight
+    root, product = gram_root(gram), weight.T @ weight
+    values, v = torch.linalg.eigh(root.T @ product @ root)
+    values, v = values.flip(0).clamp(min=0), v.flip(1)
+    scale = values.clamp(min=values[0].clamp(min=1e-300) * 1e-24).sqrt()
+    return values, (root @ v).T @ product / scale[:, None]
+
+
 def whitened_spectrum(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Squared singular values (min(out, in),) float64 of weight @ gram_root(gram), largest first.
 
     weight (out, in), gram (in, in). The sum of the first r is the energy a rank-r factorization keeps.
     """
-    weight = weight.double()
+    weight, gram = weight.double(), gram.double()
     if weight.shape[0] <= weight.shape[1]:
-        inner = weight @ gram.double() @ weight.T
+        inner = weight @ gram @ weight.T
     else:
-        whitened = weight @ gram_root(gram)
-        inner = whitened.T @ whitened
+        root = gram_root(gram)
+        inner = root.T @ (weight.T @ weight) @ root
     return torch.linalg.eigvalsh(inner).flip(0).clamp(min=0)
+
+
+def whitened_profile(weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`whitened_spectrum`, and the norms (k,) of the rows U_i^T W of the right factor before balancing."""
+    spectrum, rows = _directions(weight, gram)
+    return spectrum, rows.norm(dim=1)
 
 
 def output_basis(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> torch.Tensor:
     """U_r (out, rank) float64, orthonormal: leading left singular vectors of weight @ gram_root(gram)."""
-    weight = weight.double()
+    weight, gram = weight.double(), gram.double()
     if weight.shape[0] <= weight.shape[1]:
-        return torch.linalg.eigh(weight @ gram.double() @ weight.T)[1].flip(1)[:, :rank].contiguous()
-    return torch.linalg.svd(weight @ gram_root(gram), full_matrices=False)[0][:, :rank].contiguous()
+        return torch.linalg.eigh(weight @ gram @ weight.T)[1].flip(1)[:, :rank].contiguous()
+    root = gram_root(gram)
+    v = torch.linalg.eigh(root.T @ (weight.T @ weight) @ root)[1].flip(1)[:, :rank]
+    return torch.linalg.qr(weight @ (root @ v))[0]  # its columns are orthogonal already, unless their values vanish
 
 
 def whitened_svd(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,6 +58,11 @@ def resolve_group_size(group_size: int | str, columns: int, rank_axis: bool = Fa
     return int(group_size)
 
 
+def quant_format(options, columns: int, rank_axis: bool, bits: int) -> dict:
+    """The layout's description of a packed bank with this many columns; `options` are those of stage gptq."""
+    return {"bits": bits, "group_size": resolve_group_size(options.group_size, columns, rank_axis), "sym": options.sym}
+
+
 def gptq(weight: torch.Tensor, gram: torch.Tensor, quant: dict, damp: float) -> PackedMatrix:
     """Quantizes weight (out, in) for inputs with Gram matrix gram (in, in).
 

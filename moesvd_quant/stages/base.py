@@ -28,14 +28,24 @@ class Context:
     seed: int
     device: torch.device
     progress: Progress = lambda done, total: None
+    # Of a recipe with a budget: bytes for the routed experts at its end, what the stage before left to this one, the
+    # options of a gptq stage to come, and tables that one plan made and the next may use.
+    budget: float | None = None
+    widths: dict = field(default_factory=dict)
+    gptq: Any = None
+    memo: dict = field(default_factory=dict)
 
 
 @dataclass
 class Plan:
-    """What a stage will do: the layout of its output, and why (per layer, in words and figures)."""
+    """What a stage will do: the layout of its output, and why (per layer, in words and figures).
+
+    widths: bits planned for each part of each projection, {path: {projection: [bits]}}, for a gptq stage to come.
+    """
 
     layout: dict
     decisions: dict = field(default_factory=dict)
+    widths: dict = field(default_factory=dict)
 
 
 def expert_grams(statistics: dict, path: str, device, metric=blend) -> dict[str, torch.Tensor]:

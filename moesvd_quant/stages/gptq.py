@@ -4,25 +4,31 @@ import hashlib
 
 import torch
 
+from ..calibration.metric import blend, shrink
 from ..calibration.store import linear_gram
 from ..decompose.whitening import whitened_error
 from ..layout import layout_of, projections_of
 from ..model.experts import dense_weights, expert_count, find_experts, find_linears, shapes_of
 from ..model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
 from ..quantize.factors import quantize_factors
-from ..quantize.gptq import PackedMatrix, QuantizeError, gptq, resolve_group_size, round_to_nearest
+from ..quantize.gptq import PackedMatrix, QuantizeError, gptq, quant_format, round_to_nearest
+from .allocation import plan_budget
 from .base import Context, Plan, StageError, expert_grams, require_experts, weak_experts
+
+OTHER_BITS = 4  # of linears outside the experts, where a budget decides about the experts
 
 
 def plan(context: Context) -> Plan:
     """The parent's layout with every bank of every expert, and the other linears, packed."""
     parent, options = context.parent, context.options
     require_experts(parent)
-    layout, kept = layout_of(parent), {}
+    made = plan_budget(context, ranks=False) if options.is_open() and not context.widths else Plan(layout_of(parent))
+    widths, layout, kept = context.widths or made.widths, made.layout, {}
     for layer, name in zip(parent.decoder.layers, parent.layer_names):
         for path, experts in find_experts(layer):
             full = f"{name}.{path}"
-            layout["experts"][full] = _packed_experts(experts, full, options)
+            parts = layout["experts"].setdefault(full, projections_of(experts))
+            _pack_experts(parts, shapes_of(experts), full, options, widths.get(full))
         for path, linear in find_linears(layer):
             full = f"{name}.{path}"
             if isinstance(linear, PackedLinear):
@@ -38,29 +44,29 @@ def plan(context: Context) -> Plan:
         if "lm_head.weight" in (getattr(parent.model, "all_tied_weights_keys", None) or {}):
             raise StageError("lm_head: is tied to the embeddings of this model and cannot be quantized alone")
         layout["linears"]["lm_head"] = _quant(options, head.in_features, "lm_head")
-    return Plan(layout, {"kept in 16 bit": kept} if kept else {})
+    if kept:
+        made.decisions["kept in 16 bit"] = kept
+    return made
 
 
-def _quant(options, columns: int, where: str, rank_axis: bool = False) -> dict:
+def _quant(options, columns: int, where: str, rank_axis: bool = False, bits: int | None = None) -> dict:
     try:
-        size = resolve_group_size(options.group_size, columns, rank_axis)
+        return quant_format(options, columns, rank_axis, bits or options.bits or OTHER_BITS)
     except QuantizeError as error:
         raise StageError(f"{where}: {error}") from error
-    return {"bits": options.bits, "group_size": size, "sym": options.sym}
 
 
-def _packed_experts(experts, full: str, options) -> dict:
-    layout, shapes = projections_of(experts), shapes_of(experts)
+def _pack_experts(layout: dict, shapes: dict, full: str, options, widths: dict | None) -> None:
+    """Sets how each bank of an experts module is packed; widths: {projection: bits of each part}."""
     for name, parts in layout.items():
-        for part in parts:
+        for i, part in enumerate(parts):
             if part["quant"]:
                 raise StageError(f"{full}.{name}: is quantized already")
-            banks = part_banks(part, *shapes[name])
+            bits = widths[name][i] if widths else None
             part["quant"] = {
-                bank: _quant(options, shape[-1], f"{full}.{name}", rank_axis=bank == "left")
-                for bank, shape in banks.items()
+                bank: _quant(options, shape[-1], f"{full}.{name}", bank == "left", bits)
+                for bank, shape in part_banks(part, *shapes[name]).items()
             }
-    return layout
 
 
 def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
@@ -68,8 +74,9 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
     name, report = context.parent.layer_names[index], {}
     for path, experts in list(find_experts(layer)):
         full = f"{name}.{path}"
-        grams = expert_grams(statistics, path, context.device)
-        made, errors = _quantize_experts(context, full, experts, grams, plan.layout["experts"][full])
+        # A whole matrix loses little everywhere: its own inputs tell best. Factors have to choose what to keep.
+        own, blended = (expert_grams(statistics, path, context.device, metric) for metric in (shrink, blend))
+        made, errors = _quantize_experts(context, full, experts, own, blended, plan.layout["experts"][full])
         layer.set_submodule(path, made)
         report[full] = errors | {"weak_experts": weak_experts(statistics, path)}
     for path, linear in list(find_linears(layer)):
@@ -114,7 +121,7 @@ def _quantize_linear(context, where, linear, gram, quant):
     return made, whitened_error(linear.weight, packed.dense(), gram)
 
 
-def _quantize_experts(context, full, experts, grams, layout):
+def _quantize_experts(context, full, experts, own, blended, layout):
     count = expert_count(experts)
     targets: dict[str, list] = {name: [None] * count for name in layout}
     for expert in range(count):
@@ -124,13 +131,14 @@ def _quantize_experts(context, full, experts, grams, layout):
     for name, parts in layout.items():
         for i, part in enumerate(parts):
             key = f"{name}_{i}"
+            grams = own if "dense" in part else blended
             for bank, packed in _quantize_part(context, full, name, i, part, experts, targets, grams).items():
                 banks[f"{key}_{bank}"] = packed
     made = FactorizedExperts(experts, layout)
     for key, packed in banks.items():
         _fill(made, key, packed, stacked=True)
     errors = {
-        name: [whitened_error(targets[name][e], made.dense(name, e), grams[name][e]) for e in range(count)]
+        name: [whitened_error(targets[name][e], made.dense(name, e), own[name][e]) for e in range(count)]
         for name in layout
     }
     return made, errors

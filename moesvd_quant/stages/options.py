@@ -8,6 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 class StageOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    def is_open(self) -> bool:
+        """Whether a budget has to decide something."""
+        return False
+
 
 class SvdOptions(StageOptions):
     method: Literal["global", "uniform", "paper"] = Field(
@@ -15,7 +19,9 @@ class SvdOptions(StageOptions):
         description="global: ranks by one threshold over the model; uniform: one rank share (SVD-LLM per "
         "expert); paper: MoE-SVD, sensitive layers kept, V shared, U trimmed",
     )
-    ratio: float = Field(description="fraction of routed-expert parameters removed, between 0 and 1")
+    ratio: float | None = Field(
+        None, description="fraction of routed-expert parameters removed, between 0 and 1; left open: the budget decides"
+    )
     keep_u: Annotated[int, Field(ge=1)] = Field(2, description="paper: left factors kept per layer (k of eq. 7)")
     principal_rank: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.01, description="paper: a singular value counts above this share of the largest (Algorithm 1)"
@@ -28,7 +34,7 @@ class SvdOptions(StageOptions):
     @field_validator("ratio")
     @classmethod
     def _ratio(cls, value):
-        if not 0 < value < 1:
+        if value is not None and not 0 < value < 1:
             raise ValueError(f"{value} is not between 0 and 1 (fraction of routed-expert parameters removed)")
         return value
 
@@ -37,11 +43,19 @@ class SvdOptions(StageOptions):
         given = self.model_fields_set & {"keep_u", "principal_rank", "outlier", "literal"}
         if given and self.method != "paper":
             raise ValueError(f"{', '.join(sorted(given))}: only with method: paper")
+        if self.method != "global" and self.ratio is None:
+            raise ValueError("ratio: is required (fraction of routed-expert parameters removed, between 0 and 1)")
         return self
+
+    def is_open(self) -> bool:
+        """Whether a budget has to decide something."""
+        return self.ratio is None
 
 
 class GptqOptions(StageOptions):
-    bits: Literal[2, 3, 4, 8] = Field(description="bits per weight")
+    bits: Literal[2, 3, 4, 8] | None = Field(
+        None, description="bits per weight; left open: the budget decides for each expert, other linears get 4"
+    )
     group_size: Literal["auto"] | int = Field(
         "auto", description="input features per scale; auto: the largest of 128, 64, 32 that divides"
     )
@@ -50,6 +64,10 @@ class GptqOptions(StageOptions):
     attention: bool = Field(True, description="attention, shared-expert and dense-layer linears as well")
     lm_head: bool = Field(False, description="the output head as well")
     rtn: bool = Field(False, description="round to nearest instead of GPTQ: the baseline")
+
+    def is_open(self) -> bool:
+        """Whether a budget has to decide something."""
+        return self.bits is None
 
     @field_validator("group_size")
     @classmethod

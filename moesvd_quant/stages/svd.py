@@ -2,7 +2,7 @@
 
 import torch
 
-from ..allocate import DENSE, Group, global_ranks, level_ranks
+from ..allocate import DENSE, allocate, level_ranks, rank_table
 from ..calibration.metric import blend, shrink
 from ..calibration.statistics import outlier_share
 from ..decompose.sensitivity import layer_sensitivity, principal_rank, sampling_frequency, select_layers
@@ -11,12 +11,15 @@ from ..decompose.whitening import whitened_error, whitened_spectrum, whitened_sv
 from ..layout import dense_layout, factor_part, layout_of, parts_by_rank
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
 from ..model.modeling_moesvd import FactorizedExperts
+from .allocation import plan_budget
 from .base import Context, Plan, StageError, expert_grams, require_experts, weak_experts
 
 
 def plan(context: Context) -> Plan:
     """Ranks of all experts under the ratio, by the method of the options."""
     require_experts(context.parent)
+    if context.options.is_open():
+        return plan_budget(context, ranks=True)
     survey = _survey(context)
     total = sum(entry["experts"] * out * i for entry in survey.values() for out, i in entry["shapes"].values())
     budget = int(total * (1 - context.options.ratio))
@@ -73,17 +76,17 @@ def _principal_ranks(experts, threshold):
 
 
 def _plan_global(survey, budget, options):
-    groups = {
-        (path, name): Group(spectra, entry["shapes"][name])
+    tables = {
+        (path, name): rank_table(spectra, entry["shapes"][name])
         for path, entry in survey.items()
         for name, spectra in entry["spectra"].items()
     }
-    ranks = global_ranks(groups, budget)
     layout: dict = {}
     decisions: dict = {}
-    for (path, name), chosen in ranks.items():
-        layout.setdefault(path, {})[name] = parts_by_rank(chosen)
-        decisions.setdefault(path, {}).setdefault("ranks", {})[name] = ["dense" if r == DENSE else r for r in chosen]
+    for (path, name), chosen in allocate(tables, budget).items():
+        ranks = [choice.rank for choice in chosen]
+        layout.setdefault(path, {})[name] = parts_by_rank(ranks)
+        decisions.setdefault(path, {}).setdefault("ranks", {})[name] = ["dense" if r == DENSE else r for r in ranks]
     return layout, decisions
 
 

@@ -8,6 +8,7 @@ from moesvd_quant.decompose.whitening import (
     gram_root,
     refit_left,
     whitened_error,
+    whitened_profile,
     whitened_spectrum,
     whitened_svd,
 )
@@ -85,3 +86,12 @@ def test_balance_keeps_the_product_and_levels_the_norms():
     a, b = balance(3 * left, right / 3)
     assert torch.allclose(a @ b, left @ right)
     assert torch.allclose(a.norm(dim=0), b.norm(dim=1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_profile_is_that_of_the_svd(shape):
+    weight, gram, _ = problem(shape)
+    u, s, _ = torch.linalg.svd(weight @ torch.linalg.cholesky(gram), full_matrices=False)
+    spectrum, norms = whitened_profile(weight, gram)
+    assert torch.allclose(spectrum, s**2, rtol=1e-8)
+    assert torch.allclose(norms, (u.T @ weight).norm(dim=1), rtol=1e-6)

@@ -1,0 +1,73 @@
+"""Rank and bits of every expert under one budget of bytes: tables of exact costs and forecast errors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .allocate import DENSE, FLOAT, NOTHING, Choice, Table, useful_ranks
+from .decompose.whitening import whitened_profile
+from .model.modeling_moesvd import bank_tensors
+from .quantize.noise import ROUNDING, dense_noise, factor_noise, innovation
+
+# How a bank is stored: (bits, columns, is a left factor) -> quant of the layout, None for floating point.
+Format = Callable[[int, int, bool], dict | None]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What the forecast needs of one matrix; see `quantize.noise`."""
+
+    spectrum: torch.Tensor  # (k,) squared whitened singular values, largest first
+    dense: float  # error of the whole matrix per unit of rounding error
+    factors: torch.Tensor  # (k,) error of the factors of each rank per unit of rounding error
+
+
+def profile(weight: torch.Tensor, gram: torch.Tensor, damp: float) -> Profile:
+    """Of a matrix (out, in) whose inputs have Gram matrix gram (in, in)."""
+    spectrum, norms = whitened_profile(weight, gram)
+    columns, spread = weight.shape[1], innovation(gram, damp)
+    return Profile(
+        spectrum.cpu(),
+        dense_noise(float(weight.double().square().sum()), columns, spread),
+        factor_noise(spectrum, norms, columns, spread, damp).cpu(),
+    )
+
+
+def bank_bytes(shape: tuple[int, int], quant: dict | None, dtype: torch.dtype) -> int:
+    """Bytes of one row of a bank, a matrix of `shape`, as it is stored."""
+    return sum(int(np.prod(size)) * kind.itemsize for size, kind in bank_tensors("", shape, quant, dtype).values())
+
+
+def fit_table(
+    profiles: list[Profile], shape: tuple[int, int], widths: list[int], form: Format, dtype: torch.dtype, ranks: bool
+) -> Table:
+    """Choices of rank (where `ranks`) and width of the experts of a projection with matrices (out, in).
+
+    Costs are exact bytes; errors are what truncation and rounding are forecast to lose of the outputs' energy, as a
+    share of the energy of all experts. A width of FLOAT stands for `dtype`.
+    """
+    out, in_features = shape
+    total = float(sum(p.spectrum.sum() for p in profiles))
+    choices, costs, errors = [NOTHING], [0], [[float(p.spectrum.sum()) for p in profiles]]
+    for bits in widths:
+        choices.append(Choice(DENSE, bits))
+        costs.append(bank_bytes(shape, form(bits, in_features, False), dtype))
+        errors.append([ROUNDING[bits] * p.dense for p in profiles])
+        for rank in useful_ranks(shape) if ranks else ():
+            choices.append(Choice(rank, bits))
+            right = bank_bytes((rank, in_features), form(bits, in_features, False), dtype)
+            costs.append(right + bank_bytes((out, rank), form(bits, rank, True), dtype))
+            lost = [float(p.spectrum[rank:].sum() + ROUNDING[bits] * p.factors[rank - 1]) for p in profiles]
+            errors.append(lost)
+    scale = 1 / total if total > 0 else 1.0
+    return Table(choices, np.array(costs, dtype=float), np.array(errors).T * scale)
+
+
+def describe(choice: Choice) -> str:
+    """A choice in words: `rank 64 in 3 bit`."""
+    if choice.rank == 0:
+        return "nothing"
+    kind = "dense" if choice.rank == DENSE else f"rank {choice.rank}"
+    return kind if choice.bits == FLOAT else f"{kind} in {choice.bits} bit"

@@ -1,0 +1,46 @@
+"""What quantization will cost, in closed form: no matrix has to be quantized to plan for it.
+
+GPTQ pushes the rounding error of each input onto the inputs still to come, so that input j costs its rounding variance
+times what is left of its own variance when the later ones are known: the squared diagonal of the Cholesky factor of the
+Gram matrix. On trained weights the forecast is within 10 % of what GPTQ then measures (docs/results.md).
+"""
+
+import torch
+
+# Mean squared rounding error of a unit Gaussian on the clipped asymmetric grid of groups of 64, by bits.
+ROUNDING = {2: 0.125, 3: 0.031, 4: 0.0077, 8: 2.9e-5, 16: 0.0}
+# The left factor is refitted to the quantized right one, which takes back part of its error (measured).
+REFIT = 0.8
+
+
+def innovation(gram: torch.Tensor, damp: float) -> float:
+    """Sum over inputs of the variance that the inputs quantized after it do not explain; gram (n, n), positive.
+
+    damp: share of the mean diagonal that is added, as GPTQ does.
+    """
+    hessian = gram.double().clone()
+    hessian.diagonal().add_(damp * hessian.diagonal().mean())
+    order = hessian.diagonal().argsort()  # quantized last comes first
+    return float(torch.linalg.cholesky(hessian[order][:, order]).diagonal().square().sum())
+
+
+def dense_noise(energy: float, columns: int, innovation: float) -> float:
+    """Expected tr(E G E^T) of a dense matrix with squared norm `energy`, per unit of rounding error."""
+    return energy / columns * innovation
+
+
+def factor_noise(spectrum: torch.Tensor, norms: torch.Tensor, columns: int, innovation: float, damp: float):
+    """The same for balanced and rotated factors of rank 1 ... k, (k,) float64.
+
+    spectrum (k,): squared whitened singular values; norms (k,): of the rows U_i^T W. The right factor's rows have
+    variance sum(norms) / (rank columns) and are met by a left factor of the same energy; the left one's inputs have
+    eigenvalues spectrum / norms, which a rotation levels to their geometric mean.
+    """
+    norms = norms.clamp(min=1e-30)
+    rank = torch.arange(1, len(norms) + 1, dtype=torch.float64, device=norms.device)
+    total = norms.cumsum(0)
+    ratio = (spectrum / norms).clamp(min=1e-30)
+    ratio = ratio + damp * ratio.cumsum(0) / rank
+    left = total * (ratio.log().cumsum(0) / rank).exp()
+    right = total.square() / (rank * columns) * innovation
+    return REFIT * (left + right)

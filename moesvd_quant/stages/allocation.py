@@ -1,0 +1,73 @@
+"""The plan under a byte budget: one allocation of rank and bits over all experts of the model."""
+
+from ..allocate import FLOAT, allocate
+from ..fitting import describe, fit_table, profile
+from ..layout import layout_of, parts_by_choice
+from ..model.experts import expert_count, find_experts, shapes_of, split_projections
+from ..model.modeling_moesvd import FactorizedExperts
+from ..quantize.gptq import QuantizeError, quant_format
+from .base import Context, Plan, StageError, expert_grams, weak_experts
+
+WIDTHS = [2, 3, 4, 8]
+
+
+def plan_budget(context: Context, ranks: bool) -> Plan:
+    """Ranks (where `ranks`) and widths of all experts within `context.budget` bytes.
+
+    Widths are those of the gptq stage (this one or one to come): its bits, or any of WIDTHS where they are open;
+    without one, experts stay floating point.
+    """
+    options = context.gptq
+    widths = [FLOAT] if options is None else WIDTHS if options.bits is None else [options.bits]
+    tables, weak = _tables(context, widths, ranks)
+    try:
+        chosen = allocate(tables, context.budget or 0.0)
+    except ValueError as error:
+        raise StageError(f"budget: {error}") from error
+    layout = layout_of(context.parent)
+    decisions: dict = {}
+    bits: dict = {}
+    for (path, name), choices in chosen.items():
+        parts, part_bits = parts_by_choice(choices)
+        layout["experts"].setdefault(path, {})[name] = parts
+        bits.setdefault(path, {})[name] = part_bits
+        decision = decisions.setdefault(path, {"weak_experts": weak[path], "choices": {}, "forecast error": {}})
+        decision["choices"][name] = [describe(choice) for choice in choices]
+        table = tables[path, name]
+        decision["forecast error"][name] = float(
+            sum(table.errors[e, table.choices.index(choice)] for e, choice in enumerate(choices))
+        )
+    return Plan(layout, decisions, bits)
+
+
+def _tables(context: Context, widths: list[int], ranks: bool):
+    """{(path, projection): Table} and {path: weak experts}; kept in `context.memo` for the next budget."""
+    key = (tuple(widths), ranks)
+    if key in context.memo:
+        return context.memo[key]
+    parent, tables, weak = context.parent, {}, {}
+    damp = context.gptq.damp if context.gptq else 0.0
+
+    def form(bits: int, columns: int, left: bool) -> dict | None:
+        return None if bits == FLOAT else quant_format(context.gptq, columns, left, bits)
+
+    for index, statistics in enumerate(context.statistics.layers(context.progress)):
+        layer, name = parent.load_layer(index), parent.layer_names[index]
+        for path, experts in find_experts(layer):
+            full = f"{name}.{path}"
+            if isinstance(experts, FactorizedExperts):
+                raise StageError(f"{full}: is compressed already; a budget needs an original model")
+            grams = expert_grams(statistics, path, context.device)
+            weak[full] = weak_experts(statistics, path)
+            for projection, weights in split_projections(experts).items():
+                profiles = [profile(weights[e], grams[projection][e], damp) for e in range(expert_count(experts))]
+                try:
+                    table = fit_table(
+                        profiles, shapes_of(experts)[projection], widths, form, parent.stored_dtype, ranks
+                    )
+                except QuantizeError as error:
+                    raise StageError(f"{full}.{projection}: {error}") from error
+                tables[full, projection] = table
+        parent.drop_layer(index)
+    context.memo[key] = tables, weak
+    return tables, weak

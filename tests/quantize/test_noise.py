@@ -1,0 +1,69 @@
+"""The closed forms of quantization error against GPTQ itself."""
+
+import pytest
+import torch
+
+from moesvd_quant.decompose.whitening import whitened_error, whitened_profile, whitened_svd
+from moesvd_quant.quantize.factors import quantize_factors
+from moesvd_quant.quantize.gptq import gptq
+from moesvd_quant.quantize.noise import ROUNDING, dense_noise, factor_noise, innovation
+
+DAMP = 0.05
+
+
+def problem(out=96, columns=128, seed=0):
+    """A weight of falling spectrum and correlated inputs, as trained models have them."""
+    generator = torch.Generator().manual_seed(seed)
+    decay = torch.exp(-torch.arange(min(out, columns)) / 20.0)
+    weight = (
+        torch.randn(out, len(decay), generator=generator)
+        * decay
+        @ torch.randn(len(decay), columns, generator=generator)
+    )
+    x = torch.randn(3000, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    return weight.double(), (x.T @ x).double() / 3000
+
+
+def test_innovation_is_what_later_inputs_do_not_explain():
+    _, gram = problem()
+    order = gram.diagonal().argsort(descending=True)
+    expected = 0.0
+    for step, j in enumerate(order):  # residual variance of a regression on the inputs that come later
+        later = order[step + 1 :]
+        cross = gram[j, later]
+        explained = cross @ torch.linalg.solve(gram[later][:, later], cross) if len(later) else 0.0
+        expected += float(gram[j, j] - explained)
+    assert innovation(gram, 0.0) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rounding_of_a_gaussian(bits):
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    packed = gptq(weight, torch.eye(512), {"bits": bits, "group_size": 64, "sym": False}, 1e-6)
+    assert float((packed.dense(torch.float32) - weight).square().mean()) == pytest.approx(ROUNDING[bits], rel=0.05)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_dense_error_is_forecast(bits):
+    weight, gram = problem()
+    packed = gptq(weight, gram, {"bits": bits, "group_size": 64, "sym": False}, DAMP)
+    measured = whitened_error(weight, packed.dense(), gram) * float(((weight @ gram) * weight).sum())
+    forecast = ROUNDING[bits] * dense_noise(float(weight.square().sum()), 128, innovation(gram, DAMP))
+    assert measured == pytest.approx(forecast, rel=0.2)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("rank", [32, 64])
+def test_factor_error_is_forecast(bits, rank):
+    weight, gram = problem()
+    left, right = whitened_svd(weight, gram, rank)
+    quant = {bank: {"bits": bits, "group_size": 32, "sym": False} for bank in ("left", "right")}
+    lefts, rights = quantize_factors(
+        [weight], [gram], left[None], right[None], [0], [0], quant, lambda w, g, q: gptq(w.float(), g, q, DAMP), seed=0
+    )
+    energy = float(((weight @ gram) * weight).sum())
+    truncated = whitened_error(weight, left @ right, gram)
+    measured = (whitened_error(weight, lefts[0].dense() @ rights[0].dense(), gram) - truncated) * energy
+    spectrum, norms = whitened_profile(weight, gram)
+    forecast = ROUNDING[bits] * factor_noise(spectrum, norms, 128, innovation(gram, DAMP), DAMP)[rank - 1]
+    assert 0.5 < measured / float(forecast) < 1.5
