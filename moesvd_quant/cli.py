@@ -148,10 +148,10 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Forecast the bytes of every stage, exactly, and show what goes where; changes no weight."""
-    from .runner import plan_run
+    from .planning import plan_stages
 
     with progress_bars(as_json) as report:
-        forecasts = plan_run(_start(recipe, model, overrides, out, device, report))
+        forecasts = plan_stages(_start(recipe, model, overrides, out, device, report))
     if as_json:
         print(json.dumps(forecasts))
         return

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .accounting import account, planned_model
+from .accounting import account
 from .calibration.store import Statistics, fingerprint
 from .checkpoint.files import require_space, write_json, write_text
 from .layout import layout_of
 from .model.modeling_moesvd import MANIFEST
 from .model.stream import StreamedModel
-from .recipe import Recipe, parse_budget
+from .planning import plan_stages
+from .recipe import Recipe
 from .stages.base import Context, Plan
 from .work import StageWork
 
@@ -137,7 +138,7 @@ class Run:
             content = json.loads(path.read_text())
             if content["key"] == key:
                 return content["stages"]
-        write_json(path, {"key": key, "stages": plan_run(self)})
+        write_json(path, {"key": key, "stages": plan_stages(self)})
         return json.loads(path.read_text())["stages"]  # as the run will read them that goes on after an interruption
 
     def plan(self, index: int, parent: StreamedModel) -> Plan:
@@ -189,61 +190,6 @@ class Run:
         for path in self.out.glob(".work-*"):
             if path != keep and path.name.split("-")[1] == keep.name.split("-")[1]:
                 shutil.rmtree(path)
-
-
-def plan_run(run: Run) -> list[dict]:
-    """Bytes and decisions of each stage, [{"stage", "accounting", "decisions", "layout"}], before any weight is
-    changed. A stage after the first is planned on the layout of the one before.
-
-    Under a budget in bytes the result uses at least 98 % of it and never more; RunError names the smallest possible.
-    """
-    if run.recipe.budget is None:
-        return _plan_stages(run, None, {})
-    budget = parse_budget(run.recipe.budget)
-    memo: dict = {}
-    if budget.unit == "bpw":
-        weights = account(run.meta, layout_of(run.meta)).original_expert_params
-        return _plan_stages(run, budget.amount * weights / 8, memo)
-    experts = _plan_stages(run, 0.0, memo)[-1]["accounting"]
-    if experts["disk_bytes"] > budget.amount:
-        raise RunError(
-            f"budget: {run.recipe.budget} cannot be met: without any expert the files take "
-            f"{experts['disk_bytes'] / 1e6:.3f} MB"
-        )
-    share = budget.amount - experts["disk_bytes"]
-    for _ in range(8):  # names of tensors take bytes too: how many is known when the plan is made
-        forecasts = _plan_stages(run, share, memo)
-        excess = forecasts[-1]["accounting"]["disk_bytes"] - budget.amount
-        if excess <= 0:
-            return forecasts
-        share -= excess
-    raise RunError(f"budget: {run.recipe.budget} could not be met exactly; give a few bytes more or less")
-
-
-def _plan_stages(run: Run, budget: float | None, memo: dict) -> list[dict]:
-    forecasts: list[dict] = []
-    widths: dict = {}
-    gptq = next((stage.options for stage in run.recipe.stages if stage.name == "gptq"), None)
-    for stage in run.recipe.stages:
-        module = importlib.import_module(f"moesvd_quant.stages.{stage.name}")
-        parent = run.meta
-        if forecasts:
-            parent = StreamedModel.described(planned_model(run.meta, forecasts[-1]["layout"]).config, run.meta)
-        progress = lambda done, total: run.report("reading the model", done, total)  # noqa: E731
-        context = Context(
-            parent, run.statistics, stage.options, run.recipe.seed, run.device, progress, budget, widths, gptq, memo
-        )
-        plan = module.plan(context)
-        widths = plan.widths
-        forecasts.append(
-            {
-                "stage": stage.name,
-                "accounting": account(parent, plan.layout).to_dict(),
-                "decisions": plan.decisions,
-                "layout": plan.layout,
-            }
-        )
-    return forecasts
 
 
 def _peak_rss() -> int:

@@ -24,7 +24,7 @@ def test_every_command_of_the_readme_runs(make_model, tmp_path, monkeypatch, cap
     draw = random.Random(0)
     for name, count in (("mine.txt", 350_000), ("held-out.txt", 3000)):
         Path(name).write_text("".join(draw.choices("abc def ghi", k=count)))
-    assert len(commands()) == 8
+    assert len(commands()) == 9
     for command in commands():
         command = [str(make_model("mixtral")) if part == "MODEL" else part for part in command]
         monkeypatch.setattr("sys.argv", ["moesvd", *command])
@@ -51,7 +51,9 @@ def test_links_lead_somewhere(page):
 def test_functions_named_in_the_method_notes_exist():
     import importlib
 
-    names = re.findall(r"`((?:decompose|calibration|allocate)[\w.]*\.\w+)`", (ROOT / "docs/moe-svd.md").read_text())
+    names = re.findall(
+        r"`((?:decompose|calibration|allocate|fitting)[\w.]*\.\w+)`", (ROOT / "docs/moe-svd.md").read_text()
+    )
     assert len(names) >= 10
     for name in names:
         module, function = name.rsplit(".", 1)

@@ -8,8 +8,10 @@ import torch
 import moesvd_quant
 from moesvd_quant.fitting import bank_bytes
 from moesvd_quant.model.experts import find_experts
+from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run, RunError, plan_run
+from moesvd_quant.runner import Run
+from moesvd_quant.stages.base import StageError
 
 
 def make(recipe, folder, out, small, *overrides):
@@ -51,18 +53,18 @@ def test_bytes_on_disk_are_met(recipe, make_model, tmp_path, small):
 
 def test_an_impossible_budget_is_refused_with_the_smallest(make_model, tmp_path, small):
     run = make("fit", make_model("mixtral", torch.bfloat16), tmp_path, small, "budget=20KB")
-    with pytest.raises(RunError, match=r"budget: 20KB cannot be met: without any expert the files take 0\.\d+ MB"):
-        plan_run(run)
+    with pytest.raises(StageError, match=r"budget: 20KB cannot be met: without any expert the files take 0\.\d+ MB"):
+        plan_stages(run)
 
 
 def test_open_rank_with_fixed_bits_and_open_rank_alone(make_model, tmp_path, small):
     folder = make_model("mixtral", torch.bfloat16)
-    fixed = plan_run(make("fit", folder, tmp_path, small, "budget=2bpw", "gptq.bits=3"))
+    fixed = plan_stages(make("fit", folder, tmp_path, small, "budget=2bpw", "gptq.bits=3"))
     parts = [p for m in fixed[-1]["layout"]["experts"].values() for ps in m.values() for p in ps]
     assert {q["bits"] for part in parts for q in part["quant"].values()} == {3}
     assert fixed[-1]["accounting"]["bits_per_expert_weight"] <= 2
     (tmp_path / "ranks.yaml").write_text("budget: 8bpw\nstages: [svd]")
-    alone = plan_run(make(tmp_path / "ranks.yaml", folder, tmp_path, small))
+    alone = plan_stages(make(tmp_path / "ranks.yaml", folder, tmp_path, small))
     assert 7.5 < alone[-1]["accounting"]["bits_per_expert_weight"] <= 8
 
 

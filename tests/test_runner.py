@@ -16,8 +16,9 @@ from tiny import ARCHITECTURES
 import moesvd_quant
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.model.modeling_moesvd import FactorizedExperts, PackedLinear
+from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run, RunError, plan_run
+from moesvd_quant.runner import Run, RunError
 from moesvd_quant.stages import gptq
 from moesvd_quant.stages.base import StageError
 
@@ -54,7 +55,7 @@ def logits_without_experts(folder, ids):
 def test_svd_gptq4_on_every_architecture(architecture, make_model, tmp_path, small):
     folder = make_model(architecture)
     run = make("svd-gptq4", folder, tmp_path, small, "svd.ratio=0.2")  # random weights have no redundancy to find
-    forecasts = plan_run(run)
+    forecasts = plan_stages(run)
     checkpoints = run.run()
     ids = run.windows[:4]
     original, without = logits(folder, ids), logits_without_experts(folder, ids)

@@ -1,0 +1,64 @@
+"""The plan of all stages of a run, before any weight is changed."""
+
+import importlib
+
+from .accounting import account, planned_model
+from .budget import parse_budget
+from .layout import layout_of
+from .model.stream import StreamedModel
+from .stages.base import Context, StageError
+
+
+def plan_stages(run) -> list[dict]:
+    """Bytes and decisions of each stage, [{"stage", "accounting", "decisions", "layout"}], before any weight is
+    changed. A stage after the first is planned on the layout of the one before.
+
+    Under a budget in bytes the result uses at least 98 % of it and never more; StageError names the smallest possible.
+    """
+    if run.recipe.budget is None:
+        return _plan_all(run, None, {})
+    budget = parse_budget(run.recipe.budget)
+    memo: dict = {}
+    if budget.unit == "bpw":
+        weights = account(run.meta, layout_of(run.meta)).original_expert_params
+        return _plan_all(run, budget.amount * weights / 8, memo)
+    experts = _plan_all(run, 0.0, memo)[-1]["accounting"]
+    if experts["disk_bytes"] > budget.amount:
+        raise StageError(
+            f"budget: {run.recipe.budget} cannot be met: without any expert the files take "
+            f"{experts['disk_bytes'] / 1e6:.3f} MB"
+        )
+    share = budget.amount - experts["disk_bytes"]
+    for _ in range(8):  # names of tensors take bytes too: how many is known when the plan is made
+        forecasts = _plan_all(run, share, memo)
+        excess = forecasts[-1]["accounting"]["disk_bytes"] - budget.amount
+        if excess <= 0:
+            return forecasts
+        share -= excess
+    raise StageError(f"budget: {run.recipe.budget} could not be met exactly; give a few bytes more or less")
+
+
+def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
+    forecasts: list[dict] = []
+    widths: dict = {}
+    gptq = next((stage.options for stage in run.recipe.stages if stage.name == "gptq"), None)
+    for stage in run.recipe.stages:
+        module = importlib.import_module(f"moesvd_quant.stages.{stage.name}")
+        parent = run.meta
+        if forecasts:
+            parent = StreamedModel.described(planned_model(run.meta, forecasts[-1]["layout"]).config, run.meta)
+        progress = lambda done, total: run.report("reading the model", done, total)  # noqa: E731
+        context = Context(
+            parent, run.statistics, stage.options, run.recipe.seed, run.device, progress, budget, widths, gptq, memo
+        )
+        plan = module.plan(context)
+        widths = plan.widths
+        forecasts.append(
+            {
+                "stage": stage.name,
+                "accounting": account(parent, plan.layout).to_dict(),
+                "decisions": plan.decisions,
+                "layout": plan.layout,
+            }
+        )
+    return forecasts
