@@ -7,9 +7,13 @@ import numpy as np
 import torch
 
 from .allocate import DENSE, FLOAT, NOTHING, Choice, Table, useful_ranks
+from .calibration.effect import perturbed
 from .decompose.whitening import whitened_profile
 from .model.modeling_moesvd import bank_tensors
 from .quantize.noise import ROUNDING, dense_noise, factor_noise, innovation
+
+# Measured at one size of error, effects are trusted to this power (docs/results.md has the ablation).
+EFFECT, MIN_EFFECT = 0.7, 1e-7
 
 # How a bank is stored: (bits, columns, is a left factor) -> quant of the layout, None for floating point.
 Format = Callable[[int, int, bool], dict | None]
@@ -63,6 +67,18 @@ def fit_table(
             errors.append(lost)
     scale = 1 / total if total > 0 else 1.0
     return Table(choices, np.array(costs, dtype=float), np.array(errors).T * scale)
+
+
+def group_weight(weights: torch.Tensor, grams: torch.Tensor, effect: float) -> float:
+    """What an error of this group counts for: the divergence that rounding it caused, per relative error that the
+    rounding made under the metric, to the power EFFECT.
+
+    weights (experts, out, in), grams (experts, in, in); effect: nats per token, of `measure_effects`.
+    """
+    delta = weights.double() - perturbed(weights).double()
+    error = float(((delta @ grams.double()) * delta).sum())
+    energy = float(((weights.double() @ grams.double()) * weights.double()).sum())
+    return max(effect, MIN_EFFECT) ** EFFECT * (energy / error if error > 0 else 1.0) ** EFFECT
 
 
 def describe(choice: Choice) -> str:

@@ -11,10 +11,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ..checkpoint.files import write_tensors
+from ..checkpoint.files import write_json, write_tensors
 from ..model.experts import expert_count, find_experts, find_linears, shapes_of
 from ..model.modeling_moesvd import file_digest
 from ..model.stream import StreamedModel
+from .effect import measure_effects
 from .statistics import LayerRecorder
 
 WALK_VERSION = 1
@@ -112,6 +113,18 @@ class Statistics:
         if self.path("outer").is_file():
             return load_file(self.path("outer"))["gram"]
         return self.outer_gram
+
+    def effects(self, progress: Callable[[int, int], None] = lambda done, total: None) -> dict:
+        """`measure_effects` of the model on these windows, computed once."""
+        path = self.root / "effects.json"
+        if path.is_file():
+            return {(full, name): value for full, name, value in json.loads(path.read_text())}
+        streamed = StreamedModel(self.folder, self.dtype, self.device)
+        found = measure_effects(streamed, self.windows, BATCH_SIZE, progress)
+        if self.stored:
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_json(path, [[*key, value] for key, value in found.items()])
+        return found
 
     def _write(self, path: Path, tensors) -> None:
         if not self.stored:

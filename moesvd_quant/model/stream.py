@@ -216,11 +216,16 @@ class LayerVisit:
     def outputs(self) -> list[torch.Tensor]:
         """Output hidden states of every batch; run once, so that hooks set before see each batch once."""
         if self._outputs is None:
-            self._outputs = []
-            for hidden, (args, kwargs) in zip(self.hidden, self.calls):
-                out = self.layer(hidden, *args[1:], **kwargs)
-                self._outputs.append(out[0] if isinstance(out, tuple) else out)
+            self._outputs = self.run(self.hidden)
         return self._outputs
+
+    def run(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Output hidden states of the layer for these input ones, a tensor per batch of the walk."""
+        made = []
+        for states, (args, kwargs) in zip(hidden, self.calls):
+            out = self.layer(states, *args[1:], **kwargs)
+            made.append(out[0] if isinstance(out, tuple) else out)
+        return made
 
 
 def _record_layer_calls(decoder, batches):

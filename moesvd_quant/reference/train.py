@@ -114,7 +114,7 @@ def training_batches(files: list[Path], tokenizer, total: int, generator) -> tor
 
 def card(out: Path, figures: dict) -> None:
     """README.md: what the model is made of, and how well it does."""
-    rows = [f"| {n} | {figures['before'].get(n, math.nan):.1f} | {p:.1f} |" for n, p in figures["after"].items()]
+    rows = [f"| {name} | {value:.1f} |" for name, value in figures["after"].items()]
     sources = [f"- {name}: {origin}" for name, origin in figures["sources"].items()]
     out.joinpath("README.md").write_text(
         "\n".join([
@@ -124,15 +124,15 @@ def card(out: Path, figures: dict) -> None:
             " methods comparable, not to write",
             "prose. The weights are under the project's licence, the texts keep theirs.", "",
             "## Training", "",
-            f"Seed {figures['seed']}; {figures['tokens'] / 1e6:.2f} M tokens in this run after"
-            f" {figures['tokens_before'] / 1e6:.2f} M before it; AdamW, peak {figures['lr']}, cosine to 0, batch"
-            f" {BATCH} x {LENGTH}, router loss 0.01.", "",
+            f"Seed {figures['seed']}; AdamW, peak {figures['lr']}, cosine to 0, batch {BATCH} x {LENGTH},"
+            f" router loss 0.01; {(figures['tokens_before'] + figures['tokens']) / 1e6:.2f} M tokens seen,"
+            f" {figures['tokens'] / 1e6:.2f} M of them in the run that wrote this:", "",
             f"    {figures['command']}", "",
             "## Sources and licences", "", *sources, "",
             "The weights are a product of these texts; no text is contained.", "",
             "## Validation perplexity", "",
             f"Non-overlapping windows of {LENGTH} tokens, the first {VALID_WINDOWS} of each held-out file.", "",
-            "| source | before this run | after |", "|---|---|---|", *rows, "",
+            "| source | perplexity |", "|---|---|", *rows, "",
         ])
     )  # fmt: skip
 
@@ -146,16 +146,34 @@ def main(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     seed: int = 0,
 ) -> None:
-    """Trains and saves the model with its card."""
+    """Trains and saves the model with its card; with --tokens 0 only measures the --start model and writes the card."""
     train_files, valid_files = text_files(data)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(start) if start else make_tokenizer(train_files)
     model = MixtralForCausalLM.from_pretrained(start, dtype=torch.float32) if start else new_model(tokenizer)
-    steps = max(1, tokens // (BATCH * LENGTH))
-    batches = training_batches(train_files, tokenizer, steps * BATCH, generator).split(BATCH)
     valid = {p.name.split(".")[0]: windows(p, tokenizer, VALID_WINDOWS) for p in valid_files}
     before = perplexities(model, valid) if start else {}
+    steps = tokens // (BATCH * LENGTH)
+    losses = train(model, training_batches(train_files, tokenizer, steps * BATCH, generator), lr) if steps else []
+    after = perplexities(model, valid) if steps else before
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    listed = data / "sources.json"
+    card(out, {
+        "parameters": sum(p.numel() for p in model.parameters()), "seed": seed, "lr": lr,
+        "tokens": steps * BATCH * LENGTH, "tokens_before": tokens_before,
+        "sources": json.loads(listed.read_text()) if listed.is_file() else {p.name: "unstated" for p in train_files},
+        "before": before, "after": after,
+        "command": "python -m moesvd_quant.reference.train "
+        + " ".join(shlex.quote(Path(a).name if "/" in a else a) for a in sys.argv[1:]),
+    })  # fmt: skip
+    print(json.dumps({"losses": losses[:1] + losses[-1:], "before": before, "after": after}))
+
+
+def train(model, data: torch.Tensor, lr: float) -> list[float]:
+    """Trains in place on windows (n, LENGTH), BATCH at a time; the loss of every step."""
+    batches = data.split(BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, len(batches) // 50), len(batches))
     began, losses = time.time(), []
@@ -174,19 +192,7 @@ def main(
                 rate = (step + 1) * BATCH * LENGTH / (time.time() - began)
                 recent = sum(losses[-100:]) / len(losses[-100:])
                 print(f"step {step + 1}/{len(batches)} loss {recent:.4f} {rate:.0f} tokens/s", flush=True)
-    after = perplexities(model, valid)
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    listed = data / "sources.json"
-    card(out, {
-        "parameters": sum(p.numel() for p in model.parameters()), "seed": seed, "lr": lr,
-        "tokens": len(batches) * BATCH * LENGTH, "tokens_before": tokens_before,
-        "sources": json.loads(listed.read_text()) if listed.is_file() else {p.name: "unstated" for p in train_files},
-        "before": before, "after": after,
-        "command": "python -m moesvd_quant.reference.train "
-        + " ".join(shlex.quote(Path(a).name if "/" in a else a) for a in sys.argv[1:]),
-    })  # fmt: skip
-    print(json.dumps({"loss_first": losses[0], "loss_last": losses[-1], "before": before, "after": after}))
+    return losses
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The plan under a byte budget: one allocation of rank and bits over all experts of the model."""
 
+from dataclasses import replace
+
 from ..allocate import FLOAT, allocate
-from ..fitting import describe, fit_table, profile
+from ..fitting import describe, fit_table, group_weight, profile
 from ..layout import layout_of, parts_by_choice
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
 from ..model.modeling_moesvd import FactorizedExperts
@@ -31,10 +33,10 @@ def plan_budget(context: Context, ranks: bool) -> Plan:
         parts, part_bits = parts_by_choice(choices)
         layout["experts"].setdefault(path, {})[name] = parts
         bits.setdefault(path, {})[name] = part_bits
-        decision = decisions.setdefault(path, {"weak_experts": weak[path], "choices": {}, "forecast error": {}})
+        decision = decisions.setdefault(path, {"weak_experts": weak[path], "choices": {}, "forecast": {}})
         decision["choices"][name] = [describe(choice) for choice in choices]
         table = tables[path, name]
-        decision["forecast error"][name] = float(
+        decision["forecast"][name] = float(
             sum(table.errors[e, table.choices.index(choice)] for e, choice in enumerate(choices))
         )
     return Plan(layout, decisions, bits)
@@ -51,6 +53,7 @@ def _tables(context: Context, widths: list[int], ranks: bool):
     def form(bits: int, columns: int, left: bool) -> dict | None:
         return None if bits == FLOAT else quant_format(context.gptq, columns, left, bits)
 
+    effects = context.statistics.effects(context.progress)
     for index, statistics in enumerate(context.statistics.layers(context.progress)):
         layer, name = parent.load_layer(index), parent.layer_names[index]
         for path, experts in find_experts(layer):
@@ -67,7 +70,8 @@ def _tables(context: Context, widths: list[int], ranks: bool):
                     )
                 except QuantizeError as error:
                     raise StageError(f"{full}.{projection}: {error}") from error
-                tables[full, projection] = table
+                weight = group_weight(weights, grams[projection], effects[full, projection])
+                tables[full, projection] = replace(table, errors=table.errors * weight)
         parent.drop_layer(index)
     context.memo[key] = tables, weak
     return tables, weak
