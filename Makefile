@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo bench-quality clean
+.PHONY: venv test test-slow lint demo clean
 
 venv: .venv/.installed
 

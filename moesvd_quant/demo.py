@@ -7,7 +7,7 @@ from .evaluation.table import Table
 from .reference import path as reference_path
 from .runner import sync_threads
 
-RECIPES = ("gptq4", "gptq3", "gptq2", "svd", "svd-gptq4", "svd-gptq3", "moe-svd-paper")
+RECIPES = ("gptq4", "gptq3", "gptq2", "svd", "svd-gptq4", "svd-gptq3", "fit", "moe-svd-paper")
 CALIBRATION = ("calibration.dataset=demo", "calibration.samples=192", "calibration.length=256")
 # Held-out text of the calibrated kind, and text that nothing was calibrated on.
 TEXTS = {"demo": "demo", "code, uncalibrated": "demo-code"}

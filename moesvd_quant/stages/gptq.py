@@ -75,7 +75,9 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
     for path, experts in list(find_experts(layer)):
         full = f"{name}.{path}"
         # A whole matrix loses little everywhere: its own inputs tell best. Factors have to choose what to keep.
-        own, blended = (expert_grams(statistics, path, context.device, metric) for metric in (shrink, blend))
+        own = expert_grams(statistics, path, context.device, shrink)
+        factorized = any("left" in part for parts in plan.layout["experts"][full].values() for part in parts)
+        blended = expert_grams(statistics, path, context.device, blend) if factorized else own
         made, errors = _quantize_experts(context, full, experts, own, blended, plan.layout["experts"][full])
         layer.set_submodule(path, made)
         report[full] = errors | {"weak_experts": weak_experts(statistics, path)}

@@ -112,3 +112,36 @@ def test_routers_and_shared_expert_gates_are_no_linears():
     names = [path for path, _ in find_linears(tiny_model("qwen2_moe").model.layers[0])]
     assert "mlp.shared_expert.gate_proj" in names and "self_attn.q_proj" in names
     assert not any(path.endswith((".gate", "shared_expert_gate")) or "experts." in path for path in names)
+
+
+def special_experts(kind):
+    """Experts without a gate (relu squared), and transposed ones, on their own."""
+    from types import SimpleNamespace
+
+    from transformers.models.aria.modeling_aria import AriaExperts
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    if kind == "no gate":
+        config = SimpleNamespace(
+            n_routed_experts=4, hidden_size=64, moe_intermediate_size=48, moe_latent_size=None, mlp_hidden_act="relu2",
+            _experts_implementation="eager",
+        )  # fmt: skip
+        return NemotronHExperts(config)
+    config = SimpleNamespace(
+        moe_num_experts=4, hidden_size=64, intermediate_size=48, hidden_act="silu", _experts_implementation="eager"
+    )
+    return AriaExperts(config)
+
+
+@pytest.mark.parametrize("kind", ["no gate", "transposed"])
+def test_experts_without_a_gate_and_transposed_ones(kind):
+    native = special_experts(kind)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in native.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        hidden = torch.randn(9, 64, generator=generator)
+        index = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(9)])
+        weights = torch.rand(9, 2, generator=generator)
+        expected = native(hidden, index, weights)
+        assert torch.allclose(factorize(native)(hidden, index, weights), expected, atol=1e-4)
