@@ -153,6 +153,8 @@ def _label(stage) -> str:
         method = {"global": "svd", "uniform": "svd-llm", "paper": "moe-svd-paper"}[options.method]
         literal = "-literal" if options.literal else ""
         return f"{method}{literal}{'' if options.ratio is None else round(options.ratio * 100)}"
+    if stage.name == "d2":
+        return f"d2-{options.merge}{round(options.ratio * 100)}"
     if stage.name == "gptq":
         return f"{'rtn' if options.rtn else 'gptq'}{options.bits or ''}"
     return stage.name

@@ -12,15 +12,18 @@ import transformers
 from safetensors.torch import load_file
 
 from ..checkpoint.files import write_json, write_tensors
+from ..decompose.deltas import merge_base
 from ..model.experts import expert_count, find_experts, find_linears, shapes_of
 from ..model.modeling_moesvd import file_digest
 from ..model.stream import StreamedModel
 from .effect import measure_effects
+from .fisher import expert_fisher
 from .statistics import LayerRecorder
 
 WALK_VERSION = 1
 BATCH_SIZE = 8  # part of the result: sums run batch by batch
 CAP_BYTES = 64 * 10**9
+FISHER_SEQUENCES = 1024  # of the calibration windows, as in D2-MoE
 
 
 def cache_root() -> Path:
@@ -57,6 +60,7 @@ class Statistics:
         self.count, self.cap_bytes = len(meta.layer_names), cap_bytes
         self.needed = self.forecast(meta)
         self.stored = self.needed <= cap_bytes
+        self._bases: dict[str, torch.Tensor] = {}
 
     @staticmethod
     def forecast(meta: StreamedModel) -> int:
@@ -125,6 +129,24 @@ class Statistics:
             self.root.mkdir(parents=True, exist_ok=True)
             write_json(path, [[*key, value] for key, value in found.items()])
         return found
+
+    def fisher_base(self, full: str, projection: str, progress: Callable[[int, int], None]) -> torch.Tensor:
+        """The base (out, in) of an experts module, merged by Fisher information; computed once for all layers."""
+        path = self.root / "fisher-bases.safetensors"
+        if not self._bases and path.is_file():
+            self._bases = load_file(path)
+        if not self._bases:
+            streamed = StreamedModel(self.folder, self.dtype, self.device)
+            rows = self.windows[:FISHER_SEQUENCES]
+            for index, modules in expert_fisher(streamed, rows, progress):
+                name = streamed.layer_names[index]
+                for inner, projections in modules.items():
+                    for key, (weights, fisher) in projections.items():
+                        self._bases[f"{name}.{inner}/{key}"] = merge_base(weights, fisher).float().cpu()
+            if self.stored:
+                self.root.mkdir(parents=True, exist_ok=True)
+                write_tensors(path, self._bases)
+        return self._bases[f"{full}/{projection}"]
 
     def _write(self, path: Path, tensors) -> None:
         if not self.stored:

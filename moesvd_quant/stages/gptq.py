@@ -125,42 +125,54 @@ def _quantize_linear(context, where, linear, gram, quant):
 
 def _quantize_experts(context, full, experts, own, blended, layout):
     count = expert_count(experts)
-    targets: dict[str, list] = {name: [None] * count for name in layout}
+    wanted: dict[str, list] = {name: [None] * count for name in layout}
     for expert in range(count):
         for name, weight in dense_weights(experts, expert).items():
-            targets[name][expert] = weight
-    banks = {}
+            wanted[name][expert] = weight
+    banks: dict[str, list[PackedMatrix]] = {}
     for name, parts in layout.items():
+        # A part after another one of the same experts (a delta after its base) stands for what that one left over.
+        targets = list(wanted[name])
         for i, part in enumerate(parts):
-            key = f"{name}_{i}"
             grams = own if "dense" in part else blended
-            for bank, packed in _quantize_part(context, full, name, i, part, experts, targets, grams).items():
-                banks[f"{key}_{bank}"] = packed
-    made = FactorizedExperts(experts, layout)
+            made = _quantize_part(context, full, name, i, part, experts, targets, grams[name])
+            banks |= {f"{name}_{i}_{bank}": packed for bank, packed in made.items()}
+            later = {e for other in parts[i + 1 :] for e in other["experts"]}
+            for expert in later & set(part["experts"]):
+                at = part["experts"].index(expert)
+                targets[expert] = targets[expert] - _product(part, made, at).to(targets[expert])
+    module = FactorizedExperts(experts, layout)
     for key, packed in banks.items():
-        _fill(made, key, packed, stacked=True)
+        _fill(module, key, packed, stacked=True)
     errors = {
-        name: [whitened_error(targets[name][e], made.dense(name, e), own[name][e]) for e in range(count)]
+        name: [whitened_error(wanted[name][e], module.dense(name, e), own[name][e]) for e in range(count)]
         for name in layout
     }
-    return made, errors
+    return module, errors
+
+
+def _product(part: dict, made: dict, at: int) -> torch.Tensor:
+    """What a packed part contributes to its expert number `at`."""
+    if "dense" in part:
+        return made["dense"][part["dense"][at]].dense()
+    return made["left"][part["left"][at]].dense() @ made["right"][part["right"][at]].dense()
 
 
 def _quantize_part(context, full, name, i, part, experts, targets, grams):
     """Packed banks of one part: {"dense": [...]} or {"left": [...], "right": [...]}."""
     users = part["experts"]
-    where = [f"{full}.{name}[{e}]" for e in users]
     if "dense" in part:
-        rows = [part["dense"].index(row) for row in range(max(part["dense"]) + 1)]
-        return {
-            "dense": [
-                _quantize(context, where[r], targets[name][users[r]], grams[name][users[r]], part["quant"]["dense"])
-                for r in rows
-            ]
-        }
+        packed = []
+        for row in range(max(part["dense"]) + 1):
+            sharers = [e for e, r in zip(users, part["dense"]) if r == row]
+            where = f"{full}.{name}[{', '.join(map(str, sharers))}]"
+            alone = len(sharers) == 1
+            weight = targets[sharers[0]] if alone else experts.bank(name, i, "dense", torch.float32, row)
+            packed.append(_quantize(context, where, weight, sum(grams[e] for e in sharers), part["quant"]["dense"]))
+        return {"dense": packed}
     lefts, rights = quantize_factors(
-        [targets[name][e] for e in users],
-        [grams[name][e] for e in users],
+        [targets[e] for e in users],
+        [grams[e] for e in users],
         experts.bank(name, i, "left", torch.float64),
         experts.bank(name, i, "right", torch.float64),
         part["left"],

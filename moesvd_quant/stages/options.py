@@ -5,6 +5,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
+def check_ratio(value: float) -> float:
+    if not 0 < value < 1:
+        raise ValueError(f"{value} is not between 0 and 1 (fraction of routed-expert parameters removed)")
+    return value
+
+
 class StageOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -34,9 +40,7 @@ class SvdOptions(StageOptions):
     @field_validator("ratio")
     @classmethod
     def _ratio(cls, value):
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"{value} is not between 0 and 1 (fraction of routed-expert parameters removed)")
-        return value
+        return None if value is None else check_ratio(value)
 
     @model_validator(mode="after")
     def _paper_only(self):
@@ -50,6 +54,17 @@ class SvdOptions(StageOptions):
     def is_open(self) -> bool:
         """Whether a budget has to decide something."""
         return self.ratio is None
+
+
+class D2Options(StageOptions):
+    ratio: float = Field(description="fraction of routed-expert parameters removed, between 0 and 1")
+    merge: Literal["fisher", "frequency", "mean"] = Field("fisher", description="what weights the experts in the base")
+    shared_v: bool = Field(False, description="one right factor for the deltas of all experts")
+
+    @field_validator("ratio")
+    @classmethod
+    def _ratio(cls, value):
+        return check_ratio(value)
 
 
 class GptqOptions(StageOptions):

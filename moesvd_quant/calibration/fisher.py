@@ -1,0 +1,73 @@
+"""Empirical Fisher information of expert weights, by a backward pass that holds one decoder layer at a time."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from ..model.experts import find_experts, split_projections
+from ..model.stream import StreamedModel
+
+
+def expert_fisher(
+    streamed: StreamedModel,
+    windows: torch.Tensor,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[tuple[int, dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]]]:
+    """(layer index, {path: {projection: (weights, fisher)}}) from the last layer to the first, both (E, out, in).
+
+    fisher is the mean over sequences of the squared gradient of the sequence's mean loss on the next token, in float32.
+    windows (n, length) int64. Hidden states of all layers are kept for the way back.
+    """
+    inputs, calls = [], []
+    for visit in streamed.walk(windows, batch_size=1):
+        inputs.append(visit.hidden)
+        calls.append(visit.calls)
+    gradients = [_loss_gradient(streamed, h, ids) for h, ids in zip(streamed.hidden, windows.to(streamed.device))]
+    count = len(streamed.layer_names)
+    for index in reversed(range(count)):
+        layer = streamed.load_layer(index)
+        experts = dict(find_experts(layer))
+        weights = [p for module in experts.values() for p in (_first(module), module.down_proj)]
+        sums = [torch.zeros_like(p, dtype=torch.float32) for p in weights]
+        for p in weights:
+            p.requires_grad_(True)
+        for sequence, (args, kwargs) in enumerate(calls[index]):
+            hidden = inputs[index][sequence].detach().requires_grad_(True)
+            with torch.enable_grad():
+                out = layer(hidden, *args[1:], **kwargs)
+                (out[0] if isinstance(out, tuple) else out).backward(gradients[sequence])
+            gradients[sequence] = hidden.grad
+            for total, p in zip(sums, weights):
+                if p.grad is not None:
+                    total += p.grad.float().square() / len(windows)
+                    p.grad = None
+        yield index, _by_projection(experts, sums)
+        inputs[index] = calls[index] = []
+        streamed.drop_layer(index)
+        progress(count - index, count)
+
+
+def _first(module) -> torch.nn.Parameter:
+    return module.gate_up_proj if module.has_gate else module.up_proj
+
+
+def _loss_gradient(streamed: StreamedModel, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Gradient of the mean loss of a sequence (length,) with respect to the last hidden states (1, length, hidden)."""
+    hidden = hidden.detach().requires_grad_(True)
+    with torch.enable_grad():
+        logits = streamed.model.lm_head(streamed.decoder.norm(hidden))[0, :-1].float()
+        F.cross_entropy(logits, ids[1:]).backward()
+    return hidden.grad
+
+
+def _by_projection(experts: dict, sums: list[torch.Tensor]) -> dict:
+    """Weights and sums by projection; a module's sums are split as its weights are."""
+    found, rest = {}, iter(sums)
+    for path, module in experts.items():
+        weights = {name: w.detach().clone() for name, w in split_projections(module).items()}
+        held = _first(module).data, module.down_proj.data
+        _first(module).data, module.down_proj.data = next(rest), next(rest)
+        found[path] = {name: (weights[name], s.detach().clone()) for name, s in split_projections(module).items()}
+        _first(module).data, module.down_proj.data = held
+    return found

@@ -1,0 +1,82 @@
+"""Stage `d2`: D2-MoE. The experts of a projection become one base and a low-rank delta each."""
+
+import torch
+
+from ..allocate import level_ranks
+from ..calibration.metric import shrink
+from ..decompose.deltas import merge_base, share_deltas
+from ..decompose.whitening import whitened_error, whitened_svd
+from ..layout import factor_part, layout_of
+from ..model.experts import expert_count, find_experts, shapes_of, split_projections
+from ..model.modeling_moesvd import FactorizedExperts
+from .base import Context, Plan, StageError, expert_grams, require_experts, weak_experts
+
+
+def plan(context: Context) -> Plan:
+    """One base per projection; one rank share for all deltas spends the rest of what the ratio leaves."""
+    require_experts(context.parent)
+    layout, groups = layout_of(context.parent), {}
+    for layer, name in zip(context.parent.decoder.layers, context.parent.layer_names):
+        for path, experts in find_experts(layer):
+            if isinstance(experts, FactorizedExperts):
+                raise StageError(f"{name}.{path}: is factorized already; stage d2 needs an original model")
+            for projection, shape in shapes_of(experts).items():
+                groups[f"{name}.{path}", projection] = expert_count(experts), shape
+    total = sum(count * out * in_features for count, (out, in_features) in groups.values())
+    bases = sum(out * in_features for _, (out, in_features) in groups.values())
+    left = int(total * (1 - context.options.ratio)) - bases
+    units = [
+        count * out + (1 if context.options.shared_v else count) * in_features
+        for count, (out, in_features) in groups.values()
+    ]
+    ranks = level_ranks(units, [min(shape) for _, shape in groups.values()], max(left, 0))
+    if min(ranks) == 0:
+        raise StageError(
+            f"ratio {context.options.ratio}: the bases take {bases / total:.1%} of the expert parameters and "
+            "leave some deltas no rank; lower it"
+        )
+    decisions: dict = {}
+    for ((path, projection), (count, _)), rank in zip(groups.items(), ranks):
+        everyone = list(range(count))
+        right = [0] * count if context.options.shared_v else None
+        base = {"experts": everyone, "dense": [0] * count, "quant": {}}
+        layout["experts"].setdefault(path, {})[projection] = [base, factor_part(everyone, rank, right=right)]
+        decisions.setdefault(path, {}).setdefault("ranks", {})[projection] = rank
+    return Plan(layout, decisions)
+
+
+def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
+    """Replaces the experts of a loaded layer as planned. Returns errors per projection and expert."""
+    report = {}
+    for path, native in list(find_experts(layer)):
+        full = f"{context.parent.layer_names[index]}.{path}"
+        grams = expert_grams(statistics, path, context.device, shrink)
+        weights, tokens = split_projections(native), statistics[f"{path}/tokens"]
+        layout = plan.layout["experts"][full]
+        banks: dict[str, torch.Tensor] = {}
+        for name, (_, deltas) in layout.items():
+            base = _base(context, full, name, weights[name], tokens)
+            rest = weights[name].double() - base
+            if context.options.shared_v:
+                left, right = share_deltas(rest, grams[name], deltas["rank"])
+            else:
+                pairs = [whitened_svd(delta, gram, deltas["rank"]) for delta, gram in zip(rest, grams[name])]
+                left, right = (torch.stack(side) for side in zip(*pairs))
+            banks |= {f"{name}_0_dense": base[None], f"{name}_1_left": left, f"{name}_1_right": right}
+        made = FactorizedExperts(native, layout)
+        with torch.no_grad():
+            for key, value in banks.items():
+                getattr(made, key).copy_(value)
+        layer.set_submodule(path, made)
+        report[full] = {
+            name: [whitened_error(w, made.dense(name, e), grams[name][e]) for e, w in enumerate(weights[name])]
+            for name in layout
+        } | {"weak_experts": weak_experts(statistics, path)}
+    return report
+
+
+def _base(context: Context, full: str, name: str, weights, tokens) -> torch.Tensor:
+    if context.options.merge == "fisher":
+        return context.statistics.fisher_base(full, name, context.progress).to(weights.device).double()
+    importance = tokens.double() if context.options.merge == "frequency" else torch.ones(len(weights))
+    return merge_base(weights, importance.to(weights.device))
