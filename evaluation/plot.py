@@ -1,12 +1,16 @@
 """Perplexity against bytes: the picture every method is judged by."""
 
+import re
 from pathlib import Path
 
-BASELINE = ("gptq", "rtn")
+
+def family(name: str) -> str:
+    """A method without its figures: gptq of gptq4, svd-gptq of svd40-gptq3, svd-gptq@ of svd-gptq@2bpw."""
+    return re.sub(r"(?<=[a-z]{3})\d+", "", re.sub(r"@.*", "@", name))
 
 
 def plot_bytes(records: list[dict], file: Path) -> None:
-    """PNG with a panel per text: perplexity (log) against MB on disk; plain GPTQ points joined by a line."""
+    """PNG with a panel per text: perplexity against MB on disk, both logarithmic; a colour and a line per family."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -14,26 +18,29 @@ def plot_bytes(records: list[dict], file: Path) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
+    families = sorted(
+        {family(r["name"]) for r in records}, key=lambda f: (f != "original", not f.startswith("gptq"), f)
+    )
     columns = min(3, len(texts))
     rows = -(-len(texts) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5.6 * columns, 4.4 * rows), squeeze=False)
-    names = list(dict.fromkeys(r["name"] for r in records))
-    colours = {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(names)}
+    figure, axes = plt.subplots(rows, columns, figsize=(5.6 * columns, 4.6 * rows), squeeze=False)
     for axis, text in zip(axes.flat, texts):
-        points = [
-            (r["memory"]["disk_bytes"] / 1e6, r["perplexity"][text]["ppl"], r["name"])
-            for r in records
-            if text in r["perplexity"]
-        ]
-        base = sorted(p for p in points if p[2].startswith("gptq"))
-        axis.plot([p[0] for p in base], [p[1] for p in base], "--", color="0.6", zorder=1, label="plain GPTQ")
-        for size, value, name in points:
-            marker = "s" if name.startswith(BASELINE) else "*" if name == "original" else "o"
-            axis.scatter(size, value, marker=marker, s=90 if marker == "*" else 45, color=colours[name], label=name)
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)))
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        for index, kind in enumerate(families):
+            points = sorted(
+                (r["memory"]["disk_bytes"] / 1e6, r["perplexity"][text]["ppl"])
+                for r in records
+                if family(r["name"]) == kind and text in r["perplexity"]
+            )
+            style = (
+                dict(marker="*", markersize=13) if kind == "original" else dict(marker="o" if "svd" in kind else "s")
+            )
+            colour = plt.get_cmap("tab20")((2 * index) % 20 + (2 * index) // 20)
+            axis.plot(*zip(*points), "--", color=colour, label=kind.replace("@", " at a budget"), alpha=0.9, **style)
+        for axes_of, scale in ((axis.xaxis, axis.set_xscale), (axis.yaxis, axis.set_yscale)):
+            scale("log")
+            axes_of.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+            axes_of.set_major_formatter(ScalarFormatter())
+            axes_of.set_minor_formatter(NullFormatter())
         axis.set_title(text)
         axis.set_xlabel("MB on disk")
         axis.set_ylabel("perplexity")
@@ -42,7 +49,7 @@ def plot_bytes(records: list[dict], file: Path) -> None:
         axis.axis("off")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=min(5, len(labels)), frameon=False)
-    figure.tight_layout(rect=(0, 0.06 + 0.04 * ((len(labels) - 1) // 5), 1, 1))
+    figure.tight_layout(rect=(0, 0.04 + 0.025 * ((len(labels) - 1) // 5 + 1), 1, 1))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)

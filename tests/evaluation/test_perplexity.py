@@ -10,7 +10,7 @@ import pytest
 import torch
 from moesvd_quant.evaluation.memory import disk_bytes, peak_bytes, resident_bytes
 from moesvd_quant.evaluation.perplexity import perplexity
-from moesvd_quant.evaluation.plot import plot_bytes
+from moesvd_quant.evaluation.plot import family, plot_bytes
 from moesvd_quant.evaluation.record import collect, evaluate, write
 from moesvd_quant.evaluation.table import render, table8
 from tiny import tiny_model
@@ -110,3 +110,11 @@ def test_records_are_collected_from_folders_and_runs(tmp_path):
 def test_the_plot_is_a_png(tmp_path):
     plot_bytes(RECORDS, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    "name,kind",
+    [("gptq4", "gptq"), ("svd40-gptq3", "svd-gptq"), ("svd-gptq@2.28bpw", "svd-gptq@"), ("d2-fisher40", "d2-fisher")],
+)
+def test_points_of_one_method_are_one_line(name, kind):
+    assert family(name) == kind
