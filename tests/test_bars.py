@@ -59,7 +59,7 @@ def test_equal_to_gptqmodels_own_result(model, tmp_path):
         tmp_path / "peer",
     ]
     environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     (result,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     packed, theirs = int(result.split()[1]), float(result.split()[2])
