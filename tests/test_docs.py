@@ -39,7 +39,7 @@ def test_the_recipe_and_every_named_one_are_valid(tmp_path):
     assert [s.name for s in load_recipe(tmp_path / "mine.yaml").stages] == ["svd", "gptq"]
     table = README.split("| recipe |")[1].split("\n\n")[0]
     named = {name for row in table.splitlines()[2:] for name in re.findall(r"`([\w-]+)`", row.split("|")[1])}
-    assert named == {name for name, _ in shipped()}
+    assert named == {name for name, _ in shipped() if not name.startswith("models/")}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)

@@ -39,6 +39,7 @@ def test_defaults_are_filled_in_and_written_out(tmp_path):
 def test_every_shipped_recipe_loads_and_says_what_it_is(name):
     recipe, line = load_recipe(name), dict(shipped())[name]
     assert recipe.stages and recipe.evaluate.perplexity and len(line) > 20
+    assert (recipe.model is not None) == name.startswith("models/")
     assert f"moesvd run {name} " in read_shipped(name)
 
 
