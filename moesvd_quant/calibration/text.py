@@ -1,6 +1,5 @@
 """Text, from a known name or local files, as windows of tokens."""
 
-import hashlib
 import importlib
 import inspect
 from collections.abc import Iterable, Iterator
@@ -112,11 +111,6 @@ def calibration_windows(source: str, tokenizer, samples: int, length: int, seed:
         chosen.append(_sample(part, tokenizer, wanted, length, generator))
     windows = torch.cat(chosen)
     return windows[torch.randperm(len(windows), generator=generator)]
-
-
-def digest(windows: torch.Tensor) -> str:
-    """sha256 of the shape and the tokens."""
-    return hashlib.sha256(repr(tuple(windows.shape)).encode() + windows.long().numpy().tobytes()).hexdigest()
 
 
 def _sample(source, tokenizer, wanted, length, generator):

@@ -8,7 +8,9 @@ import torch
 
 from ..calibration.metric import blend, coverage
 from ..calibration.store import Statistics
+from ..decompose.whitening import whitened_error
 from ..model.experts import find_experts
+from ..model.modeling_moesvd import FactorizedExperts
 from ..model.stream import StreamedModel
 
 Progress = Callable[[int, int], None]
@@ -68,3 +70,20 @@ def require_experts(parent: StreamedModel) -> None:
     """StageError for a dense model, before any walk."""
     if not any(True for layer in parent.decoder.layers for _ in find_experts(layer)):
         raise StageError(f"{parent.folder}: a dense model: no layer has experts, there is nothing to compress")
+
+
+def factorized(native, layout: dict, banks: dict[str, torch.Tensor]) -> FactorizedExperts:
+    """The experts module that stands in for `native`, its float banks filled."""
+    made = FactorizedExperts(native, layout)
+    with torch.no_grad():
+        for key, value in banks.items():
+            getattr(made, key).copy_(value)
+    return made
+
+
+def errors_of(made: FactorizedExperts, weights: dict, grams: dict) -> dict[str, list[float]]:
+    """Whitened error of every matrix, {projection: [per expert]}; weights and grams by projection and expert."""
+    return {
+        name: [whitened_error(weights[name][e], made.dense(name, e), grams[name][e]) for e in range(made.experts)]
+        for name in made.layout
+    }

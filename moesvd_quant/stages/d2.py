@@ -5,11 +5,11 @@ import torch
 from ..allocate import level_ranks
 from ..calibration.metric import shrink
 from ..decompose.deltas import merge_base, share_deltas
-from ..decompose.whitening import whitened_error, whitened_svd
+from ..decompose.whitening import whitened_svd
 from ..layout import factor_part, layout_of
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
 from ..model.modeling_moesvd import FactorizedExperts
-from .base import Context, Plan, StageError, expert_grams, require_experts, weak_experts
+from .base import Context, Plan, StageError, errors_of, expert_grams, factorized, require_experts, weak_experts
 
 
 def plan(context: Context) -> Plan:
@@ -63,15 +63,9 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
                 pairs = [whitened_svd(delta, gram, deltas["rank"]) for delta, gram in zip(rest, grams[name])]
                 left, right = (torch.stack(side) for side in zip(*pairs))
             banks |= {f"{name}_0_dense": base[None], f"{name}_1_left": left, f"{name}_1_right": right}
-        made = FactorizedExperts(native, layout)
-        with torch.no_grad():
-            for key, value in banks.items():
-                getattr(made, key).copy_(value)
+        made = factorized(native, layout, banks)
         layer.set_submodule(path, made)
-        report[full] = {
-            name: [whitened_error(w, made.dense(name, e), grams[name][e]) for e, w in enumerate(weights[name])]
-            for name in layout
-        } | {"weak_experts": weak_experts(statistics, path)}
+        report[full] = errors_of(made, weights, grams) | {"weak_experts": weak_experts(statistics, path)}
     return report
 
 

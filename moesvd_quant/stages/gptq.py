@@ -13,7 +13,7 @@ from ..model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
 from ..quantize.factors import quantize_factors
 from ..quantize.gptq import PackedMatrix, QuantizeError, gptq, quant_format, round_to_nearest
 from .allocation import plan_budget
-from .base import Context, Plan, StageError, expert_grams, require_experts, weak_experts
+from .base import Context, Plan, StageError, errors_of, expert_grams, require_experts, weak_experts
 
 OTHER_BITS = 4  # of linears outside the experts, where a budget decides about the experts
 
@@ -144,11 +144,7 @@ def _quantize_experts(context, full, experts, own, blended, layout):
     module = FactorizedExperts(experts, layout)
     for key, packed in banks.items():
         _fill(module, key, packed, stacked=True)
-    errors = {
-        name: [whitened_error(wanted[name][e], module.dense(name, e), own[name][e]) for e in range(count)]
-        for name in layout
-    }
-    return module, errors
+    return module, errors_of(module, wanted, own)
 
 
 def _product(part: dict, made: dict, at: int) -> torch.Tensor:

@@ -7,12 +7,12 @@ from ..calibration.metric import blend, shrink
 from ..calibration.statistics import outlier_share
 from ..decompose.sensitivity import layer_sensitivity, principal_rank, sampling_frequency, select_layers
 from ..decompose.sharing import left_count, literal, share_and_trim
-from ..decompose.whitening import whitened_error, whitened_spectrum, whitened_svd
+from ..decompose.whitening import whitened_spectrum, whitened_svd
 from ..layout import dense_layout, factor_part, layout_of, parts_by_rank
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
 from ..model.modeling_moesvd import FactorizedExperts
 from .allocation import plan_budget
-from .base import Context, Plan, StageError, expert_grams, require_experts, weak_experts
+from .base import Context, Plan, StageError, errors_of, expert_grams, factorized, require_experts, weak_experts
 
 
 def plan(context: Context) -> Plan:
@@ -151,15 +151,9 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
             for i, part in enumerate(parts):
                 for bank, value in _banks(part, weights[name], grams[name], frequency, context.options).items():
                     banks[f"{name}_{i}_{bank}"] = value
-        made = FactorizedExperts(native, layout)
-        with torch.no_grad():
-            for key, value in banks.items():
-                getattr(made, key).copy_(value)
+        made = factorized(native, layout, banks)
         layer.set_submodule(path, made)
-        report[full] = {
-            name: [whitened_error(weights[name][e], made.dense(name, e), grams[name][e]) for e in range(made.experts)]
-            for name in layout
-        }
+        report[full] = errors_of(made, weights, grams)
     return report
 
 
