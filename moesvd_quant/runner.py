@@ -80,13 +80,15 @@ class Run:
 
     def key(self, upto: int) -> dict:
         """All that a stage's output depends on; equal keys mean equal files."""
-        stages = [{s.name: s.options.model_dump()} for s in self.recipe.stages[: upto + 1]]
+        stages = [{s.name: s.options.model_dump()} for s in self.recipe.stages]
+        budget = self.recipe.budget
         return {
             "model": self.model_digest,
             "statistics": self.statistics.key,
-            "stages": stages,
+            "stages": stages[: upto + 1],
             "seed": self.recipe.seed,
-            "budget": self.recipe.budget,
+            # Under a budget the first stage is planned for what the later ones do.
+            "budget": None if budget is None else {"amount": budget, "stages": stages},
             "versions": versions(),
         }
 

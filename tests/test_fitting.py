@@ -10,7 +10,7 @@ from moesvd_quant.fitting import bank_bytes
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.runner import Run, RunError
 from moesvd_quant.stages.base import StageError
 
 
@@ -66,6 +66,16 @@ def test_open_rank_with_fixed_bits_and_open_rank_alone(make_model, tmp_path, sma
     (tmp_path / "ranks.yaml").write_text("budget: 8bpw\nstages: [svd]")
     alone = plan_stages(make(tmp_path / "ranks.yaml", folder, tmp_path, small))
     assert 7.5 < alone[-1]["accounting"]["bits_per_expert_weight"] <= 8
+
+
+def test_a_first_stage_planned_for_other_widths_is_noticed(make_model, tmp_path, small, monkeypatch):
+    folder = make_model("mixtral", torch.bfloat16)
+    monkeypatch.setattr("moesvd_quant.stages.gptq.run_layer", lambda *_: pytest.fail("interrupted"))
+    with pytest.raises(pytest.fail.Exception):
+        make("fit", folder, tmp_path, small, "budget=2bpw").run()
+    assert (tmp_path / "01-svd").is_dir() and not (tmp_path / "02-gptq").exists()
+    with pytest.raises(RunError, match="made with another budget"):
+        make("fit", folder, tmp_path, small, "budget=2bpw", "gptq.bits=3").run()
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ class Statistics:
         streamed = StreamedModel(self.folder, self.dtype, self.device)
         found = measure_effects(streamed, self.windows, BATCH_SIZE, progress)
         if self.stored:
-            self.root.mkdir(parents=True, exist_ok=True)
+            self._make_folder()
             write_json(path, [[*key, value] for key, value in found.items()])
         return found
 
@@ -143,21 +143,19 @@ class Statistics:
                 for inner, projections in modules.items():
                     for key, (weights, fisher) in projections.items():
                         self._bases[f"{name}.{inner}/{key}"] = merge_base(weights, fisher).float().cpu()
-            if self.stored:
-                self.root.mkdir(parents=True, exist_ok=True)
-                write_tensors(path, self._bases)
+            self._write(path, self._bases)
         return self._bases[f"{full}/{projection}"]
 
     def _write(self, path: Path, tensors) -> None:
         if not self.stored:
             return
-        if not self.root.is_dir():
-            self._make_room()
-        self.root.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         write_tensors(path, tensors)
 
-    def _make_room(self) -> None:
-        """Deletes the statistics that were written longest ago until these fit under the cap."""
+    def _make_folder(self) -> None:
+        """The folder of these statistics; when it is new, those written longest ago go until these fit the cap."""
+        if self.root.is_dir():
+            return
         sizes = {
             folder: sum(file.stat().st_size for file in folder.iterdir())
             for folder in sorted(self.store.glob("*"), key=lambda path: path.stat().st_mtime)
@@ -166,6 +164,7 @@ class Statistics:
             if sum(sizes.values()) + self.needed > self.cap_bytes:
                 shutil.rmtree(folder)
                 del sizes[folder]
+        self.root.mkdir(parents=True, exist_ok=True)
 
 
 def linear_gram(statistics: dict, path: str) -> torch.Tensor:

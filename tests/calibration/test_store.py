@@ -57,3 +57,11 @@ def test_the_oldest_statistics_make_room(folder, tmp_path):
     second = make(folder, tmp_path, WINDOWS + 1, cap=int(1.5 * first.needed))
     list(second.layers())
     assert not first.root.exists() and second.complete()
+
+
+def test_effects_make_room_as_well(folder, tmp_path):
+    first = make(folder, tmp_path)
+    list(first.layers())
+    second = make(folder, tmp_path, WINDOWS + 1, cap=int(1.5 * first.needed))
+    second.effects()  # a budget asks for them before the statistics
+    assert not first.root.exists()
