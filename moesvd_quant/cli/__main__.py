@@ -1,0 +1,5 @@
+"""python -m moesvd_quant.cli"""
+
+from . import main
+
+main()

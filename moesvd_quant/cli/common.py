@@ -1,0 +1,86 @@
+"""What the verbs share: arguments, models by name, progress bars. Heavy imports stay inside functions."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Makes MoE models small."
+)
+
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Hugging Face folder, or `reference`.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example svd.ratio=0.6.")]
+
+
+def resolve_model(name: str | None, recipe=None) -> Path:
+    """Folder of a model: a local path, `reference` for the embedded one, or a hub name that is in the cache
+    or can be downloaded (`name@revision`). ValueError where there is none."""
+    name = name or (recipe.model if recipe else None)
+    if not name:
+        raise ValueError("no model: give --model FOLDER, or `model:` in the recipe")
+    if name == "reference":
+        from ..reference import path
+
+        return path()
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ValueError(f"{name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja", "README.md"]
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # the hub's many network errors
+        raise ValueError(f"{name}: no such folder, and it cannot be had from the hub: {error}") from error
+
+
+def resolve_device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+@contextmanager
+def progress_bars(quiet: bool = False):
+    """Yields report(what, done, total), shown as bars with the time left on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=quiet)
+    tasks: dict = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        bars.start()  # not before there is something to show
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        if tasks:
+            bars.stop()
+
+
+def start_run(recipe_name: str, model: str | None, overrides: list[str] | None, out: Path, device: str, report):
+    from ..recipe import load_recipe
+    from ..runner import Run, sync_threads
+
+    recipe = load_recipe(recipe_name, overrides or ())
+    sync_threads()
+    folder = resolve_model(model, recipe)
+    return Run(recipe, folder, out, resolve_device(device), report)
+
+
+def print_table(records: list[dict], form: str) -> None:
+    from ..evaluation.table import render, table8
+
+    print(render(table8(records), form), end="")

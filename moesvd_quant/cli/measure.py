@@ -1,0 +1,99 @@
+"""Verbs that measure and compare: eval, table, bench, demo."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Device, Json, Model, Out, app, print_table, progress_bars, resolve_device, resolve_model
+
+
+@app.command("eval")
+def evaluate_verb(
+    folders: Annotated[list[Path], typer.Argument(help="Model folders, ours or any.")],
+    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the records; default: beside the weights.")] = None,
+    peak: Annotated[bool, typer.Option(help="Also measure peak memory in a fresh process.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Perplexity and memory of model folders; writes eval.json and prints a table."""
+    from ..evaluation.record import RECORD, evaluate, write
+    from ..recipe import named_texts
+
+    named = named_texts(text or ["wikitext2"])
+    records = []
+    with progress_bars(as_json) as report:
+        for folder in folders:
+            say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
+            record = evaluate(resolve_model(str(folder)), named, length, resolve_device(device), None, peak, say)
+            write(record, (out / folder.name if out else folder) / RECORD)
+            records.append(record)
+    print(json.dumps(records)) if as_json else print_table(records, "terminal")
+
+
+@app.command()
+def table(
+    number: Annotated[str, typer.Argument(help="Table of the paper: 8.")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders with eval.json, or of runs.")],
+    form: Annotated[str, typer.Option("--format", help="terminal, markdown, csv or json.")] = "terminal",
+    plot: Annotated[Path | None, typer.Option(help="Also draw perplexity against bytes into this PNG.")] = None,
+) -> None:
+    """The paper's Table 8 of any checkpoints that were evaluated."""
+    from ..evaluation.record import collect
+
+    if number != "8":
+        raise ValueError(f"table {number}: only table 8 is there")
+    records = collect(folders)
+    print_table(records, form)
+    if plot:
+        from ..evaluation.plot import plot_bytes
+
+        plot_bytes(records, plot)
+        print(f"plot: {plot}", file=sys.stderr)
+
+
+@app.command()
+def bench(
+    recipes: Annotated[list[str], typer.Argument(help="Recipes to compare, then key=value overrides for all.")],
+    model: Model = None,
+    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    out: Out = Path("bench"),
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare recipes on one model: runs each, evaluates all, prints the table, draws the plot."""
+    from ..bench import compare
+    from ..recipe import named_texts
+    from ..runner import sync_threads
+
+    sync_threads()
+    names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
+    texts, folder = named_texts(text or ["wikitext2"]), resolve_model(model)
+    with progress_bars(as_json) as report:
+        result = compare(folder, names, out, texts, length, overrides, resolve_device(device), report)
+    _print_comparison(*result, out, as_json)
+
+
+@app.command()
+def demo(out: Out = Path("demo-out"), as_json: Json = False) -> None:
+    """Compress the embedded model in several ways on embedded text, and print the table."""
+    from ..demo import run_demo
+
+    with progress_bars(as_json) as report:
+        result = run_demo(out, report)
+    _print_comparison(*result, out, as_json)
+
+
+def _print_comparison(records: list[dict], compared, out: Path, as_json: bool) -> None:
+    from ..evaluation.table import render
+
+    if as_json:
+        print(json.dumps(records))
+        return
+    print(render(compared), end="")
+    print(f"checkpoints: {out}/*/0*-*\ntable: {out}/table8.md, .csv, .json\nplot: {out}/perplexity-against-bytes.png")
