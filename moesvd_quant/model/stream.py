@@ -5,6 +5,7 @@ decomposition, quantization and verification.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,11 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from ..checkpoint.files import advise
+from ..memory import Batches
 from .modeling_moesvd import MoesvdConfig, check_digests, model_class
+
+DISTINCT = 8  # masks and positions of one shape that are looked for among what other batches were given
 
 
 class ModelError(ValueError):
@@ -54,6 +59,13 @@ def weight_files(folder: Path) -> dict[str, str]:
         raise ModelError(f"{single}: truncated or damaged ({error})") from error
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all of it is; without the copies that torch.isfinite makes of a whole tensor."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
 @contextmanager
 def no_loading_bars():
     """transformers draws a bar per call, which is one per layer here."""
@@ -64,6 +76,18 @@ def no_loading_bars():
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def one_tensor_at_a_time():
+    """transformers reads all tensors ahead by threads otherwise: one more layer in memory."""
+    key = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(key) if before is None else os.environ.update({key: before})
 
 
 class StreamedModel:
@@ -127,14 +151,14 @@ class StreamedModel:
         for target, key, file in self.sources:
             if target.startswith(prefixes):
                 wanted.setdefault(file, []).append(key)
-        state = {}
+        state: dict = {}
         handles = [safe_open(self.folder / file, "pt") for file in wanted]
         for handle, keys in zip(handles, wanted.values()):
             state.update({key: handle.get_slice(key) for key in keys})
         how = LoadStateDictConfig(
             weight_mapping=get_model_conversion_mapping(self.model), device_map={"": self.device}, dtype=self.dtype
         )
-        with no_loading_bars():
+        with no_loading_bars(), one_tensor_at_a_time():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, how)
         self.model.requires_grad_(False)
         missing = [key for key in info.missing_keys if key.startswith(prefixes) and not self._tied(key)]
@@ -147,9 +171,7 @@ class StreamedModel:
             if found:
                 raise ModelError(f"{self.folder}: tensors {kind}: {sorted(map(str, found))[:5]}")
         for key, tensor in self.model.named_parameters():
-            if not key.startswith(prefixes) or not tensor.is_floating_point() or self._tied(key):
-                continue
-            if not torch.isfinite(tensor).all():
+            if key.startswith(prefixes) and not self._tied(key) and not is_finite(tensor):
                 where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
                 raise ModelError(f"{self.folder}: {key} is not finite at {where}; the checkpoint is damaged")
 
@@ -165,10 +187,21 @@ class StreamedModel:
 
     def load_layer(self, index: int) -> nn.Module:
         self.load(self.layer_names[index] + ".")
+        if index + 1 < len(self.layer_names):
+            self.read_ahead(self.layer_names[index + 1] + ".")
         return self.decoder.layers[index]
 
     def drop_layer(self, index: int) -> None:
         self.drop(self.layer_names[index])
+
+    def read_ahead(self, prefix: str) -> None:
+        """Asks the system to read the tensors under the prefix into its cache, while this process computes."""
+        wanted: dict[str, list[str]] = {}
+        for target, key, file in self.sources:
+            if target.startswith(prefix):
+                wanted.setdefault(file, []).append(key)
+        for file, keys in wanted.items():
+            advise(self.folder / file, keys)
 
     def outer_prefixes(self) -> list[str]:
         """Prefixes of everything that is not a decoder layer: embeddings, norms, lm_head."""
@@ -180,14 +213,39 @@ class StreamedModel:
         self.load(*self.outer_prefixes())
         self.model.tie_weights()
 
+    def _embeddings(self) -> tuple[str, str]:
+        """Paths of the input embeddings and of the output head."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        return names[id(self.model.get_input_embeddings())], names[id(self.model.get_output_embeddings())]
+
+    @contextmanager
+    def head(self) -> Iterator[nn.Module]:
+        """Final norm and output head: hidden states -> logits; in memory while it is open."""
+        embeddings, head = self._embeddings()
+        self.load(*(prefix for prefix in self.outer_prefixes() if not f"{embeddings}.".startswith(prefix)))
+        if self._tied(f"{head}.weight"):
+            self.load(f"{embeddings}.")
+            self.model.tie_weights()
+        try:
+            yield nn.Sequential(self.decoder.norm, self.model.lm_head)
+        finally:
+            self.drop(embeddings)
+            self.drop(head)
+
     @torch.no_grad()
-    def walk(self, windows: torch.Tensor, batch_size: int = 8) -> Iterator["LayerVisit"]:
+    def walk(self, windows: torch.Tensor, batch_size: int = 8, scratch: Path | None = None) -> Iterator["LayerVisit"]:
         """Takes token windows (n, length) through the model breadth-first: all batches through one layer,
-        then the next. Yields a visit per layer with its weights in memory; hidden states advance after it."""
-        self.load_outer()
-        batches = windows.to(self.device).split(batch_size)
-        calls = _record_layer_calls(self.decoder, batches)
-        hidden = [args[0] for args, _ in calls[0]]
+        then the next. Yields a visit per layer with its weights in memory; hidden states advance after it.
+
+        scratch: folder of the disk that hidden states go to; in memory where it is None. After the walk, `hidden` are
+        the last ones, before the final norm.
+        """
+        embeddings, head = self._embeddings()
+        self.load(*(prefix for prefix in self.outer_prefixes() if prefix != f"{head}."))
+        batches = windows.split(batch_size)
+        hidden = Batches(scratch, self.device)
+        calls = _record_layer_calls(self.decoder, batches, hidden, self.device)
+        self.drop(embeddings)
         for index in range(len(self.layer_names)):
             layer = self.load_layer(index)
             visit = LayerVisit(index, layer, hidden, calls[index])
@@ -198,51 +256,66 @@ class StreamedModel:
         self.hidden = hidden
 
     @torch.no_grad()
-    def logits(self, windows: torch.Tensor, batch_size: int = 8) -> Iterator[torch.Tensor]:
+    def logits(self, windows: torch.Tensor, batch_size: int = 8, scratch: Path | None = None) -> Iterator[torch.Tensor]:
         """Logits (batch, length, vocabulary) of each batch, from a walk over all layers."""
-        for _ in self.walk(windows, batch_size):
+        for _ in self.walk(windows, batch_size, scratch):
             pass
-        for hidden in self.hidden:
-            yield self.model.lm_head(self.decoder.norm(hidden))
+        with self.head() as head:
+            for hidden in self.hidden:
+                yield head(hidden)
 
 
 class LayerVisit:
     """A decoder layer with its weights, and the inputs that the walk has for it."""
 
-    def __init__(self, index, layer, hidden, calls):
+    def __init__(self, index: int, layer: nn.Module, hidden: Batches, calls: list):
         self.index, self.layer, self.hidden, self.calls = index, layer, hidden, calls
-        self._outputs = None
+        self._outputs: Batches | None = None
 
-    def outputs(self) -> list[torch.Tensor]:
+    def outputs(self) -> Batches:
         """Output hidden states of every batch; run once, so that hooks set before see each batch once."""
         if self._outputs is None:
             self._outputs = self.run(self.hidden)
         return self._outputs
 
-    def run(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+    def run(self, hidden: Batches) -> Batches:
         """Output hidden states of the layer for these input ones, a tensor per batch of the walk."""
-        made = []
+        made = hidden.like()
         for states, (args, kwargs) in zip(hidden, self.calls):
-            out = self.layer(states, *args[1:], **kwargs)
+            out = self.layer(states, *args, **kwargs)
             made.append(out[0] if isinstance(out, tuple) else out)
         return made
 
 
-def _record_layer_calls(decoder, batches):
-    """What each layer is called with, per batch, learnt by a run in which layers pass their input on."""
+def _record_layer_calls(decoder, batches, hidden: Batches, device) -> list[list]:
+    """What each layer is called with besides hidden states, per layer and batch, learnt by a run in which layers pass
+    their input on; fills `hidden` with the inputs of the first. Equal masks and positions are kept once."""
     calls: list[list] = [[] for _ in decoder.layers]
+    kept: dict[tuple, list[torch.Tensor]] = {}
+
+    def once(value):
+        if not isinstance(value, torch.Tensor):
+            return type(value)(map(once, value)) if type(value) in (tuple, list) else value
+        seen = kept.setdefault((value.shape, value.dtype), [])
+        same = next((other for other in seen if other is value or torch.equal(other, value)), None)
+        if same is None and len(seen) < DISTINCT:
+            seen.append(value)
+        return value if same is None else same
+
     for index, layer in enumerate(decoder.layers):
 
         def forward(*args, _index=index, **kwargs):
             if not args:
                 args = (kwargs.pop("hidden_states"),)
-            calls[_index].append((args, kwargs))
+            if _index == 0:
+                hidden.append(args[0])
+            calls[_index].append((tuple(map(once, args[1:])), {name: once(value) for name, value in kwargs.items()}))
             return args[0]
 
         layer.forward = forward
     try:
         for batch in batches:
-            decoder(input_ids=batch, use_cache=False)
+            decoder(input_ids=batch.to(device), use_cache=False)
     finally:
         for layer in decoder.layers:
             del layer.forward
