@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo clean
+.PHONY: venv test test-slow lint demo bench-quality clean
 
 venv: .venv/.installed
 
@@ -27,5 +27,9 @@ lint: venv
 demo: venv
 	$(BIN)/moesvd demo --out demo-out
 
+# QUALITY: options of moesvd_quant/quality.py, for example --seen wikitext2 --unseen code --calibration mine.txt
+bench-quality: venv
+	$(BIN)/python -m moesvd_quant.quality $(QUALITY)
+
 clean:
-	rm -rf demo-out
+	rm -rf demo-out quality-out

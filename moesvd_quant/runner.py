@@ -88,7 +88,9 @@ class Run:
             "stages": stages[: upto + 1],
             "seed": self.recipe.seed,
             # Under a budget the first stage is planned for what the later ones do.
-            "budget": None if budget is None else {"amount": budget, "stages": stages},
+            "budget": None
+            if budget is None
+            else {"amount": budget, "stages": stages, "limits": self.recipe.limits.model_dump()},
             "versions": versions(),
         }
 

@@ -12,6 +12,7 @@ from ..decompose.whitening import whitened_error
 from ..model.experts import find_experts
 from ..model.modeling_moesvd import FactorizedExperts
 from ..model.stream import StreamedModel
+from ..recipe import Limits
 
 Progress = Callable[[int, int], None]
 
@@ -31,11 +32,13 @@ class Context:
     device: torch.device
     progress: Progress = lambda done, total: None
     # Of a recipe with a budget: bytes for the routed experts at its end, what the stage before left to this one, the
-    # options of a gptq stage to come, and tables that one plan made and the next may use.
+    # options of a gptq stage to come, tables that one plan made and the next may use, and what to respect. A budget of
+    # zero stands for the least that is possible.
     budget: float | None = None
     widths: dict = field(default_factory=dict)
     gptq: Any = None
     memo: dict = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass
