@@ -200,26 +200,33 @@ class FactorizedExperts(Packed):
             self._maps[key] = rows.to(device)
         return self._maps[key]
 
-    def bank_matmul(self, x, rows, projection, i, bank):
-        """y[t] = bank[rows[t]] @ x[t], x (n, in), rows (n) -> (n, out): one grouped product over sorted rows."""
+    def bank_matmul(self, x, ids, sizes, projection, i, bank):
+        """y[t] = bank[row of expert ids[t]] @ x[t]: x (n, in), n pairs sorted by expert, ids (n) -> (n, out).
+
+        sizes: pairs of each expert of the part. Where each expert has a row of its own, in order, pairs are
+        in the order of rows already; else they are sorted. On a GPU that is one grouped product, on a CPU,
+        and where packed rows are dequantized one at a time, a product for each row that has pairs.
+        """
         part = self.layout[projection][i]
         count, out, _ = part_banks(part, *self.shapes[projection])[bank]
         if count == 1:
             return F.linear(x, self.bank(projection, i, bank, x.dtype, 0))
-        order = torch.argsort(rows, stable=True)
-        sizes = torch.bincount(rows, minlength=count)
-        x = x[order]
-        if part["quant"].get(bank) is None:
+        order = None
+        if part[bank] != list(range(count)) or part["experts"] != sorted(part["experts"]):
+            rows = self.row_map(projection, i, bank, x.device)[ids]
+            order = torch.argsort(rows, stable=True)
+            x, sizes = x[order], torch.bincount(rows, minlength=count)
+        if x.device.type != "cpu" and part["quant"].get(bank) is None:
             weight = self.bank(projection, i, bank, x.dtype)
             y = F.grouped_mm(x, weight.transpose(1, 2), offs=sizes.cumsum(0).int())
-        else:  # one expert's weight is dequantized at a time
+        else:
             chunks = [
                 F.linear(chunk, self.bank(projection, i, bank, x.dtype, row))
                 for row, chunk in enumerate(x.split(sizes.tolist()))
                 if len(chunk)
             ]
             y = torch.cat(chunks) if chunks else x.new_zeros(0, out)
-        return torch.empty_like(y).index_copy(0, order, y)
+        return y if order is None else torch.empty_like(y).index_copy(0, order, y)
 
     def shared_input(self, part):
         """The bank that every token meets whatever its expert, first: a base, or a right factor."""
@@ -227,23 +234,32 @@ class FactorizedExperts(Packed):
         name = "dense" if "dense" in part else "right"
         return name if whole and max(part[name]) == 0 else None
 
-    def project(self, x, token, ids, projection):
-        """x (tokens, in) -> (pairs, out) for the (token, expert) pairs; shared banks see each token once."""
-        y = x.new_zeros(len(ids), self.shapes[projection][0])
+    def project(self, x, pairs, token, ids, sizes, projection):
+        """(pairs, in) -> (pairs, out) for pairs of token and expert, sorted by expert.
+
+        x (tokens, in) and token (pairs): what pairs were gathered from; shared banks see each token once.
+        sizes (experts): pairs of each expert.
+        """
+        y = None
         for i, part in enumerate(self.layout[projection]):
             first, last = ("dense", None) if "dense" in part else ("right", "left")
-            rows = self.row_map(projection, i, first, x.device)[ids]
+            chosen, mine, own = None, ids, sizes
+            if len(part["experts"]) < self.experts:
+                chosen = (self.row_map(projection, i, first, ids.device)[ids] >= 0).nonzero()[:, 0]
+                mine, own = ids[chosen], sizes[sorted(part["experts"])]
             if self.shared_input(part):
-                h, chosen = self.bank_matmul(x, rows, projection, i, first)[token], None
+                h = F.linear(x, self.bank(projection, i, first, x.dtype, 0))[token]
             else:
-                chosen = None if len(part["experts"]) == self.experts else (rows >= 0).nonzero()[:, 0]
-                h = x[token if chosen is None else token[chosen]]
-                h = self.bank_matmul(h, rows if chosen is None else rows[chosen], projection, i, first)
+                h = pairs if chosen is None else pairs[chosen]
+                h = self.bank_matmul(h, mine, own, projection, i, first)
             if last:
-                rows = self.row_map(projection, i, last, x.device)[ids]
-                h = self.bank_matmul(h, rows if chosen is None else rows[chosen], projection, i, last)
-            y = y + h if chosen is None else y.index_add(0, chosen, h)
-        return y
+                h = self.bank_matmul(h, mine, own, projection, i, last)
+            if chosen is not None:
+                y = h.new_zeros(len(ids), h.shape[1]) if y is None else y
+                y = y.index_add(0, chosen, h)
+            else:
+                y = h if y is None else y + h
+        return pairs.new_zeros(len(ids), self.shapes[projection][0]) if y is None else y
 
     def activate(self, pairs):
         """Gate and up (or up alone) -> the input of down, by the native class's own gate."""
@@ -270,11 +286,14 @@ class FactorizedExperts(Packed):
         tokens, k = top_k_index.shape
         ids, order = top_k_index.reshape(-1).sort(stable=True)
         token = order // k
+        sizes = torch.bincount(ids, minlength=self.experts)
+        gathered = hidden_states[token]
         names = [name for name in ("gate", "up") if name in self.shapes]
-        pairs = {name: self.project(hidden_states, token, ids, name) for name in names}
+        pairs = {name: self.project(hidden_states, gathered, token, ids, sizes, name) for name in names}
         self.add_bias(pairs, ids)
         inner = self.activate(pairs)
-        y = self.project(inner, torch.arange(len(ids), device=ids.device), ids, "down")
+        everyone = torch.arange(len(ids), device=ids.device)
+        y = self.project(inner, inner, everyone, ids, sizes, "down")
         if self.has_bias:
             y = y + self.down_proj_bias[ids]
         if self.has_post_expert_norm:
