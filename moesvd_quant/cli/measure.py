@@ -14,22 +14,35 @@ from .common import Device, Json, Model, Out, app, print_table, progress_bars, r
 def evaluate_verb(
     folders: Annotated[list[Path], typer.Argument(help="Model folders, ours or any.")],
     text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    protocol: Annotated[list[str] | None, typer.Option(help="gptq (default), lm-eval; repeat it.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="One layer in memory; default: where it does not fit.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, by commas; zero-shot: the paper's seven.")
+    ] = None,
+    task_data: Annotated[Path | None, typer.Option(help="Folder of local task files; else from the hub.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows, or requests of tasks, at a time.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the records; default: beside the weights.")] = None,
     peak: Annotated[bool, typer.Option(help="Also measure peak memory in a fresh process.")] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Perplexity and memory of model folders; writes eval.json and prints a table."""
-    from ..evaluation.record import RECORD, evaluate, write
+    """Perplexity, zero-shot accuracy and memory of model folders; writes eval.json and prints a table."""
+    from ..evaluation.record import RECORD, Wanted, evaluate, write
     from ..recipe import named_texts
 
-    named = named_texts(text or ["wikitext2"])
+    texts = named_texts(text or ([] if tasks else ["wikitext2"]))
+    named = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
+    data = None if task_data is None else str(task_data)
+    wanted = Wanted(texts, tuple(protocol or ["gptq"]), length, batch, stream, named, data, limit, peak)
     records = []
     with progress_bars(as_json) as report:
         for folder in folders:
             say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
-            record = evaluate(resolve_model(str(folder)), named, length, resolve_device(device), None, peak, say)
+            record = evaluate(resolve_model(str(folder)), wanted, resolve_device(device), None, say)
             write(record, (out / folder.name if out else folder) / RECORD)
             records.append(record)
     print(json.dumps(records)) if as_json else print_table(records, "terminal")
