@@ -1,4 +1,4 @@
-"""Perplexity against bytes: the picture every method is judged by."""
+"""Perplexity against bytes, the picture every method is judged by; speed over batches and lengths."""
 
 import re
 from pathlib import Path
@@ -50,6 +50,37 @@ def plot_bytes(records: list[dict], file: Path) -> None:
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=min(5, len(labels)), frameon=False)
     figure.tight_layout(rect=(0, 0.04 + 0.025 * ((len(labels) - 1) // 5 + 1), 1, 1))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def plot_speed(result: dict, file: Path) -> None:
+    """The paper's Figure 4 as PNG: tokens per second over batch sizes (at the shortest prompt) and over lengths (at the
+    largest batch), with the range over repeats; a row for prefill, one for decode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells = result["cells"]
+    names = list(dict.fromkeys(cell["model"] for cell in cells))
+    fixed = {"batch": min(cell["length"] for cell in cells), "length": max(cell["batch"] for cell in cells)}
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), squeeze=False)
+    for row, phase in zip(axes, ("prefill", "decode")):
+        for axis, (along, other) in zip(row, (("batch", "length"), ("length", "batch"))):
+            for name in names:
+                shown = [c for c in cells if c["model"] == name and c[other] == fixed[along]]
+                rates = [c[phase]["tokens_per_second"] for c in shown]
+                low = [r - c[phase]["min"] for r, c in zip(rates, shown)]
+                high = [c[phase]["max"] - r for r, c in zip(rates, shown)]
+                axis.errorbar([c[along] for c in shown], rates, [low, high], marker="o", capsize=3, label=name)
+            axis.set(
+                xscale="log", yscale="log", xlabel=along, ylabel="tokens/s", title=f"{phase}, {other} {fixed[along]}"
+            )
+            axis.grid(alpha=0.25)
+    axes[0, 0].legend(frameon=False)
+    figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)

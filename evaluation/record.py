@@ -4,15 +4,17 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..checkpoint.files import write_json
+from .flops import flops_per_token
 from .memory import disk_bytes, fits, peak_bytes, resident_bytes
 from .perplexity import PROTOCOLS, Logits, document_perplexity, in_memory, perplexity
 from .zero_shot import task_names
 
-RECORD = "eval.json"
+RECORD, SPEED = "eval.json", "speed.json"
 Report = Callable[[str, int, int], None]  # what, done, total
 
 
@@ -51,7 +53,7 @@ def evaluate(
     memory = {"disk": disk_bytes(folder), "disk_bytes": disk_bytes(folder)["total"], "resident_bytes": opened.resident}
     if wanted.peak:
         memory |= peak_bytes(folder)
-    about = _about(folder, opened.config)
+    about = _about(folder, opened)
     record = {
         "name": name or about["name"],
         "path": folder.name,
@@ -65,6 +67,8 @@ def evaluate(
         "perplexity": {text: _perplexity(opened, wanted, text, progress) for text in wanted.texts},
         "memory": memory,
         "accounting": about["accounting"],
+        "flops": flops_per_token(opened.described, _length(wanted, opened.config))
+        | {"context": _length(wanted, opened.config)},
     }
     if wanted.tasks:
         record["zero_shot"] = _zero_shot(opened, wanted)
@@ -73,10 +77,11 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Opened:
-    config: object
-    tokenizer: object
+    config: Any
+    tokenizer: Any
     logits: Logits
     model: torch.nn.Module | None  # None where it streams
+    described: torch.nn.Module  # the modules, on the meta device where it streams
     dtype: torch.dtype
     resident: int  # bytes that its tensors take when loaded
 
@@ -95,11 +100,13 @@ def _open(folder: Path, wanted: Wanted, device: str, progress: Report) -> _Opene
             raise ValueError(f"{folder}: tasks need the whole model in memory; perplexity alone can stream")
         made = streamed(folder, dtype, device, progress)
         resident = resident_bytes(streamed(folder, None, device).model)
-        return _Opened(config, AutoTokenizer.from_pretrained(folder), made.logits, None, made.dtype, resident)
+        return _Opened(
+            config, AutoTokenizer.from_pretrained(folder), made.logits, None, made.model, made.dtype, resident
+        )
     model = moesvd_quant.load(folder)
     resident = resident_bytes(model)
     model = model.to(device, dtype)
-    return _Opened(config, AutoTokenizer.from_pretrained(folder), in_memory(model), model, model.dtype, resident)
+    return _Opened(config, AutoTokenizer.from_pretrained(folder), in_memory(model), model, model, model.dtype, resident)
 
 
 def streamed(folder: Path, dtype: torch.dtype | None, device: str, progress: Report | None = None):
@@ -122,16 +129,17 @@ def _length(wanted: Wanted, config) -> int:
 def _perplexity(opened: _Opened, wanted: Wanted, text: str, progress: Report) -> dict:
     from ..calibration.text import joiner_of, load_documents, token_windows
 
-    source, measured = wanted.texts[text], {}
+    source = wanted.texts[text]
+    measured: dict = {}
     say = lambda done, total: progress(f"perplexity on {text}", done, total)  # noqa: E731
     documents, length = load_documents(source, "test"), _length(wanted, opened.config)
     if "gptq" in wanted.protocols:
         windows = token_windows(documents, opened.tokenizer, length, joiner_of(source))
         measured |= perplexity(opened.logits, windows, wanted.batch_size, say).to_dict()
     if "lm-eval" in wanted.protocols:
-        length = wanted.length or getattr(opened.config, "max_position_embeddings", 2048)
+        whole = wanted.length or getattr(opened.config, "max_position_embeddings", 2048)
         measured["lm_eval"] = document_perplexity(
-            opened.logits, documents, opened.tokenizer, length, wanted.batch_size, say
+            opened.logits, documents, opened.tokenizer, whole, wanted.batch_size, say
         )
     return measured
 
@@ -143,18 +151,17 @@ def _zero_shot(opened: _Opened, wanted: Wanted) -> dict:
     return zero_shot(opened.model, opened.tokenizer, list(wanted.tasks), wanted.task_data, wanted.limit, **more)
 
 
-def _about(folder: Path, config) -> dict:
+def _about(folder: Path, opened: _Opened) -> dict:
     manifest = folder / "moesvd.json"
     if manifest.is_file():
         content = json.loads(manifest.read_text())
         if "accounting" in content:
-            keys = ("bits_per_expert_weight", "expert_ratio", "model_ratio", "params", "original_params")
+            keys = ("bits_per_expert_weight", "expert_ratio", "model_ratio", "params")
             return {"name": content["name"], "accounting": {k: content["accounting"][k] for k in keys}}
-    bits = torch.finfo(config.dtype or torch.float32).bits
-    return {
-        "name": "original",
-        "accounting": {"bits_per_expert_weight": float(bits), "expert_ratio": 0.0, "model_ratio": 0.0},
-    }
+    bits = torch.finfo(opened.config.dtype or torch.float32).bits
+    params = sum(parameter.numel() for parameter in opened.described.parameters())
+    account = {"bits_per_expert_weight": float(bits), "expert_ratio": 0.0, "model_ratio": 0.0, "params": params}
+    return {"name": "original", "accounting": account}
 
 
 def same_protocol(record: dict, wanted: Wanted) -> bool:
@@ -201,5 +208,11 @@ def collect(folders: list[Path]) -> list[dict]:
         found = [folder / RECORD] if (folder / RECORD).is_file() else sorted(folder.glob(f"*/{RECORD}"))
         if not found:
             raise ValueError(f"{folder}: no {RECORD} in it or in its sub-folders; run `moesvd eval {folder}` first")
-        records += [json.loads(path.read_text()) for path in found]
+        records += [_with_speed(path) for path in found]
     return list({json.dumps([r["name"], r["perplexity"]]): r for r in records}.values())
+
+
+def _with_speed(path: Path) -> dict:
+    """A record, with what `moesvd speed` measured beside it."""
+    speed = path.with_name(SPEED)
+    return json.loads(path.read_text()) | ({"speed": json.loads(speed.read_text())} if speed.is_file() else {})

@@ -91,7 +91,8 @@ def _split(row: dict) -> dict:
 
 def wikitext(data=None, **_) -> dict:
     """Articles of WikiText-2, split where the published document-level version splits: at their titles."""
-    pages, lines = [], []
+    pages: list[str] = []
+    lines: list[str] = []
     for line in _read(data, "wiki.test.raw").split("\n"):
         title = line.replace("= = =", "===").replace("= =", "==").strip()
         if title.startswith("= ") and title.endswith(" ="):

@@ -50,22 +50,57 @@ def evaluate_verb(
 
 @app.command()
 def table(
-    number: Annotated[str, typer.Argument(help="Table of the paper: 8.")],
+    number: Annotated[str, typer.Argument(help="Table of the paper: 2, 8, 11 or 12.")],
     folders: Annotated[list[Path], typer.Argument(help="Folders with eval.json, or of runs.")],
-    form: Annotated[str, typer.Option("--format", help="terminal, markdown, csv or json.")] = "terminal",
+    form: Annotated[str, typer.Option("--format", help="terminal, markdown, csv, json or latex.")] = "terminal",
     plot: Annotated[Path | None, typer.Option(help="Also draw perplexity against bytes into this PNG.")] = None,
 ) -> None:
-    """The paper's Table 8 of any checkpoints that were evaluated."""
+    """A table of the paper, of any checkpoints that were evaluated."""
     from ..evaluation.record import collect
+    from ..evaluation.table import TABLES, render
 
-    if number != "8":
-        raise ValueError(f"table {number}: only table 8 is there")
+    if number not in TABLES:
+        raise ValueError(f"table {number}: is none of {', '.join(TABLES)}")
     records = collect(folders)
-    print_table(records, form)
+    print(render(TABLES[number](records), form), end="")
     if plot:
         from ..evaluation.plot import plot_bytes
 
         plot_bytes(records, plot)
+        print(f"plot: {plot}", file=sys.stderr)
+
+
+@app.command()
+def speed(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Models side by side; the first is compared with. A config is enough.")
+    ],
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Also the first one factorized by so much, random weights.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1,4,16",
+    length: Annotated[str, typer.Option(help="Prompt lengths, by commas.")] = "32,128",
+    tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Rounds in which each model has its turn.")] = 7,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the paper's Figure 4 into this PNG.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Prefill and decode tokens per second, models alternating; writes speed.json beside weights."""
+    from ..evaluation.speed import run_speed
+    from ..evaluation.table import render, speed_table
+    from ..runner import sync_threads
+
+    sync_threads()
+    found = [resolve_model(str(folder)) for folder in folders]
+    sizes = [[int(part) for part in given.split(",")] for given in (batch, length)]
+    with progress_bars(as_json) as report:
+        result = run_speed(found, ratio or [], *sizes, tokens, repeats, resolve_device(device), report)
+    print(json.dumps(result) if as_json else render(speed_table(result)), end="")
+    if plot:
+        from ..evaluation.plot import plot_speed
+
+        plot_speed(result, plot)
         print(f"plot: {plot}", file=sys.stderr)
 
 

@@ -239,7 +239,7 @@ class FactorizedExperts(Packed):
         return self._maps[key]
 
     def _terms(self, projection):
-        terms = [[] for _ in range(self.experts)]
+        terms: list[list] = [[] for _ in range(self.experts)]
         for i, part in enumerate(self.layout[projection]):
             shapes = part_banks(part, *self.shapes[projection])
             for row, expert in enumerate(part["experts"]):
