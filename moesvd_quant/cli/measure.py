@@ -93,9 +93,10 @@ def speed(
 
     sync_threads()
     found = [resolve_model(str(folder)) for folder in folders]
-    sizes = [[int(part) for part in given.split(",")] for given in (batch, length)]
     with progress_bars(as_json) as report:
-        result = run_speed(found, ratio or [], *sizes, tokens, repeats, resolve_device(device), report)
+        result = run_speed(
+            found, ratio or [], _numbers(batch), _numbers(length), tokens, repeats, resolve_device(device), report
+        )
     print(json.dumps(result) if as_json else render(speed_table(result)), end="")
     if plot:
         from ..evaluation.plot import plot_speed
@@ -105,11 +106,26 @@ def speed(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Output folder of a run, or one of our checkpoints.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML file; default: FOLDER/report.html.")] = None,
+) -> None:
+    """One HTML page of a run that needs no other file: recipe, decisions layer by layer, memory, cost, time."""
+    from ..evaluation.report import write_report
+
+    file = out or folder / "report.html"
+    write_report(folder, file)
+    print(file)
+
+
+@app.command()
 def bench(
     recipes: Annotated[list[str], typer.Argument(help="Recipes to compare, then key=value overrides for all.")],
     model: Model = None,
     text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Repeat with these seeds, by commas: mean and spread.")] = None,
+    samples: Annotated[str | None, typer.Option(help="And with these numbers of calibration windows.")] = None,
     out: Out = Path("bench"),
     device: Device = "auto",
     as_json: Json = False,
@@ -121,10 +137,19 @@ def bench(
 
     sync_threads()
     names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
-    texts, folder = named_texts(text or ["wikitext2"]), resolve_model(model)
+    texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
     with progress_bars(as_json) as report:
-        result = compare(folder, names, out, texts, length, overrides, resolve_device(device), report)
-    _print_comparison(*result, out, as_json)
+        if seeds or samples:
+            from ..evaluation.record import Wanted
+            from ..sweep import sweep
+
+            wanted = Wanted(texts, length=length)
+            records, found = sweep(
+                folder, names, out, wanted, _numbers(seeds or "0"), _numbers(samples), overrides, where, report
+            )
+        else:
+            records, found = compare(folder, names, out, texts, length, overrides, where, report)
+    _print_comparison(records, found, out, as_json)
 
 
 @app.command()
@@ -137,6 +162,14 @@ def demo(out: Out = Path("demo-out"), as_json: Json = False) -> None:
     _print_comparison(*result, out, as_json)
 
 
+def _numbers(given: str | None) -> list[int]:
+    """Whole numbers by commas; ValueError names what is none."""
+    try:
+        return [int(part) for part in given.split(",")] if given else []
+    except ValueError:
+        raise ValueError(f"{given}: is no list of whole numbers like 1,2,3") from None
+
+
 def _print_comparison(records: list[dict], compared, out: Path, as_json: bool) -> None:
     from ..evaluation.table import render
 
@@ -144,4 +177,5 @@ def _print_comparison(records: list[dict], compared, out: Path, as_json: bool) -
         print(json.dumps(records))
         return
     print(render(compared), end="")
-    print(f"checkpoints: {out}/*/0*-*\ntable: {out}/table8.md, .csv, .json\nplot: {out}/perplexity-against-bytes.png")
+    written = " ".join(str(path) for path in sorted([*out.glob("table*.*"), *out.glob("*.png")]))
+    print(f"checkpoints: {out}/*/0*-*\ntable and plot: {written}")
