@@ -184,7 +184,7 @@ def test_table_8_is_sorted_by_bytes_in_every_form():
     assert json.loads(render(table, "json"))[2]["a"] == 63.0
     assert "| gptq3 | 3.0 |" in render(table, "markdown") and "gptq3" in render(table)
     with pytest.raises(ValueError, match="none of terminal"):
-        render(table, "latex")
+        render(table, "html")
 
 
 def test_records_are_collected_from_folders_and_runs(tmp_path):
