@@ -116,8 +116,8 @@ def _layer_table(stage: Stage) -> Table:
     rows: list[list[str | float]] = []
     for path, projections in stage.layout["experts"].items():
         decision = stage.manifest["decisions"].get(path, {})
-        for name, parts in projections.items():
-            shape = stage.shapes[name]
+        for name in sorted(projections, key=PROJECTIONS.index):
+            parts, shape = projections[name], stage.shapes[name]
             errors = _mean_error(stage.manifest["errors"].get(path, {}).get(name))
             bits = expert_bits(parts, shape, stage.experts, stage.bits)
             rows.append([
@@ -126,7 +126,7 @@ def _layer_table(stage: Stage) -> Table:
                 "-" if errors is None else float(f"{errors:.3g}"),
                 float(f"{decision['sensitivity']:.3g}") if "sensitivity" in decision else "-",
             ])  # fmt: skip
-    columns = ["layer", "matrix", "experts are", "bits/weight", "mean relative error", "sensitivity"]
+    columns = ["layer", "matrix", "experts are", "bits/weight", "whitened error", "sensitivity"]
     return Table("", columns, rows)
 
 
@@ -158,13 +158,14 @@ def _mean_error(errors) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def _weak(stages: list[Stage]) -> dict[str, list]:
-    """{module: experts that saw few calibration tokens}."""
-    found: dict[str, list] = {}
+def _weak(stages: list[Stage]) -> dict[str, dict[str, list[int]]]:
+    """{module: {"few" | "none": experts that saw so many calibration tokens}}, of those that are to be named."""
+    found: dict[str, dict[str, list[int]]] = {}
     for stage in stages:
         for path, decision in stage.manifest["decisions"].items():
-            if isinstance(decision, dict) and decision.get("weak_experts"):
-                found[path] = decision["weak_experts"]
+            weak = decision.get("weak_experts", {}) if isinstance(decision, dict) else {}
+            if any(weak.values()):
+                found[path] = {word: experts for word, experts in weak.items() if experts}
     return found
 
 
@@ -195,7 +196,7 @@ def _figures(stages: list[Stage], records: list[dict]):
     )
     yield "Memory by kind of tensor", "MB of tensors on disk, stage by stage.", _svg(lambda: _draw_memory(stages))
     if any(stage.manifest["errors"] for stage in stages):
-        note = "Mean relative error of what the experts put out, on calibration inputs, under the method's own metric."
+        note = "Mean whitened error of the experts' matrices, relative to what they put out on the calibration inputs."
         yield "Error by layer", note, _svg(lambda: _draw_errors(stages))
     sensitive = {p: d["sensitivity"] for p, d in stages[0].manifest["decisions"].items() if "sensitivity" in d}
     if sensitive:
@@ -215,7 +216,7 @@ def _svg(draw: Callable) -> str:
     import matplotlib.pyplot as plt
 
     with plt.rc_context(
-        {"svg.hashsalt": "moesvd", "font.size": 11, "svg.fonttype": "none", "font.family": "sans-serif"}
+        {"svg.hashsalt": "moesvd", "font.size": 12, "svg.fonttype": "none", "font.family": "sans-serif"}
     ):
         figure, text = draw(), io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
@@ -230,20 +231,24 @@ def _axes(width: float, height: float, columns: int = 1):
 
 
 def _draw_bits(stage: Stage):
+    from matplotlib.ticker import MaxNLocator
+
     names = [name for name in PROJECTIONS if name in stage.shapes]
     layers = list(stage.layout["experts"].values())
-    figure, axes = _axes(7.5, 1.4 + 0.22 * max(4, min(len(layers), 40)), len(names))
+    figure, axes = _axes(6.4, 1.4 + 0.22 * max(4, min(len(layers), 40)), len(names))
     for axis, name in zip(axes[0], names):
         grid = np.array([expert_bits(parts[name], stage.shapes[name], stage.experts, stage.bits) for parts in layers])
         shown = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=stage.bits, interpolation="nearest")
         axis.set(title=name, xlabel="expert")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.label_outer()
     axes[0, 0].set_ylabel("layer with experts")
     figure.colorbar(shown, ax=list(axes[0]), label="bits per original weight")
     return figure
 
 
 def _draw_memory(stages: list[Stage]):
-    figure, axes = _axes(7.5, 1.2 + 0.5 * len(stages))
+    figure, axes = _axes(5.8, 1.2 + 0.5 * len(stages))
     sizes = [disk_bytes(stage.folder) for stage in stages]
     left = np.zeros(len(stages))
     for kind in KINDS:
@@ -252,23 +257,24 @@ def _draw_memory(stages: list[Stage]):
         left += widths
     axes[0, 0].set_xlabel("MB")
     axes[0, 0].invert_yaxis()
-    axes[0, 0].legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    axes[0, 0].legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.2, 1), frameon=False)
     return figure
 
 
 def _draw_errors(stages: list[Stage]):
-    figure, axes = _axes(7.5, 3.2)
+    figure, axes = _axes(5.8, 3.2)
     for stage in stages:
         errors = [_mean_error(e) for path, e in stage.manifest["errors"].items() if "experts" in path]
-        axes[0, 0].plot(range(len(errors)), [np.nan if e is None else e for e in errors], marker="o", label=stage.name)
-    axes[0, 0].set(xlabel="layer with experts", ylabel="mean relative error", yscale="log")
+        axes[0, 0].plot(range(len(errors)), [e or np.nan for e in errors], marker="o", label=stage.name)
+    axes[0, 0].set(xlabel="layer with experts", ylabel="whitened error")
+    axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].grid(alpha=0.25)
     axes[0, 0].legend(frameon=False)
     return figure
 
 
 def _draw_sensitivity(values: list[float], chosen: list[bool]):
-    figure, axes = _axes(7.5, 2.8)
+    figure, axes = _axes(5.8, 2.8)
     bars = axes[0, 0].bar(range(len(values)), values, edgecolor="tab:blue")
     for bar, decomposed in zip(bars, chosen):
         bar.set_facecolor("tab:blue" if decomposed else "white")
@@ -277,7 +283,7 @@ def _draw_sensitivity(values: list[float], chosen: list[bool]):
 
 
 def _draw_loss(file: Path):
-    figure, axes = _axes(7.5, 3)
+    figure, axes = _axes(5.8, 3)
     rows = list(csv.DictReader(file.read_text().splitlines()))
     for column in ("loss", "validation_perplexity"):
         points = [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
