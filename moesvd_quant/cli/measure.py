@@ -1,4 +1,4 @@
-"""Verbs that measure and compare: eval, table, bench, demo."""
+"""Verbs that measure and compare: eval, table, speed, report, bench, demo."""
 
 import json
 import sys
