@@ -154,7 +154,7 @@ class FactorizedExperts(Packed):
             self.native_class, self.shapes = type(native), projection_shapes(native)
             self.experts = native.down_proj.shape[0]
         self.layout = layout
-        self._maps: dict[tuple, torch.Tensor] = {}
+        self._maps: dict[tuple, Any] = {}
         kind = next(p for p in native.parameters() if p.is_floating_point())
         for key, shape, quant in self.banks():
             self.add_bank(key, shape, quant, kind.dtype, kind.device)
@@ -206,20 +206,70 @@ class FactorizedExperts(Packed):
         count, out, _ = part_banks(part, *self.shapes[projection])[bank]
         if count == 1:
             return F.linear(x, self.bank(projection, i, bank, x.dtype, 0))
-        order = torch.argsort(rows, stable=True)
+        order = None if self.owns_rows(part, bank) else torch.argsort(rows, stable=True)
+        x = x if order is None else x[order]
         sizes = torch.bincount(rows, minlength=count)
-        x = x[order]
-        if part["quant"].get(bank) is None:
+        if part["quant"].get(bank) is None and x.device.type != "cpu":
             weight = self.bank(projection, i, bank, x.dtype)
             y = F.grouped_mm(x, weight.transpose(1, 2), offs=sizes.cumsum(0).int())
-        else:  # one expert's weight is dequantized at a time
+        else:  # one expert's weight is dequantized at a time; on a CPU this is as fast as the grouped product
             chunks = [
                 F.linear(chunk, self.bank(projection, i, bank, x.dtype, row))
                 for row, chunk in enumerate(x.split(sizes.tolist()))
                 if len(chunk)
             ]
             y = torch.cat(chunks) if chunks else x.new_zeros(0, out)
-        return torch.empty_like(y).index_copy(0, order, y)
+        return y if order is None else torch.empty_like(y).index_copy(0, order, y)
+
+    def owns_rows(self, part, bank):
+        """Whether each expert has a row of its own, in order: pairs sorted by expert are then sorted by row."""
+        experts = part["experts"]
+        return part[bank] == list(range(len(experts))) and experts == sorted(experts)
+
+    def steps(self, device_type):
+        """{projection: for each expert its terms}, a term being the banks to multiply with, one after the other, as
+        arguments of `weight_rows`; None where a bank is shared, or grouped products serve better. Made once."""
+        key = "steps", device_type
+        if key not in self._maps:
+            parts = [part for parts in self.layout.values() for part in parts]
+            banks = [(part, bank) for part in parts for bank in ("dense", "right", "left") if bank in part]
+            alone = all(self.owns_rows(*at) and (device_type == "cpu" or at[1] in at[0]["quant"]) for at in banks)
+            served = alone and not any(map(self.shared_input, parts))
+            self._maps[key] = {name: self._terms(name) for name in self.layout} if served else None
+        return self._maps[key]
+
+    def _terms(self, projection):
+        terms: list[list] = [[] for _ in range(self.experts)]
+        for i, part in enumerate(self.layout[projection]):
+            shapes = part_banks(part, *self.shapes[projection])
+            for row, expert in enumerate(part["experts"]):
+                banks = [bank for bank in ("dense", "right", "left") if bank in part]
+                at = [(f"{projection}_{i}_{bank}", part["quant"].get(bank), shapes[bank][-1]) for bank in banks]
+                terms[expert].append([(*where, row) for where in at])
+        return terms
+
+    def by_expert(self, x, token, ids, steps):
+        """x (tokens, in) -> (pairs, in), pairs sorted by expert: each expert from gate to down at once, so that what
+        lies between stays in the cache, and one packed weight at a time is dequantized."""
+        sizes = torch.bincount(ids, minlength=self.experts).tolist()
+        done = []
+        for expert, (at, own) in enumerate(zip(token.split(sizes), ids.split(sizes))):
+            if len(at):
+                hidden = x[at]
+                pairs = {k: self.multiply(hidden, k, steps[k][expert]) for k in ("gate", "up") if k in steps}
+                self.add_bias(pairs, own)
+                done.append(self.multiply(self.activate(pairs), "down", steps["down"][expert]))
+        return torch.cat(done) if done else x.new_zeros(0, self.shapes["down"][0])
+
+    def multiply(self, x, projection, terms):
+        """x (n, in) -> (n, out) by the effective weight of one expert, factor by factor."""
+        y = None
+        for banks in terms:
+            h = x
+            for name, quant, columns, row in banks:
+                h = F.linear(h, self.weight_rows(name, quant, columns, x.dtype, row))
+            y = h if y is None else y + h
+        return x.new_zeros(len(x), self.shapes[projection][0]) if y is None else y
 
     def shared_input(self, part):
         """The bank that every token meets whatever its expert, first: a base, or a right factor."""
@@ -229,7 +279,7 @@ class FactorizedExperts(Packed):
 
     def project(self, x, token, ids, projection):
         """x (tokens, in) -> (pairs, out) for the (token, expert) pairs; shared banks see each token once."""
-        y = x.new_zeros(len(ids), self.shapes[projection][0])
+        y = None
         for i, part in enumerate(self.layout[projection]):
             first, last = ("dense", None) if "dense" in part else ("right", "left")
             rows = self.row_map(projection, i, first, x.device)[ids]
@@ -242,8 +292,10 @@ class FactorizedExperts(Packed):
             if last:
                 rows = self.row_map(projection, i, last, x.device)[ids]
                 h = self.bank_matmul(h, rows if chosen is None else rows[chosen], projection, i, last)
-            y = y + h if chosen is None else y.index_add(0, chosen, h)
-        return y
+            if chosen is not None:
+                h = h.new_zeros(len(ids), h.shape[1]).index_copy(0, chosen, h)
+            y = h if y is None else y + h
+        return x.new_zeros(len(ids), self.shapes[projection][0]) if y is None else y
 
     def activate(self, pairs):
         """Gate and up (or up alone) -> the input of down, by the native class's own gate."""
@@ -251,6 +303,8 @@ class FactorizedExperts(Packed):
             up = pairs["up"]
             return self.act_fn(up)
         both = (pairs["gate"], pairs["up"])
+        if self.native_class._apply_gate.__name__ == "_default_apply_gate":  # it would chunk what is joined here
+            return self.act_fn(pairs["gate"]) * pairs["up"]
         joint = torch.cat(both, -1) if self.is_concatenated else torch.stack(both, -1).flatten(-2)
         return self.native_class._apply_gate(self, joint)
 
@@ -270,11 +324,14 @@ class FactorizedExperts(Packed):
         tokens, k = top_k_index.shape
         ids, order = top_k_index.reshape(-1).sort(stable=True)
         token = order // k
-        names = [name for name in ("gate", "up") if name in self.shapes]
-        pairs = {name: self.project(hidden_states, token, ids, name) for name in names}
-        self.add_bias(pairs, ids)
-        inner = self.activate(pairs)
-        y = self.project(inner, torch.arange(len(ids), device=ids.device), ids, "down")
+        if steps := self.steps(hidden_states.device.type):
+            y = self.by_expert(hidden_states, token, ids, steps)
+        else:
+            names = [name for name in ("gate", "up") if name in self.shapes]
+            pairs = {name: self.project(hidden_states, token, ids, name) for name in names}
+            self.add_bias(pairs, ids)
+            inner = self.activate(pairs)
+            y = self.project(inner, torch.arange(len(ids), device=ids.device), ids, "down")
         if self.has_bias:
             y = y + self.down_proj_bias[ids]
         if self.has_post_expert_norm:
