@@ -63,8 +63,8 @@ def measure_effects(
 def _divergence(streamed: StreamedModel, hidden: list[torch.Tensor]) -> float:
     """KL divergence of the predictions from `hidden` from those of the walk's own last hidden states."""
     total, count = 0.0, 0
-    for original, other in zip(streamed.hidden, hidden):
-        p, q = (streamed.model.lm_head(streamed.decoder.norm(h)).float().log_softmax(-1) for h in (original, other))
+    for original, other, batch in zip(streamed.hidden, hidden, streamed.batches):
+        p, q = (streamed.head(h, batch).float().log_softmax(-1) for h in (original, other))
         total += float((p.exp() * (p - q)).sum().double())
         count += p.shape[0] * p.shape[1]
     return total / count

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from ..model.experts import find_experts, split_projections
+from ..model.experts import find_experts, split_projections, weight_parameters
 from ..model.stream import StreamedModel
 
 
@@ -28,7 +28,7 @@ def expert_fisher(
     for index in reversed(range(count)):
         layer = streamed.load_layer(index)
         experts = dict(find_experts(layer))
-        weights = [p for module in experts.values() for p in (_first(module), module.down_proj)]
+        weights = [p for module in experts.values() for p in weight_parameters(module)]
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in weights]
         for p in weights:
             p.requires_grad_(True)
@@ -48,15 +48,11 @@ def expert_fisher(
         progress(count - index, count)
 
 
-def _first(module) -> torch.nn.Parameter:
-    return module.gate_up_proj if module.has_gate else module.up_proj
-
-
 def _loss_gradient(streamed: StreamedModel, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Gradient of the mean loss of a sequence (length,) with respect to the last hidden states (1, length, hidden)."""
     hidden = hidden.detach().requires_grad_(True)
     with torch.enable_grad():
-        logits = streamed.model.lm_head(streamed.decoder.norm(hidden))[0, :-1].float()
+        logits = streamed.head(hidden, ids[None])[0, :-1].float()
         F.cross_entropy(logits, ids[1:]).backward()
     return hidden.grad
 
@@ -66,8 +62,11 @@ def _by_projection(experts: dict, sums: list[torch.Tensor]) -> dict:
     found, rest = {}, iter(sums)
     for path, module in experts.items():
         weights = {name: w.detach().clone() for name, w in split_projections(module).items()}
-        held = _first(module).data, module.down_proj.data
-        _first(module).data, module.down_proj.data = next(rest), next(rest)
+        parameters = weight_parameters(module)
+        held = [p.data for p in parameters]
+        for p in parameters:
+            p.data = next(rest)
         found[path] = {name: (weights[name], s.detach().clone()) for name, s in split_projections(module).items()}
-        _first(module).data, module.down_proj.data = held
+        for p, data in zip(parameters, held):
+            p.data = data
     return found

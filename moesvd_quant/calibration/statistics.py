@@ -8,7 +8,7 @@ import types
 import torch
 from torch import nn
 
-from ..model.experts import activate, dense_weights, expert_count, find_experts, find_linears, shapes_of
+from ..model.experts import activate, dense_weights, expert_count, find_experts, find_linears, gather, route, shapes_of
 
 # Magnitudes of activations are counted in bins of 1/16 octave, so that the outlier share of any threshold
 # can be read later without a second walk.
@@ -74,30 +74,33 @@ class LayerRecorder:
             f"{path}/magnitude_sum": zeros(count, dtype=torch.float64),
         }
 
-        def forward(module, hidden_states, top_k_index, top_k_weights):
-            return self._experts_forward(path, module, hidden_states, top_k_index, top_k_weights)
+        def forward(module, *inputs):
+            return self._experts_forward(path, module, *inputs)
 
         # `grouped_mm` calls no hooks inside: the experts run one by one here instead.
         module.forward = types.MethodType(forward, module)
         self._experts.append(module)
 
-    def _experts_forward(self, path, module, hidden_states, top_k_index, top_k_weights):
-        out = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            token, position = torch.where(top_k_index == expert)
-            x = hidden_states[token]
+    def _experts_forward(self, path, module, *inputs):
+        routed = route(module, *inputs)
+        y = routed.x[routed.token]  # what experts past the last one (identity) hand on
+        sizes = torch.bincount(routed.expert, minlength=expert_count(module)).tolist()[: expert_count(module)]
+        start = 0
+        for expert, size in enumerate(sizes):
+            if size == 0:
+                continue
+            rows = slice(start, start + size)
+            start += size
+            x = y[rows]
             weights = dense_weights(module, expert, x.dtype)
             pairs = {name: x @ weights[name].T for name in weights if name != "down"}
             inner = activate(module, pairs, expert)
-            y = inner @ weights["down"].T
-            if module.has_bias:
-                y = y + module.down_proj_bias[expert]
-            if module.has_post_expert_norm:
-                y = module.post_expert_norm(y)
-            y = y * top_k_weights[token, position, None]
-            out.index_add_(0, token, y.to(out.dtype))  # a token meets an expert once: order cannot matter
             self._observe(path, expert, x.float(), inner.float())
-        return out
+            out = inner @ weights["down"].T
+            if module.has_bias:
+                out = out + module.down_proj_bias[expert]
+            y[rows] = module.post_expert_norm(out) if module.has_post_expert_norm else out
+        return gather(module, y, routed, *inputs)
 
     def _observe(self, path, expert, x, inner):
         sums = self.tensors

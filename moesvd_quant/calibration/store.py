@@ -107,7 +107,8 @@ class Statistics:
 
     def _outer(self, streamed: StreamedModel) -> None:
         """The Gram matrix of the inputs of lm_head."""
-        flats = [streamed.decoder.norm(h).reshape(-1, h.shape[-1]).float() for h in streamed.hidden]
+        inputs = [streamed.head_input(h, batch) for h, batch in zip(streamed.hidden, streamed.batches)]
+        flats = [x.reshape(-1, x.shape[-1]).float() for x in inputs]
         total = sum((flat.T @ flat for flat in flats[1:]), flats[0].T @ flats[0])
         self.outer_gram = total.cpu()
         self._write(self.path("outer"), {"gram": self.outer_gram})

@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -24,7 +24,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from .modeling_moesvd import MoesvdConfig, check_digests, model_class
+from .calls import StatePassedOn, finish, head_input, record
+from .modeling_moesvd import MoesvdConfig, check_digests, model_class, native_class
+from .stateful import forwards
 
 
 class ModelError(ValueError):
@@ -98,11 +100,12 @@ class StreamedModel:
         names = {id(module): name for name, module in self.model.named_modules()}
         self.prefix = names[id(self.decoder)]
         self.layer_names = [f"{self.prefix}.layers.{i}" for i in range(len(self.decoder.layers))]
+        self.stateful = False
 
     def _construct(self):
         if isinstance(self.config, MoesvdConfig):
             return model_class(self.config.moesvd["native_type"])._from_config(self.config, dtype=self.dtype)
-        return AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        return native_class(type(self.config))._from_config(self.config, dtype=self.dtype)
 
     def _target_names(self, files):
         renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
@@ -171,10 +174,13 @@ class StreamedModel:
         self.drop(self.layer_names[index])
 
     def outer_prefixes(self) -> list[str]:
-        """Prefixes of everything that is not a decoder layer: embeddings, norms, lm_head."""
-        inside = [f"{self.prefix}.{name}." for name, _ in self.decoder.named_children() if name != "layers"]
-        outside = [f"{name}." for name, _ in self.model.named_children() if name != self.prefix.split(".")[0]]
-        return inside + outside
+        """Prefixes of everything that is not a decoder layer: embeddings, norms, lm_head, a vision tower."""
+        found, module, at = [], self.model, ""
+        for step in [*self.prefix.split("."), "layers"]:
+            found += [f"{at}{name}." for name, _ in module.named_children() if name != step]
+            found += [at + name for name in [*module._parameters, *module._buffers]]
+            module, at = module.get_submodule(step), f"{at}{step}."
+        return found
 
     def load_outer(self) -> None:
         self.load(*self.outer_prefixes())
@@ -185,8 +191,15 @@ class StreamedModel:
         """Takes token windows (n, length) through the model breadth-first: all batches through one layer,
         then the next. Yields a visit per layer with its weights in memory; hidden states advance after it."""
         self.load_outer()
-        batches = windows.to(self.device).split(batch_size)
-        calls = _record_layer_calls(self.decoder, batches)
+        self.batches = windows.to(self.device).split(batch_size)
+        layers = self.decoder.layers
+        try:
+            calls = record(self.model, layers, self.batches)
+        except StatePassedOn:
+            yield from self._walk_with_state()
+            return
+        if idle := [name for name, called in zip(self.layer_names, calls) if not called]:
+            raise ModelError(f"{self.folder}: a forward of the model does not call {idle[0]}; it cannot be calibrated")
         hidden = [args[0] for args, _ in calls[0]]
         for index in range(len(self.layer_names)):
             layer = self.load_layer(index)
@@ -195,15 +208,37 @@ class StreamedModel:
             hidden = visit.outputs()
             calls[index] = []
             self.drop_layer(index)
-        self.hidden = hidden
+        self.hidden, self.like = hidden, visit.whole[0]
+
+    def _walk_with_state(self) -> Iterator["LayerVisit"]:
+        """The same where layers hand each other more than hidden states."""
+        self.stateful = True
+        for index, standing in forwards(self.model, self.decoder.layers, self.batches):
+            layer = self.load_layer(index)
+            calls = [forward.call for forward in standing]
+            visit = LayerVisit(index, layer, [args[0] for args, _ in calls], calls)
+            yield visit
+            self.hidden = visit.outputs()
+            for forward, out in zip(standing, visit.whole):
+                forward.answer(out)
+            self.like = visit.whole[0]
+            self.drop_layer(index)
+
+    def head(self, hidden: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """Logits (n, length, vocabulary) of token ids `batch` whose last decoder layer gave `hidden`; after a walk."""
+        return finish(self.model, self.decoder.layers, hidden, batch, self.like)
+
+    def head_input(self, hidden: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """What the output head gets then."""
+        return head_input(self.model, self.decoder.layers, hidden, batch, self.like)
 
     @torch.no_grad()
     def logits(self, windows: torch.Tensor, batch_size: int = 8) -> Iterator[torch.Tensor]:
         """Logits (batch, length, vocabulary) of each batch, from a walk over all layers."""
         for _ in self.walk(windows, batch_size):
             pass
-        for hidden in self.hidden:
-            yield self.model.lm_head(self.decoder.norm(hidden))
+        for hidden, batch in zip(self.hidden, self.batches):
+            yield self.head(hidden, batch)
 
 
 class LayerVisit:
@@ -211,39 +246,20 @@ class LayerVisit:
 
     def __init__(self, index, layer, hidden, calls):
         self.index, self.layer, self.hidden, self.calls = index, layer, hidden, calls
-        self._outputs = None
+        self.whole: list = []  # what the layer returned, with state if it hands on any
 
     def outputs(self) -> list[torch.Tensor]:
         """Output hidden states of every batch; run once, so that hooks set before see each batch once."""
-        if self._outputs is None:
-            self._outputs = self.run(self.hidden)
-        return self._outputs
+        self.whole = self.whole or self._run(self.hidden)
+        return [_hidden(out) for out in self.whole]
 
     def run(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """Output hidden states of the layer for these input ones, a tensor per batch of the walk."""
-        made = []
-        for states, (args, kwargs) in zip(hidden, self.calls):
-            out = self.layer(states, *args[1:], **kwargs)
-            made.append(out[0] if isinstance(out, tuple) else out)
-        return made
+        return [_hidden(out) for out in self._run(hidden)]
+
+    def _run(self, hidden: list[torch.Tensor]) -> list:
+        return [self.layer(states, *args[1:], **kwargs) for states, (args, kwargs) in zip(hidden, self.calls)]
 
 
-def _record_layer_calls(decoder, batches):
-    """What each layer is called with, per batch, learnt by a run in which layers pass their input on."""
-    calls: list[list] = [[] for _ in decoder.layers]
-    for index, layer in enumerate(decoder.layers):
-
-        def forward(*args, _index=index, **kwargs):
-            if not args:
-                args = (kwargs.pop("hidden_states"),)
-            calls[_index].append((args, kwargs))
-            return args[0]
-
-        layer.forward = forward
-    try:
-        for batch in batches:
-            decoder(input_ids=batch, use_cache=False)
-    finally:
-        for layer in decoder.layers:
-            del layer.forward
-    return calls
+def _hidden(out):
+    return out[0] if isinstance(out, tuple) else out
