@@ -3,8 +3,6 @@ of its fields, plus what an architecture needs besides."""
 
 import copy
 
-import torch
-import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 # Values by field name. Fields that a config does not have are left out.
@@ -28,10 +26,23 @@ SMALL: dict = {
     "sliding_window": 16, "attention_chunk_size": 16,
     "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
     "image_token_id": 301, "video_token_id": 302, "vision_start_token_id": 303, "vision_end_token_id": 304,
-    "image_token_index": 301, "audio_token_id": 305, "depth": 2, "out_hidden_size": 64, "num_heads": 4, "text_hidden_size": 64,
+    "image_token_index": 301, "audio_token_id": 305, "depth": 2,
+    "out_hidden_size": 64, "num_heads": 4, "text_hidden_size": 64,
 }  # fmt: skip
+# Fields that default to nothing and are needed.
+NEEDED = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")
 # What a default config says for each of its many layers.
-PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "moe_layers", "layers_block_type", "sliding_window_pattern", "per_layer_config", "num_attention_heads_per_layer", "kv_source_layers",)
+PER_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "no_rope_layers",
+    "moe_layers",
+    "layers_block_type",
+    "sliding_window_pattern",
+    "per_layer_config",
+    "num_attention_heads_per_layer",
+    "kv_source_layers",
+)
 
 
 # What an architecture needs besides; values for a nested config stand under its name.
@@ -45,13 +56,17 @@ STEP = dict(sliding_window=16, num_sliding_attention_heads=4, share_expert_dim=3
 MORE: dict[str, dict] = {
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8.0),
-        ffn_config=dict(ffn_hidden_size=32, moe_num_experts=6, moe_top_k=2, hidden_size=64, ffn_act_fn={"name": "silu"}),
+        ffn_config=dict(ffn_hidden_size=32, moe_num_experts=6, moe_top_k=2, hidden_size=64),
     ),
+    "bailing_hybrid": dict(layer_group_size=2, num_hidden_layers=4),
+    "beam": dict(num_hidden_layers=4),
+    "flint": dict(num_hidden_layers=4),
     "gemma4_text": GEMMA,
     "gemma4": dict(text_config=GEMMA),
     "glm4v_moe": dict(text_config=dict(rope_parameters=MROPE)),
     "glm5_next": dict(
-        text_config=dict(qk_rope_head_dim=0, head_dim=0), vision_config=dict(projection_intermediate_size=64)
+        text_config=dict(qk_rope_head_dim=0, head_dim=0, num_hidden_layers=4),
+        vision_config=dict(projection_intermediate_size=64),
     ),
     "dots1": dict(n_group=1, topk_group=1, n_routed_experts=6, n_shared_experts=1, num_experts_per_tok=2),
     "ernie4_5_vl_moe": dict(
@@ -78,7 +93,7 @@ def shrink(values: dict) -> dict:
             small[key] = shrink(value)
         elif key in PER_LAYER or key in ("architectures", "transformers_version", "dtype"):
             continue
-        elif key in SMALL and (value is not None or key in ("n_routed_experts", "n_shared_experts")):
+        elif key in SMALL and (value is not None or key in NEEDED):
             small[key] = SMALL[key] if not isinstance(value, list) else [SMALL[key]] * len(value)
         else:
             small[key] = copy.deepcopy(value)

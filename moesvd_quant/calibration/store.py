@@ -66,7 +66,7 @@ class Statistics:
     def forecast(meta: StreamedModel) -> int:
         """Bytes of all statistics (an upper bound: Gram matrices that linears share are counted apart)."""
         total = 0
-        for layer in meta.decoder.layers:
+        for layer in meta.layers:
             for _, experts in find_experts(layer):
                 hidden, inner = shapes_of(experts)["down"]
                 total += 4 * expert_count(experts) * (hidden**2 + inner**2)

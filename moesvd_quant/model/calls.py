@@ -86,14 +86,18 @@ def record(model: nn.Module, layers: nn.ModuleList, batches) -> list[list[tuple]
     raise AssertionError
 
 
-def finish(model: nn.Module, layers: nn.ModuleList, hidden: torch.Tensor, batch: torch.Tensor, like: Any) -> torch.Tensor:
+def finish(
+    model: nn.Module, layers: nn.ModuleList, hidden: torch.Tensor, batch: torch.Tensor, like: Any
+) -> torch.Tensor:
     """Logits (n, length, vocabulary) of the model whose last layer gave `hidden`; `like`: what a layer returned."""
     out = (hidden, *like[1:]) if isinstance(like, tuple) else hidden
     with Patched(layers, lambda index, args, kwargs: out):
         return run(model, batch).logits
 
 
-def head_input(model: nn.Module, layers: nn.ModuleList, hidden: torch.Tensor, batch: torch.Tensor, like: Any) -> torch.Tensor:
+def head_input(
+    model: nn.Module, layers: nn.ModuleList, hidden: torch.Tensor, batch: torch.Tensor, like: Any
+) -> torch.Tensor:
     """What the output head of the model gets where its last layer gave `hidden`."""
     seen: list[torch.Tensor] = []
 

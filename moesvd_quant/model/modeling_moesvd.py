@@ -335,7 +335,7 @@ def config_class(native_type: str) -> Any:
     return made
 
 
-def native_class(config_type: type) -> Any:
+def native_class(config_type: Any) -> Any:
     """The class that predicts text: of a composite (vision-language) config the whole model. KeyError for none."""
     mappings = [MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
     if "text_config" in config_type.sub_configs:

@@ -5,7 +5,7 @@ by their name. A form says which tensors the weights are, and turns a call into 
 """
 
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,13 +17,13 @@ class Routed(NamedTuple):
     x: torch.Tensor  # (tokens, hidden)
     token: torch.Tensor  # (pairs,) row of x
     expert: torch.Tensor  # (pairs,)
-    scale: torch.Tensor | None = None  # (pairs,) what the output is multiplied by
-    row: torch.Tensor | None = None  # (pairs,) where the output goes
+    scale: Any = None  # (pairs,) what the output is multiplied by
+    row: Any = None  # (pairs,) where the output goes
 
 
 class Convention:
-    """`use_experts_implementation`: experts(hidden (T, H), index (T, k), weights (T, k)); weights in gate_up_proj (E, 2I,
-    H) and down_proj (E, H, I), or transposed, or without gate. Modules that do the same undecorated get its flags here.
+    """`use_experts_implementation`: experts(hidden (T, H), index (T, k), weights (T, k)); weights are gate_up_proj
+    (E, 2I, H) and down_proj (E, H, I), or transposed, or without gate. Undecorated modules get its flags here.
     """
 
     @staticmethod
@@ -118,7 +118,12 @@ class Block:
     def matches(module: nn.Module) -> bool:
         children = module._modules
         weights = [getattr(children.get(name), "weight", None) for name in ("input_linear", "output_linear")]
-        return all(getattr(weight, "ndim", 0) == 3 for weight in weights) and "router" in children and hasattr(module, "activation") and _arguments(module) == 1
+        return (
+            all(getattr(weight, "ndim", 0) == 3 for weight in weights)
+            and "router" in children
+            and hasattr(module, "activation")
+            and _arguments(module) == 1
+        )
 
     @staticmethod
     def flags(module: nn.Module) -> dict:

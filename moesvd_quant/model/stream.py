@@ -4,12 +4,16 @@ The same reader opens a native checkpoint and one of ours, and the same walk ser
 decomposition, quantization and verification.
 """
 
+import copy
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -19,6 +23,7 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
@@ -26,7 +31,12 @@ from transformers.utils import logging as transformers_logging
 
 from .calls import StatePassedOn, finish, head_input, record
 from .modeling_moesvd import MoesvdConfig, check_digests, model_class, native_class
+from .sources import take_dequantizer
 from .stateful import forwards
+
+# By the names that safetensors gives dtypes.
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+_BYTES |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1)
 
 
 class ModelError(ValueError):
@@ -37,7 +47,26 @@ def read_config(folder: Path):
     """The transformers config of a model folder; ModelError where there is none."""
     if not (Path(folder) / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; give a folder with a Hugging Face model")
-    return AutoConfig.from_pretrained(folder)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError) as error:
+        kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
+        raise ModelError(
+            f"{folder}: config.json cannot be read as model_type {kind!r} by transformers {transformers.__version__}, "
+            f"and code that comes with a model is not run: {error}"
+        ) from error
+
+
+def class_for(config) -> Any:
+    """The class that predicts text with a config of transformers; ModelError where there is none."""
+    try:
+        return native_class(type(config))
+    except KeyError:
+        parts = ", ".join(name for name in type(config).sub_configs) or "none"
+        raise ModelError(
+            f"model_type {config.model_type!r}: transformers has no class for it that predicts text from tokens alone "
+            f"(causal language models and vision-language models are supported; parts of this config: {parts})"
+        ) from None
 
 
 def weight_files(folder: Path) -> dict[str, str]:
@@ -54,6 +83,17 @@ def weight_files(folder: Path) -> dict[str, str]:
             return dict.fromkeys(file.keys(), single.name)
     except SafetensorError as error:
         raise ModelError(f"{single}: truncated or damaged ({error})") from error
+
+
+def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(path, layers) of the decoder: the list of modules in it that holds most of its weights."""
+    decoder = model.get_decoder()
+    lists = {name: child for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child)}
+    if not lists:
+        raise ModelError(f"{type(decoder).__name__}: has no list of decoder layers; it cannot be taken layer by layer")
+    name = max(lists, key=lambda key: sum(p.numel() for p in lists[key].parameters()))
+    path = next(path for path, module in model.named_modules() if module is decoder)
+    return f"{path}.{name}" if path else name, lists[name]
 
 
 @contextmanager
@@ -77,8 +117,12 @@ class StreamedModel:
     def __init__(self, folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
         config = read_config(Path(folder))
         check_digests(Path(folder))
+        try:
+            self.quantizer = take_dequantizer(config)
+        except ValueError as error:
+            raise ModelError(f"{folder}: {error}") from error
         self._describe(Path(folder), config, dtype, device)
-        self.mapping = get_model_conversion_mapping(self.model)
+        self.mapping = get_model_conversion_mapping(self.model, None, self.quantizer)
         self.sources = self._target_names(weight_files(self.folder))
         self._check_files()
 
@@ -86,6 +130,7 @@ class StreamedModel:
     def described(cls, config, like: "StreamedModel") -> "StreamedModel":
         """A model that is planned and not yet written: it has shapes and no tensors to load."""
         made = cls.__new__(cls)
+        made.quantizer = None
         made._describe(like.folder, config, None, like.device)
         return made
 
@@ -96,23 +141,37 @@ class StreamedModel:
         with init_empty_weights(include_buffers=False):
             self.model = self._construct().eval()
         self.model.requires_grad_(False)
-        self.decoder = self.model.get_decoder()
-        names = {id(module): name for name, module in self.model.named_modules()}
-        self.prefix = names[id(self.decoder)]
-        self.layer_names = [f"{self.prefix}.layers.{i}" for i in range(len(self.decoder.layers))]
+        self.layers_path, self.layers = _decoder_layers(self.model)
+        self.layer_names = [f"{self.layers_path}.{i}" for i in range(len(self.layers))]
         self.stateful = False
 
     def _construct(self):
         if isinstance(self.config, MoesvdConfig):
             return model_class(self.config.moesvd["native_type"])._from_config(self.config, dtype=self.dtype)
-        return native_class(type(self.config))._from_config(self.config, dtype=self.dtype)
+        return class_for(self.config)._from_config(self.config, dtype=self.dtype)
+
+    def source_bytes(self) -> int | None:
+        """Bytes of the tensors on disk, where they are quantized otherwise than by us; None for plain ones."""
+        if self.quantizer is None:
+            return None
+        total = 0
+        for file in {file for *_, file in self.sources}:
+            with safe_open(self.folder / file, "pt") as opened:
+                slices = [opened.get_slice(key) for key in opened.keys()]  # noqa: SIM118
+                total += sum(math.prod(s.get_shape()) * _BYTES[s.get_dtype()] for s in slices)
+        return total
 
     def _target_names(self, files):
         renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in self.mapping if isinstance(m, WeightConverter)]
         meta, prefix = self.model.state_dict(), self.model.base_model_prefix
-        rename = lambda key: rename_source_key(key, renamings, converters, prefix, meta)[0]  # noqa: E731
-        return [(rename(key), key, file) for key, file in files.items()]
+        found = []
+        for key in sorted(files, key=dot_natural_key):  # the order in which transformers renames: some rules need it
+            target = rename_source_key(key, renamings, converters, prefix, meta)[0]
+            if target not in meta and key in meta:
+                target = rename_source_key(key, [], [], prefix, meta)[0]
+            found.append((target, key, files[key]))
+        return found
 
     def _check_files(self):
         """Opens each shard: a truncated one is found before any work starts."""
@@ -135,7 +194,10 @@ class StreamedModel:
         for handle, keys in zip(handles, wanted.values()):
             state.update({key: handle.get_slice(key) for key in keys})
         how = LoadStateDictConfig(
-            weight_mapping=get_model_conversion_mapping(self.model), device_map={"": self.device}, dtype=self.dtype
+            weight_mapping=copy.deepcopy(self.mapping),
+            device_map={"": self.device},
+            dtype=self.dtype,
+            hf_quantizer=self.quantizer,
         )
         with no_loading_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, how)
@@ -168,7 +230,7 @@ class StreamedModel:
 
     def load_layer(self, index: int) -> nn.Module:
         self.load(self.layer_names[index] + ".")
-        return self.decoder.layers[index]
+        return self.layers[index]
 
     def drop_layer(self, index: int) -> None:
         self.drop(self.layer_names[index])
@@ -176,7 +238,7 @@ class StreamedModel:
     def outer_prefixes(self) -> list[str]:
         """Prefixes of everything that is not a decoder layer: embeddings, norms, lm_head, a vision tower."""
         found, module, at = [], self.model, ""
-        for step in [*self.prefix.split("."), "layers"]:
+        for step in self.layers_path.split("."):
             found += [f"{at}{name}." for name, _ in module.named_children() if name != step]
             found += [at + name for name in [*module._parameters, *module._buffers]]
             module, at = module.get_submodule(step), f"{at}{step}."
@@ -192,9 +254,8 @@ class StreamedModel:
         then the next. Yields a visit per layer with its weights in memory; hidden states advance after it."""
         self.load_outer()
         self.batches = windows.to(self.device).split(batch_size)
-        layers = self.decoder.layers
         try:
-            calls = record(self.model, layers, self.batches)
+            calls = record(self.model, self.layers, self.batches)
         except StatePassedOn:
             yield from self._walk_with_state()
             return
@@ -213,9 +274,9 @@ class StreamedModel:
     def _walk_with_state(self) -> Iterator["LayerVisit"]:
         """The same where layers hand each other more than hidden states."""
         self.stateful = True
-        for index, standing in forwards(self.model, self.decoder.layers, self.batches):
+        for index, standing in forwards(self.model, self.layers, self.batches):
             layer = self.load_layer(index)
-            calls = [forward.call for forward in standing]
+            calls = [forward.call or ((), {}) for forward in standing]
             visit = LayerVisit(index, layer, [args[0] for args, _ in calls], calls)
             yield visit
             self.hidden = visit.outputs()
@@ -226,11 +287,11 @@ class StreamedModel:
 
     def head(self, hidden: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """Logits (n, length, vocabulary) of token ids `batch` whose last decoder layer gave `hidden`; after a walk."""
-        return finish(self.model, self.decoder.layers, hidden, batch, self.like)
+        return finish(self.model, self.layers, hidden, batch, self.like)
 
     def head_input(self, hidden: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """What the output head gets then."""
-        return head_input(self.model, self.decoder.layers, hidden, batch, self.like)
+        return head_input(self.model, self.layers, hidden, batch, self.like)
 
     @torch.no_grad()
     def logits(self, windows: torch.Tensor, batch_size: int = 8) -> Iterator[torch.Tensor]:
