@@ -8,7 +8,7 @@ from ..layout import layout_of, parts_by_choice
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
 from ..model.modeling_moesvd import FactorizedExperts
 from ..quantize.gptq import QuantizeError, quant_format
-from .base import Context, Plan, StageError, expert_grams, weak_experts
+from .base import Context, Plan, StageError, expert_grams, reached, weak_experts
 
 WIDTHS = [2, 3, 4, 8]
 
@@ -60,6 +60,8 @@ def _tables(context: Context, widths: list[int], ranks: bool):
             full = f"{name}.{path}"
             if isinstance(experts, FactorizedExperts):
                 raise StageError(f"{full}: is compressed already; a budget needs an original model")
+            if not reached(statistics, path):  # kept as it is
+                continue
             grams = expert_grams(statistics, path, context.device)
             weak[full] = weak_experts(statistics, path)
             for projection, weights in split_projections(experts).items():

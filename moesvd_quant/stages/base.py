@@ -65,9 +65,17 @@ def weak_experts(statistics: dict, path: str) -> dict[str, list[int]]:
     return coverage(statistics[f"{path}/tokens"], statistics[f"{path}/gram_in"].shape[-1])
 
 
+UNREACHED = "no calibration token reaches it"
+
+
+def reached(statistics: dict, path: str) -> bool:
+    """Whether any calibration token reached these experts; those for images see none of a text."""
+    return bool(statistics[f"{path}/tokens"].sum())
+
+
 def require_experts(parent: StreamedModel) -> None:
     """StageError for a dense model, before any walk."""
-    if not any(True for layer in parent.decoder.layers for _ in find_experts(layer)):
+    if not any(True for layer in parent.layers for _ in find_experts(layer)):
         raise StageError(f"{parent.folder}: a dense model: no layer has experts, there is nothing to compress")
 
 
