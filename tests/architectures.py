@@ -3,7 +3,10 @@ of its fields, plus what an architecture needs besides."""
 
 import copy
 
+import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moesvd_quant.model.modeling_moesvd import native_class
 
 # Values by field name. Fields that a config does not have are left out.
 SMALL: dict = {
@@ -72,6 +75,7 @@ MORE: dict[str, dict] = {
     "ernie4_5_vl_moe": dict(
         text_config=dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]})
     ),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
     "hunyuan_v1_moe": dict(head_dim=16),
     "inkling2": dict(vision_config=dict(text_hidden_size=64)),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
@@ -109,3 +113,17 @@ def tiny_config(name: str):
     for part in [k for k, v in values.items() if isinstance(v, dict) and isinstance(more.get(k), dict)]:
         values[part] |= more.pop(part)
     return made(**(values | more))
+
+
+def tiny_architecture(name: str, dtype=torch.float32, seed: int = 0):
+    """A random model of the architecture whose weights are large enough that experts matter."""
+    config = tiny_config(name)
+    torch.manual_seed(seed)
+    model = native_class(type(config))._from_config(config).eval()
+    with torch.no_grad():
+        for key, tensor in model.named_parameters():
+            if tensor.dim() > 1 and "embed" not in key:
+                tensor.copy_(torch.randn_like(tensor) * tensor.shape[-1] ** -0.5)
+            elif "bias" in key or "sinks" in key:
+                tensor.copy_(torch.randn_like(tensor) * 0.1)
+    return model.to(dtype)
