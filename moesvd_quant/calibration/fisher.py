@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..model.experts import find_experts, split_projections, weight_parameters
-from ..model.stream import StreamedModel
+from ..model.stream import ModelError, StreamedModel
 
 
 def expert_fisher(
@@ -23,6 +23,11 @@ def expert_fisher(
     for visit in streamed.walk(windows, batch_size=1):
         inputs.append(visit.hidden)
         calls.append(visit.calls)
+    if streamed.stateful:
+        raise ModelError(
+            f"{streamed.folder}: layers of this model hand each other more than hidden states, through which no "
+            "gradient is followed; use merge: frequency or mean"
+        )
     gradients = [_loss_gradient(streamed, h, ids) for h, ids in zip(streamed.hidden, windows.to(streamed.device))]
     count = len(streamed.layer_names)
     for index in reversed(range(count)):
