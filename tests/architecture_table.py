@@ -13,11 +13,11 @@ from architectures import NOT_BUILT, SURVEY
 
 HEAD = """# Architectures
 
-Made by `make arch-table` (transformers {transformers}, torch {torch}), which builds a random model of every architecture
-in miniature from its config and tries on it:
+Made by `make arch-table` (transformers {transformers}, torch {torch}), which builds a random model of every
+architecture in miniature from its config and tries on it:
 
 - **read**: the walk, one decoder layer at a time, gives the logits of the whole model in memory
-- **svd**: a fifth of the routed experts' parameters removed, written, verified, and a small divergence from the original
+- **svd**: a fifth of the routed experts' parameters removed, written, verified, with a small divergence
 - **gptq4**: the same with 4-bit factors, attention, recurrent layers, shared experts and dense layers
 - **reload**: the checkpoint opened with `moesvd_quant.load` gives the logits of the walk over it
 - **generate**: `generate` with a cache

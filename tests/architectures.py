@@ -92,95 +92,27 @@ MORE: dict[str, dict] = {
 
 
 # Every mixture of experts in transformers that predicts text, by model type.
-SURVEY = [
-    "afmoe",
-    "aria",
-    "aria_text",
-    "axk1",
-    "axk2",
-    "bailing_hybrid",
-    "beam",
-    "cohere2_moe",
-    "dbrx",
-    "deepseek",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v32",
-    "deepseek_v4",
-    "dots1",
-    "dots3_note_text",
-    "ernie4_5_moe",
-    "ernie4_5_vl_moe",
-    "exaone_moe",
-    "flex_olmo",
-    "flint",
-    "gemma4",
-    "gemma4_text",
-    "glm4_moe",
-    "glm4_moe_lite",
-    "glm4v_moe",
-    "glm5_next",
-    "glm_moe_dsa",
-    "gpt_oss",
-    "granitemoe",
-    "granitemoe_swa",
-    "granitemoehybrid",
-    "granitemoeshared",
-    "hunyuan_v1_moe",
-    "hy_v3",
-    "hy_v4",
-    "inkling_mm_model",
-    "inkling_text",
-    "inkling2",
-    "inkling2_text",
-    "jamba",
-    "jetmoe",
-    "kimi_linear",
-    "kolibri1",
-    "laguna",
-    "lfm2_moe",
-    "llama4",
-    "llama4_text",
-    "longcat_flash",
-    "mellum",
-    "mimo_v2_flash",
-    "minimax",
-    "minimax_m2",
-    "minimax_m3_vl",
-    "minimax_m3_vl_text",
-    "mistral4",
-    "mistral_large4",
-    "mixtral",
-    "muse_spark",
-    "nemotron_h",
-    "olmoe",
-    "phimoe",
-    "qwen2_moe",
-    "qwen3_5_moe",
-    "qwen3_5_moe_text",
-    "qwen3_moe",
-    "qwen3_next",
-    "qwen3_omni_moe_thinker",
-    "qwen3_vl_moe",
-    "qwen4_exp",
-    "qwen4_exp_text",
-    "solar_open",
-    "step3p7",
-    "unlimited_ocr",
-    "zaya",
-    "bamba",
-    "doge",
-]
+NAMES = """
+afmoe aria aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek deepseek_v2 deepseek_v3 deepseek_v32
+deepseek_v4 dots1 dots3_note_text ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint gemma4 gemma4_text glm4_moe
+glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared
+hunyuan_v1_moe hy_v3 hy_v4 inkling_mm_model inkling_text inkling2 inkling2_text jamba jetmoe kimi_linear kolibri1
+laguna lfm2_moe llama4 llama4_text longcat_flash mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl
+minimax_m3_vl_text mistral4 mistral_large4 mixtral muse_spark nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe
+qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl_moe qwen4_exp qwen4_exp_text solar_open step3p7
+unlimited_ocr zaya bamba doge
+"""
+SURVEY = NAMES.split()
 # (step, reason) of those that are refused.
 REFUSED = {"bamba": ("svd", "a dense model"), "doge": ("svd", "a dense model")}
 # The rest of the survey: no class that predicts text from text (`class_for` says so), or nothing to try here.
-NO_CLASS = ("openai_privacy_filter", "qwen3_omni_moe", "switch_transformers", "nllb_moe")
+NO_CLASS = ("openai_privacy_filter", "qwen3_omni_moe", "switch_transformers", "nllb-moe")
 NOT_BUILT = {
     "openai_privacy_filter, vitpose_backbone": "classifiers: they predict no text",
     "switch_transformers, nllb_moe": "encoder and decoder: only decoders are read",
     "qwen3_omni_moe": "thinker and talker in one; the thinker (`qwen3_omni_moe_thinker`) is in the table",
     "diffusion_gemma": "predicts by diffusion, not token by token",
-    "deepseek_ocr2, dots3_note (the composite one)": "no miniature of it could be built from its default config; untried",
+    "deepseek_ocr2, dots3_note (the composite one)": "no miniature could be built from its default config: untried",
 }
 
 
