@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo clean
+.PHONY: venv test test-slow lint demo arch-table clean
 
 venv: .venv/.installed
 
@@ -27,5 +27,8 @@ lint: venv
 demo: venv
 	$(BIN)/moesvd demo --out demo-out
 
+arch-table: venv
+	$(BIN)/python tests/architecture_table.py docs/architectures.md .arch-table.jsonl
+
 clean:
-	rm -rf demo-out
+	rm -rf demo-out .arch-table.jsonl

@@ -163,6 +163,7 @@ class StreamedModel:
         with init_empty_weights(include_buffers=False):
             self.model = self._construct().eval()
         self.model.requires_grad_(False)
+        self.dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self.layers_path, self.layers = _decoder_layers(self.model)
         self.layer_names = [f"{self.layers_path}.{i}" for i in range(len(self.layers))]
         self.stateful = False
@@ -234,7 +235,11 @@ class StreamedModel:
             if found:
                 raise ModelError(f"{self.folder}: tensors {kind}: {sorted(map(str, found))[:5]}")
         for key, tensor in self.model.named_parameters():
-            if key.startswith(prefixes) and not self._tied(key) and not is_finite(tensor):
+            if not key.startswith(prefixes) or not tensor.is_floating_point() or self._tied(key):
+                continue
+            if tensor.dtype != self.dtypes[key]:  # a plain tensor among quantized ones comes as it is stored
+                tensor.data = tensor.data.to(self.dtypes[key])
+            if not is_finite(tensor):
                 where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
                 raise ModelError(f"{self.folder}: {key} is not finite at {where}; the checkpoint is damaged")
 
