@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo bench-quality clean
+.PHONY: venv test test-slow lint demo arch-table bench-quality clean
 
 venv: .venv/.installed
 
@@ -31,5 +31,8 @@ demo: venv
 bench-quality: venv
 	$(BIN)/python -m moesvd_quant.quality $(QUALITY)
 
+arch-table: venv
+	$(BIN)/python tests/architecture_table.py docs/architectures.md .arch-table.jsonl
+
 clean:
-	rm -rf demo-out quality-out
+	rm -rf demo-out quality-out .arch-table.jsonl

@@ -78,12 +78,12 @@ class Sizes:
 
     @staticmethod
     def of(meta, windows: torch.Tensor, batch_size: int) -> "Sizes":
-        """meta: a model on the meta device with `decoder` and `config`; windows (n, length)."""
-        config = meta.config.get_text_config()
-        item = next(meta.decoder.layers.parameters()).dtype.itemsize
-        layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in meta.decoder.layers]
+        """meta: a model on the meta device with `layers` and `config`; windows (n, length)."""
+        config = meta.config.get_text_config(decoder=True)
+        item = next(meta.layers.parameters()).dtype.itemsize
+        layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in meta.layers]
         rows = min(batch_size, len(windows)) * windows.shape[1]
-        inner = max(p.shape[-1] for p in meta.decoder.layers.parameters())
+        inner = max(p.shape[-1] for p in meta.layers.parameters())
         heads = getattr(config, "num_attention_heads", 1) if config._attn_implementation == "eager" else 0
         scores = 3 * heads * rows * windows.shape[1]
         return Sizes(max(layers), config.hidden_size * item, 4 * (rows * (8 * config.hidden_size + 4 * inner) + scores))

@@ -131,8 +131,9 @@ def test_what_a_budget_leaves_in_16_bit_stays_as_it_is_and_is_named(make_model, 
 
 
 def test_a_budget_of_loaded_bytes_with_room_for_keys_and_values(make_model, tmp_path, small):
-    from moesvd_quant.budget import kv_cache_bytes
     from moesvd_quant.evaluation.memory import resident_bytes
+
+    from moesvd_quant.budget import kv_cache_bytes
 
     folder = make_model("mixtral", torch.bfloat16)
     limits = ["limits.of=resident", "limits.kv_cache={context: 64, batch: 2}"]

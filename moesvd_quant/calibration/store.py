@@ -76,7 +76,7 @@ class Statistics:
     def forecast(meta: StreamedModel) -> int:
         """Bytes of all statistics (an upper bound: Gram matrices that linears share are counted apart)."""
         total = 0
-        for layer in meta.decoder.layers:
+        for layer in meta.layers:
             for _, experts in find_experts(layer):
                 hidden, inner = shapes_of(experts)["down"]
                 total += 4 * expert_count(experts) * (hidden**2 + inner**2)
@@ -184,11 +184,11 @@ class Statistics:
 
     def _outer(self, streamed: StreamedModel) -> None:
         """The Gram matrix of the inputs of lm_head."""
-        size = streamed.hidden[0].shape[-1]
-        total = torch.zeros(size, size, device=self.device)
-        for hidden in streamed.hidden:
-            flat = streamed.decoder.norm(hidden).reshape(-1, size).float()
-            total.addmm_(flat.T, flat)
+        total: torch.Tensor | None = None
+        for hidden, batch in zip(streamed.hidden, streamed.batches):
+            flat = streamed.head_input(hidden, batch).flatten(0, -2).float()
+            total = flat.T @ flat if total is None else total.addmm_(flat.T, flat)
+        assert total is not None
         self.outer_gram = total.cpu()
         self._write(self.path("outer"), {"gram": self.outer_gram})
 

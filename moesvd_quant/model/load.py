@@ -1,11 +1,14 @@
 """Opening a model folder, and nothing but what it says."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from .stream import ModelError, no_loading_bars, read_config, weight_files
+from .modeling_moesvd import MoesvdConfig
+from .sources import dequantizing
+from .stream import ModelError, StreamedModel, class_for, no_loading_bars, read_config, weight_files
 
 
 def load(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu"):
@@ -14,14 +17,30 @@ def load(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu
     Raises ModelError where the folder is no model or tensors are missing, unexpected, damaged or misshapen.
     """
     folder = Path(path)
-    read_config(folder)
+    config = read_config(folder)
     weight_files(folder)
     try:
+        if dequantizing(config) is not None:
+            return _load_dequantized(folder, dtype, device)
+        kind: Any = AutoModelForCausalLM if isinstance(config, MoesvdConfig) else class_for(config)
         with no_loading_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{folder}: cannot be loaded: {error}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found := info[kind]:
-            raise ModelError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, found))[:5]}")
+    for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found := info[name]:
+            raise ModelError(f"{folder}: {name.replace('_', ' ')}: {sorted(map(str, found))[:5]}")
     return model.to(device).eval()
+
+
+def _load_dequantized(folder: Path, dtype, device: str):
+    """A model whose files are quantized as published, in floating point: all layers of the streamed reader."""
+    streamed = StreamedModel(folder, None if dtype == "auto" else dtype, device)
+    streamed.load_outer()
+    for index in range(len(streamed.layer_names)):
+        streamed.load_layer(index)
+    if (folder / "generation_config.json").is_file():
+        streamed.model.generation_config = GenerationConfig.from_pretrained(folder)
+    return streamed.model

@@ -13,7 +13,7 @@ from ..model.experts import expert_count, find_experts, shapes_of, split_project
 from ..model.modeling_moesvd import FactorizedExperts
 from ..quantize.gptq import QuantizeError, quant_format
 from ..recipe import Limits
-from .base import Context, Plan, StageError, expert_grams, weak_experts
+from .base import Context, Plan, StageError, expert_grams, reached, weak_experts
 
 WIDTHS = [2, 3, 4, 8, FLOAT]
 
@@ -54,7 +54,7 @@ def _shapes(context: Context) -> dict[tuple[str, str], tuple[int, int]]:
     """(out, in) of the matrices of each projection of each experts module."""
     return {
         (f"{name}.{path}", projection): shape
-        for layer, name in zip(context.parent.decoder.layers, context.parent.layer_names)
+        for layer, name in zip(context.parent.layers, context.parent.layer_names)
         for path, experts in find_experts(layer)
         for projection, shape in shapes_of(experts).items()
     }
@@ -91,6 +91,8 @@ def choice_tables(context: Context, widths: list[int], ranks: bool):
             full = f"{name}.{path}"
             if isinstance(experts, FactorizedExperts):
                 raise StageError(f"{full}: is compressed already; a budget needs an original model")
+            if not reached(statistics, path):  # kept as it is
+                continue
             grams = expert_grams(statistics, path, context.device)
             weak[full] = weak_experts(statistics, path)
             for projection, weights in split_projections(experts).items():

@@ -9,9 +9,9 @@ import torch
 from ..calibration.metric import Grams, blend, coverage
 from ..calibration.store import Statistics
 from ..decompose.whitening import whitened_error
-from ..model.experts import find_experts
+from ..model.experts import find_experts, unknown_experts
 from ..model.modeling_moesvd import FactorizedExperts
-from ..model.stream import StreamedModel
+from ..model.stream import ModelError, StreamedModel
 from ..recipe import Limits
 
 Progress = Callable[[int, int], None]
@@ -68,10 +68,25 @@ def weak_experts(statistics: dict, path: str) -> dict[str, list[int]]:
     return coverage(statistics[f"{path}/tokens"], statistics[f"{path}/gram_in"].shape[-1])
 
 
+UNREACHED = "no calibration token reaches it"
+
+
+def reached(statistics: dict, path: str) -> bool:
+    """Whether any calibration token reached these experts; those for images see none of a text."""
+    return bool(statistics[f"{path}/tokens"].sum())
+
+
 def require_experts(parent: StreamedModel) -> None:
-    """StageError for a dense model, before any walk."""
-    if not any(True for layer in parent.decoder.layers for _ in find_experts(layer)):
-        raise StageError(f"{parent.folder}: a dense model: no layer has experts, there is nothing to compress")
+    """Before any walk: StageError for a dense model, ModelError for one whose experts are in no known form."""
+    if any(True for layer in parent.layers for _ in find_experts(layer)):
+        return
+    for layer, name in zip(parent.layers, parent.layer_names):
+        for path, why in unknown_experts(layer):
+            raise ModelError(
+                f"{name}.{path}: these experts are not understood: {why}. Supported are experts fused as transformers "
+                "does it, and the forms of Llama 4, DBRX, JetMoE and LongCat-Flash (docs/architectures.md)"
+            )
+    raise StageError(f"{parent.folder}: a dense model: no layer has experts, there is nothing to compress")
 
 
 def factorized(native, layout: dict, banks: Iterable[tuple[str, int | None, torch.Tensor]]) -> FactorizedExperts:

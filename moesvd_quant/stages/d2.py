@@ -19,7 +19,7 @@ def plan(context: Context) -> Plan:
     """One base per projection; one rank share for all deltas spends the rest of what the ratio leaves."""
     require_experts(context.parent)
     layout, groups = layout_of(context.parent), {}
-    for layer, name in zip(context.parent.decoder.layers, context.parent.layer_names):
+    for layer, name in zip(context.parent.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
             if isinstance(experts, FactorizedExperts):
                 raise StageError(f"{name}.{path}: is factorized already; stage d2 needs an original model")
