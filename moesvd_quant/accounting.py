@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checkpoint.files import NAMES
 from .model.experts import expert_count, find_experts, shapes_of
-from .model.modeling_moesvd import FactorizedExperts, config_class, model_class
+from .model.modeling_moesvd import FactorizedExperts, config_class, model_class, native_class
 from .model.stream import StreamedModel
 
 
@@ -45,11 +45,11 @@ def original_model(parent: StreamedModel):
     """The native architecture on the meta device."""
     config = parent.config
     if hasattr(config, "moesvd"):
-        native = config_class(config.moesvd["native_type"]).__mro__[2]
+        native = CONFIG_MAPPING[config.moesvd["native_type"]]
         ours = ("moesvd", "auto_map", "architectures", "model_type")
         config = native.from_dict({key: value for key, value in config.to_dict().items() if key not in ours})
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=parent.stored_dtype)
+        return native_class(type(config))._from_config(config, dtype=parent.stored_dtype)
 
 
 def stored_tensors(model) -> dict[str, torch.Tensor]:
@@ -107,7 +107,7 @@ def account(parent: StreamedModel, layout: dict) -> Accounting:
         tensor_bytes=sum(t.numel() * t.element_size() for ts in files.values() for t in ts.values()),
         expert_bytes=size,
         expert_params=weights,
-        original_bytes=sum(t.numel() * t.element_size() for t in everything.values()),
+        original_bytes=layout.get("source_bytes") or sum(t.numel() * t.element_size() for t in everything.values()),
         original_expert_params=original_weights,
         original_params=original_params,
         params=params,

@@ -9,6 +9,7 @@ import torch
 from .accounting import original_model
 from .checkpoint.files import write_json, write_tensors
 from .checkpoint.finish import carry_files
+from .model.experts import split_projections, weight_parameters
 from .model.load import load
 from .model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
 from .model.stream import ModelError, StreamedModel
@@ -34,12 +35,17 @@ def export_checkpoint(folder: Path, out: Path, to: str) -> None:
 
 
 def _native_state(model) -> dict[str, torch.Tensor]:
-    """The state without the modules of ours."""
-    ours = [name + "." for name, m in model.named_modules() if isinstance(m, FactorizedExperts | PackedLinear)]
+    """The state without the banks of our modules."""
+    banks = set()
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            banks |= {f"{path}.weight"}
+        if isinstance(module, FactorizedExperts):
+            banks |= {f"{path}.{key}" for key, *_ in module.banks()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(ours))}
-    biases = {k: v for k, v in model.state_dict().items() if k.startswith(tuple(ours)) and k.endswith("bias")}
-    return {k: v for k, v in (state | biases).items() if k not in tied}
+    kinds = ("_codes", "_scales", "_zeros")
+    ours = banks | {bank + kind for bank in banks for kind in kinds}
+    return {k: v for k, v in model.state_dict().items() if k not in ours and k not in tied}
 
 
 def _export_dense(model, parent: StreamedModel, out: Path) -> None:
@@ -49,7 +55,8 @@ def _export_dense(model, parent: StreamedModel, out: Path) -> None:
         if isinstance(module, PackedLinear):
             state[f"{path}.weight"] = module.dense_weight().to(dtype)
         if isinstance(module, FactorizedExperts):
-            state |= {f"{path}.{name}": tensor for name, tensor in _fused(module, dtype).items()}
+            fused = _fused(module, native.get_submodule(path), dtype)
+            state |= {f"{path}.{name}": tensor for name, tensor in fused.items()}
     info = native.load_state_dict(state, strict=False, assign=True)
     tied = set(getattr(native, "all_tied_weights_keys", None) or {})
     if lost := [k for k in info.missing_keys if k not in tied] + info.unexpected_keys:
@@ -59,20 +66,16 @@ def _export_dense(model, parent: StreamedModel, out: Path) -> None:
     native.save_pretrained(out)
 
 
-def _fused(module: FactorizedExperts, dtype) -> dict[str, torch.Tensor]:
-    """gate_up_proj and down_proj (or up_proj) as the native class lays them out."""
-    stacked = {
-        name: torch.stack([module.dense(name, e) for e in range(module.experts)]).to(dtype) for name in module.layout
-    }
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    if module.has_gate and module.is_concatenated:
-        joint = torch.cat([stacked["gate"], stacked["up"]], 1)
-    elif module.has_gate:
-        joint = torch.stack([stacked["gate"], stacked["up"]], 2).flatten(1, 2)
-    else:
-        joint = stacked["up"]
-    turn = (lambda w: w.transpose(1, 2).contiguous()) if module.is_transposed else (lambda w: w)
-    return {first: turn(joint), "down_proj": turn(stacked["down"])}
+def _fused(module: FactorizedExperts, native, dtype) -> dict[str, torch.Tensor]:
+    """The weight parameters of the native experts module, by their names, as its class lays them out."""
+    for parameter in weight_parameters(native):
+        parameter.data = torch.zeros(parameter.shape, dtype=dtype)
+    views = split_projections(native)
+    with torch.no_grad():
+        for name in module.layout:
+            for expert in range(module.experts):
+                views[name][expert].copy_(module.dense(name, expert))
+    return {name: native.get_parameter(name) for name in module.form.parameters(native)}
 
 
 def _packed_modules(model):

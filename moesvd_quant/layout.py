@@ -15,7 +15,10 @@ def empty_layout(native_type: str) -> dict:
 def layout_of(streamed: StreamedModel) -> dict:
     """A copy of the model's layout; an empty one for a native model."""
     found = getattr(streamed.config, "moesvd", None)
-    return copy.deepcopy(found) if found else empty_layout(streamed.config.model_type)
+    if found:
+        return copy.deepcopy(found)
+    size = streamed.source_bytes()
+    return empty_layout(streamed.config.model_type) | ({"source_bytes": size} if size else {})
 
 
 def dense_part(experts: list[int]) -> dict:

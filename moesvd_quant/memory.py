@@ -26,11 +26,11 @@ class MemoryLimitError(ValueError):
     """What cannot fit; the message says what would make it fit."""
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of `16GB`, `512MiB`; ValueError for anything else."""
+def parse_bytes(text: str, what: str = "--memory") -> int:
+    """Bytes of `16GB`, `512MiB`; ValueError, which names `what`, for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
-        raise ValueError(f"--memory {text!r}: write bytes with a unit (16GB, 512MiB)")
+        raise ValueError(f"{what} {text!r}: write bytes with a unit (16GB, 512MiB)")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
@@ -60,6 +60,10 @@ class Memory:
     def __init__(self, limit: int | None = None):
         self.limit = anonymous_bytes() + available_bytes() if limit is None else limit
 
+    def share(self, workers: int) -> "Memory":
+        """What each of several processes may take."""
+        return Memory(self.limit // workers)
+
     def free(self) -> int:
         return self.limit - anonymous_bytes()
 
@@ -78,12 +82,12 @@ class Sizes:
 
     @staticmethod
     def of(meta, windows: torch.Tensor, batch_size: int) -> "Sizes":
-        """meta: a model on the meta device with `decoder` and `config`; windows (n, length)."""
+        """meta: a model on the meta device with `layers` and `config`; windows (n, length)."""
         config = meta.config.get_text_config()
-        item = next(meta.decoder.layers.parameters()).dtype.itemsize
-        layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in meta.decoder.layers]
+        item = next(meta.layers.parameters()).dtype.itemsize
+        layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in meta.layers]
         rows = min(batch_size, len(windows)) * windows.shape[1]
-        inner = max(p.shape[-1] for p in meta.decoder.layers.parameters())
+        inner = max(p.shape[-1] for p in meta.layers.parameters())
         heads = getattr(config, "num_attention_heads", 1) if config._attn_implementation == "eager" else 0
         scores = 3 * heads * rows * windows.shape[1]
         return Sizes(max(layers), config.hidden_size * item, 4 * (rows * (8 * config.hidden_size + 4 * inner) + scores))

@@ -1,6 +1,7 @@
 """The plan of all stages of a run, before any weight is changed."""
 
 import importlib
+from functools import partial
 
 from .accounting import account, planned_model
 from .budget import parse_budget
@@ -51,6 +52,8 @@ def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
         context = Context(
             parent, run.statistics, stage.options, run.recipe.seed, run.device, progress, budget, widths, gptq, memo
         )
+        context.pool = run.pool
+        context.surveyed = partial(run.report, f"{stage.name}: planning")
         plan = module.plan(context)
         widths = plan.widths
         forecasts.append(

@@ -44,7 +44,7 @@ def _rounded(weights: torch.Tensor) -> Iterator[None]:
 
 def groups_of(streamed: StreamedModel) -> list[int]:
     """The group of each layer that has experts, -1 for the others: runs of neighbours of nearly equal size."""
-    places = [i for i, layer in enumerate(streamed.decoder.layers) if any(True for _ in find_experts(layer))]
+    places = [i for i, layer in enumerate(streamed.layers) if any(True for _ in find_experts(layer))]
     groups = [-1] * len(streamed.layer_names)
     for at, index in enumerate(places):
         groups[index] = at * min(LAYERS, len(places)) // len(places)
@@ -83,19 +83,19 @@ def measure_effects(
         variants |= here
         progress(visit.index + 1, len(streamed.layer_names))
     found: dict[tuple[str, str], float] = {}
-    with streamed.head() as head:
+    with streamed.output():
         for key, hidden in variants.items():
-            value = _divergence(head, streamed.hidden, hidden) / len(members[key])
+            value = _divergence(streamed, hidden) / len(members[key])
             found |= {(path, key[2]): value for path in members[key]}
     return found
 
 
-def _divergence(head, original: Batches, other: Batches) -> float:
-    """KL divergence per token of the predictions from the hidden states `other` from those from `original`."""
+def _divergence(streamed: StreamedModel, hidden: Batches) -> float:
+    """KL divergence per token of the predictions from `hidden` from those of the walk's own last hidden states."""
     total, count = 0.0, 0
-    for states, changed in zip(original, other):
-        for one, two in zip(states.flatten(0, 1).split(CHUNK), changed.flatten(0, 1).split(CHUNK)):
-            p, q = (head(h).float().log_softmax(-1) for h in (one, two))
+    for original, other, batch in zip(streamed.hidden, hidden, streamed.batches):
+        for one, two, ids in zip(*(x.flatten(0, 1)[None].split(CHUNK, 1) for x in (original, other, batch[..., None]))):
+            p, q = (streamed.head(h, ids[..., 0]).float().log_softmax(-1) for h in (one, two))
             total += float((p.exp() * (p - q)).sum().double())
-            count += len(p)
+            count += ids.numel()
     return total / count

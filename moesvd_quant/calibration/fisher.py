@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..model.experts import find_experts, split_projections
+from ..model.experts import find_experts, split_projections, weight_parameters
 from ..model.stream import StreamedModel
 
 
@@ -27,14 +27,14 @@ def expert_fisher(
         inputs.append(visit.hidden)
         calls.append(visit.calls)
     gradients = streamed.hidden.like()
-    with streamed.head() as head:
+    with streamed.output():
         for hidden, ids in zip(streamed.hidden, windows):
-            gradients.append(_loss_gradient(head, hidden, ids.to(streamed.device)))
+            gradients.append(_loss_gradient(streamed, hidden, ids.to(streamed.device)))
     count = len(streamed.layer_names)
     for index in reversed(range(count)):
         layer = streamed.load_layer(index)
         experts = dict(find_experts(layer))
-        weights = [p for module in experts.values() for p in (_first(module), module.down_proj)]
+        weights = [p for module in experts.values() for p in weight_parameters(module)]
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in weights]
         hooks = [p.requires_grad_(True).register_post_accumulate_grad_hook(_adder(s)) for p, s in zip(weights, sums)]
         before = gradients.like()
@@ -65,15 +65,11 @@ def _adder(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
     return add
 
 
-def _first(module) -> torch.nn.Parameter:
-    return module.gate_up_proj if module.has_gate else module.up_proj
-
-
-def _loss_gradient(head, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _loss_gradient(streamed: StreamedModel, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Gradient of the mean loss of a sequence (length,) with respect to the last hidden states (1, length, hidden)."""
     hidden = hidden.detach().requires_grad_(True)
     with torch.enable_grad():
-        F.cross_entropy(head(hidden)[0, :-1].float(), ids[1:]).backward()
+        F.cross_entropy(streamed.head(hidden, ids[None])[0, :-1].float(), ids[1:]).backward()
     return hidden.grad
 
 
@@ -81,10 +77,12 @@ def _by_projection(experts: dict, sums: list[torch.Tensor]) -> dict:
     """Weights and sums by projection; a module's sums are split as its weights are."""
     found, rest = {}, iter(sums)
     for path, module in experts.items():
-        weights = split_projections(module)
-        held = _first(module).data, module.down_proj.data
-        weights = {name: w.detach() for name, w in weights.items()}
-        _first(module).data, module.down_proj.data = next(rest), next(rest)
+        weights = {name: w.detach() for name, w in split_projections(module).items()}
+        parameters = weight_parameters(module)
+        held = [p.data for p in parameters]
+        for p in parameters:
+            p.data = next(rest)
         found[path] = {name: (weights[name], s.detach()) for name, s in split_projections(module).items()}
-        _first(module).data, module.down_proj.data = held
+        for p, data in zip(parameters, held):
+            p.data = data
     return found

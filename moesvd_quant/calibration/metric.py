@@ -45,21 +45,26 @@ def blend(gram: torch.Tensor, count: torch.Tensor, layer: Layer) -> torch.Tensor
     return mixed * (count / layer.mean_count) ** FREQUENCY
 
 
+def unknown(gram: torch.Tensor, count: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """The metric of experts that no token of the text reaches: all inputs alike."""
+    return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
 class Grams(Lazily):
     """The matrices that the experts of a layer are judged by, each made when it is asked for.
 
-    gram (E, n, n): sums over each expert's tokens (may be mapped from a file); tokens (E,); metric: `blend` or
-    `shrink`. ValueError where no expert saw a token.
+    gram (E, n, n): sums over each expert's tokens (may be mapped from a file); tokens (E,); metric: `blend`,
+    `shrink` or `unknown`. ValueError where no expert saw a token, but for the last.
     """
 
     def __init__(self, gram: torch.Tensor, tokens: torch.Tensor, metric: Callable, device="cpu"):
         total = int(tokens.sum())
-        if total == 0:
+        if total == 0 and metric is not unknown:
             raise ValueError("no calibration token reached any expert of this layer")
         super().__init__(len(gram), self._made)
         self.gram, self.tokens, self.metric, self.device = gram, tokens, metric, device
         mean = (tokens + gram.shape[-1]).to(gram.dtype).mean()
-        self.layer = Layer((gram.sum(0) / total).to(device), mean.to(device))
+        self.layer = Layer((gram.sum(0) / max(total, 1)).to(device), mean.to(device))
 
     def _made(self, expert: int) -> torch.Tensor:
         return self.metric(self.gram[expert].to(self.device), self.tokens[expert].to(self.device), self.layer)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..memory import Batches
-from ..model.experts import activate, dense_weights, expert_count, find_experts, find_linears, shapes_of
+from ..model.experts import activate, dense_weights, expert_count, find_experts, find_linears, gather, route, shapes_of
+from ..model.native_experts import Routed
 
 # Magnitudes of activations are counted in bins of 1/16 octave, so that the outlier share of any threshold
 # can be read later without a second walk.
@@ -79,9 +80,9 @@ class ExpertsRecorder:
         self.device = next(module.parameters()).device
         self.group = range(self.at_once)
         self.sums = self._zeros()
-        self.kept = (Batches(scratch), Batches(scratch)) if 0 < self.at_once < self.count else None
+        self.kept = [Batches(scratch) for _ in range(3)] if 0 < self.at_once < self.count else None
         # `grouped_mm` calls no hooks inside: the experts run one by one here instead.
-        module.forward = types.MethodType(lambda _, *args, **kwargs: self.forward(*args, **kwargs), module)
+        module.forward = types.MethodType(lambda _, *inputs: self.forward(*inputs), module)
 
     def detach(self) -> None:
         del self.module.forward
@@ -112,14 +113,22 @@ class ExpertsRecorder:
             self.sums = {}  # the last group's go before these come
             self.sums = self._zeros()
             assert self.kept is not None
-            for hidden_states, top_k_index in zip(*self.kept):
-                hidden_states, top_k_index = hidden_states.to(self.device), top_k_index.to(self.device)
-                for expert in self.group:
-                    token, _ = torch.where(top_k_index == expert)
-                    if len(token):
-                        x = hidden_states[token]
-                        self._observe(expert, x, self._inner(expert, x)[0])
+            for x, token, expert in zip(*self.kept):
+                pairs = Routed(x.to(self.device), token.to(self.device), expert)
+                for index, rows in self._rows(expert):
+                    if index in self.group:
+                        x = pairs.x[pairs.token[rows]]
+                        self._observe(index, x, self._inner(index, x)[0])
             yield self.group, self.sums
+
+    def _rows(self, expert: torch.Tensor) -> Iterator[tuple[int, slice]]:
+        """(expert, its pairs) of those that have any, from the sorted experts of all pairs; identity experts after the
+        last one are left out."""
+        start = 0
+        for index, size in enumerate(torch.bincount(expert, minlength=self.count).tolist()[: self.count]):
+            if size:
+                yield index, slice(start, start + size)
+            start += size
 
     def _inner(self, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Input of down (n, inner) of an expert, and the weight of down."""
@@ -127,25 +136,22 @@ class ExpertsRecorder:
         pairs = {name: x @ weights[name].T for name in weights if name != "down"}
         return activate(self.module, pairs, expert), weights["down"]
 
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        out = torch.zeros_like(hidden_states)
+    def forward(self, *inputs):
+        routed = route(self.module, *inputs)
         if self.kept:
-            self.kept[0].append(hidden_states)
-            self.kept[1].append(top_k_index)
-        for expert in top_k_index.unique().tolist():
-            token, position = torch.where(top_k_index == expert)
-            x = hidden_states[token]
+            for kept, value in zip(self.kept, (routed.x, routed.token, routed.expert)):
+                kept.append(value)
+        y = routed.x[routed.token]  # what identity experts hand on
+        for expert, rows in self._rows(routed.expert):
+            x = y[rows]
             inner, down = self._inner(expert, x)
-            y = inner @ down.T
-            if self.module.has_bias:
-                y = y + self.module.down_proj_bias[expert]
-            if self.module.has_post_expert_norm:
-                y = self.module.post_expert_norm(y)
-            y = y * top_k_weights[token, position, None]
-            out.index_add_(0, token, y.to(out.dtype))  # a token meets an expert once: order cannot matter
             if expert in self.group:
                 self._observe(expert, x, inner)
-        return out
+            out = inner @ down.T
+            if self.module.has_bias:
+                out = out + self.module.down_proj_bias[expert]
+            y[rows] = self.module.post_expert_norm(out) if self.module.has_post_expert_norm else out
+        return gather(self.module, y, routed, *inputs)
 
     def _observe(self, expert: int, x: torch.Tensor, inner: torch.Tensor) -> None:
         at, sums, x, inner = expert - self.group.start, self.sums, x.float(), inner.float()

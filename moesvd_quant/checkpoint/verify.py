@@ -45,8 +45,8 @@ def _digest(module: FactorizedExperts | PackedLinear) -> str:
         y = module(torch.randn(PROBES, module.in_features, generator=generator).to(**like))
     else:
         x = torch.randn(module.experts, module.shapes["down"][0], generator=generator).to(**like)
-        chosen = torch.arange(module.experts, device=first.device)[:, None]  # every expert once
-        y = module(x, chosen, torch.ones(chosen.shape, **like))
+        each = torch.arange(module.experts, device=first.device)  # every expert once
+        y = module.compute(x, each, each)
     return hashlib.sha256(y.float().cpu().numpy().tobytes()).hexdigest()
 
 

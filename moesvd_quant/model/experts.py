@@ -5,50 +5,48 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .modeling_moesvd import FactorizedExperts, PackedLinear, projection_shapes
+from .modeling_moesvd import FactorizedExperts, PackedLinear
+from .native_experts import Routed, apply_gate, form_of
 
 # Names under which routers and the gate of a shared expert stand: they choose, and stay as they are.
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
-def is_fused(module: nn.Module) -> bool:
-    """True for a module that follows transformers' `use_experts_implementation` convention."""
-    own = module._parameters
-    first = own.get("gate_up_proj") if own.get("gate_up_proj") is not None else own.get("up_proj")
-    down = own.get("down_proj")
-    if first is None or down is None or not hasattr(module, "is_transposed"):
-        return False
-    return first.dim() == 3 and down.dim() == 3
-
-
 def find_experts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path in the layer, module) of native fused experts and of ours."""
+    """(path in the layer, module) of native experts of any form and of ours."""
+    inside: tuple[str, ...] = ()
     for path, module in layer.named_modules():
-        if is_fused(module) or isinstance(module, FactorizedExperts):
+        if inside and path.startswith(inside):
+            continue
+        if isinstance(module, FactorizedExperts) or form_of(module) is not None:
+            inside = (*inside, path + ".")
             yield path, module
 
 
+def _form(experts: nn.Module):
+    return experts.form if isinstance(experts, FactorizedExperts) else form_of(experts)
+
+
 def split_projections(native: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights (experts, out, in) of a native fused module, gate and up apart; views where possible."""
-    transpose = (lambda w: w.transpose(1, 2)) if native.is_transposed else (lambda w: w)
-    down = transpose(native.down_proj)
-    if not native.has_gate:
-        return {"up": transpose(native.up_proj), "down": down}
-    joint = transpose(native.gate_up_proj)
-    if native.is_concatenated:
-        gate, up = joint.chunk(2, dim=1)
-    else:
-        gate, up = joint[:, ::2], joint[:, 1::2]
-    return {"gate": gate, "up": up, "down": down}
+    """Weights (experts, out, in) of a native experts module, gate and up apart; views into its parameters."""
+    return _form(native).weights(native)
+
+
+def weight_parameters(native: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a native experts module that `split_projections` views."""
+    return [native.get_parameter(name) for name in _form(native).parameters(native)]
 
 
 def expert_count(experts: nn.Module) -> int:
-    return experts.experts if isinstance(experts, FactorizedExperts) else experts.down_proj.shape[0]
+    return experts.experts if isinstance(experts, FactorizedExperts) else len(split_projections(experts)["down"])
 
 
 def shapes_of(experts: nn.Module) -> dict[str, tuple[int, int]]:
     """(out, in) of each projection."""
-    shapes = experts.shapes if isinstance(experts, FactorizedExperts) else projection_shapes(experts)
+    if isinstance(experts, FactorizedExperts):
+        shapes = experts.shapes
+    else:
+        shapes = {name: weight.shape[1:] for name, weight in split_projections(experts).items()}
     return {name: (int(out), int(in_)) for name, (out, in_) in shapes.items()}
 
 
@@ -64,6 +62,16 @@ def dense_weights(experts: nn.Module, expert: int, dtype=torch.float32) -> dict[
     return {name: dense_weight(experts, name, expert, dtype) for name in shapes_of(experts)}
 
 
+def route(experts: nn.Module, *inputs) -> Routed:
+    """The pairs of a token and an expert that a call of the module means."""
+    return _form(experts).route(experts, *inputs)
+
+
+def gather(experts: nn.Module, y: torch.Tensor, routed: Routed, *inputs) -> torch.Tensor:
+    """What the module returns, from the outputs (pairs, hidden) of its experts."""
+    return _form(experts).gather(experts, y, routed, *inputs)
+
+
 def activate(experts: nn.Module, pairs: dict[str, torch.Tensor], expert: int) -> torch.Tensor:
     """Input of down (n, intermediate) from the outputs of gate and up, biases added, by the native gate."""
     if experts.has_bias:
@@ -75,14 +83,24 @@ def activate(experts: nn.Module, pairs: dict[str, torch.Tensor], expert: int) ->
         return experts.act_fn(pairs["up"])
     both = pairs["gate"], pairs["up"]
     joint = torch.cat(both, -1) if experts.is_concatenated else torch.stack(both, -1).flatten(-2)
-    return experts._apply_gate(joint)
+    return apply_gate(experts, type(experts), joint)
 
 
 def find_linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path in the layer, module) of attention, shared-expert and dense-layer linears; routers are left out."""
+    """(path in the layer, module) of all linears that are neither experts nor routers: attention, recurrent layers,
+    shared experts, dense layers. A class of its own that multiplies in its own way is none."""
     inside = tuple(path + "." for path, _ in find_experts(layer))
     for path, module in layer.named_modules():
-        if not isinstance(module, nn.Linear | PackedLinear) or path.startswith(inside):
-            continue
-        if not ROUTERS & set(path.split(".")):
+        plain = isinstance(module, PackedLinear) or type(module).forward is nn.Linear.forward
+        if plain and not path.startswith(inside) and not ROUTERS & set(path.split(".")):
             yield path, module
+
+
+def left_over(layer: nn.Module) -> Iterator[tuple[str, str]]:
+    """(path in the layer, why) of every weight matrix that no stage touches."""
+    taken = {id(p) for _, module in find_experts(layer) for p in module.parameters()}
+    taken |= {id(p) for _, module in find_linears(layer) for p in module.parameters()}
+    for path, parameter in layer.named_parameters():
+        if parameter.ndim < 2 or id(parameter) in taken or min(parameter.shape) == 1:
+            continue
+        yield path, "router" if ROUTERS & set(path.split(".")) else "not a linear layer"

@@ -1,6 +1,6 @@
-"""Factorized and packed experts as a transformers model. A copy of this file lies in every checkpoint.
+"""Factorized and packed experts as a transformers model. A copy lies in every checkpoint, with the files of SHIPPED.
 
-It needs torch and transformers alone, so that a checkpoint opens without moesvd_quant. The layout
+They need torch and transformers alone, so that a checkpoint opens without moesvd_quant. The layout
 (`config.moesvd`) says for each experts module and projection which tensors make up its weights:
 
     W[e] = dense[d(e)] + sum_t left_t[l_t(e)] @ right_t[r_t(e)]
@@ -23,9 +23,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from .modeling_deepseek import DeepseekForCausalLM as DeepseekForCausalLM  # its model type is registered by that
+from .native_experts import apply_gate, form_of
 
 FORMAT = 1
+SHIPPED = ("modeling_moesvd.py", "native_experts.py", "modeling_deepseek.py")  # what a checkpoint needs to open itself
 MANIFEST = "moesvd.json"
 
 
@@ -89,16 +93,14 @@ def part_banks(part: dict, out_features: int, in_features: int) -> dict:
 
 
 def projection_shapes(experts: nn.Module) -> dict:
-    """(out, in) of each projection of a native fused-expert module: {"gate", "up", "down"} or without gate."""
-    if not hasattr(experts, "down_proj"):
+    """(out, in) of each projection of a native experts module: {"gate", "up", "down"} or without gate."""
+    form = form_of(experts)
+    if form is None:
         raise ValueError(
             f"{type(experts).__name__} is no fused experts module; a library that unfuses experts (gptqmodel does) "
             "was at work in this process: open the checkpoint in a fresh one"
         )
-    down = experts.down_proj.shape[1:]
-    hidden, inner = down[::-1] if experts.is_transposed else down
-    shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-    return shapes if experts.has_gate else {name: shapes[name] for name in ("up", "down")}
+    return {name: tuple(weight.shape[1:]) for name, weight in form.weights(experts).items()}
 
 
 class Packed(nn.Module):
@@ -122,37 +124,48 @@ class Packed(nn.Module):
 
 
 class PackedLinear(Packed):
-    """nn.Linear with a packed weight (out, in) and an optional float bias."""
+    """nn.Linear with a packed weight (out, in) and an optional float bias. `weight` serves modules that multiply with
+    it themselves."""
 
     def __init__(self, in_features, out_features, bias, quant, dtype=None, device=None):
         super().__init__()
         self.in_features, self.out_features, self.quant = in_features, out_features, quant
         self.add_bank("weight", (out_features, in_features), quant, dtype, device)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)  # follows casts
 
     def dense_weight(self, dtype=torch.float32):
         return self.weight_rows("weight", self.quant, self.in_features, dtype, None)
+
+    @property
+    def weight(self):
+        return self.dense_weight(self.like.dtype)
 
     def forward(self, x):
         return F.linear(x, self.dense_weight(x.dtype), self.bias)
 
 
 class FactorizedExperts(Packed):
-    """Drop-in for any `@use_experts_implementation` module of transformers 5, built from it and a layout."""
+    """Drop-in for the experts of any architecture that `native_experts` knows, built from them and a layout."""
 
     def __init__(self, native: nn.Module, layout: dict):
         """native: the module to stand in for, of the architecture's own class or one of ours."""
         super().__init__()
+        ours = isinstance(native, FactorizedExperts)
+        if not ours:
+            self.shapes = projection_shapes(native)
+            self.native_class, self.form = type(native), form_of(native)
+            self.experts = len(self.form.weights(native)["down"])
         state = {k: v for k, v in vars(native).items() if not k.startswith("_")}
         self.__dict__.update(state)  # alpha, limit, flags, config: all that is not a weight
+        weights = {name for name, *_ in native.banks()} if ours else set(self.form.parameters(native))
+        holders = {name.partition(".")[0] for name in weights}
         for name, child in native.named_children():
-            self.add_module(name, child)
-        for name, bias in native.named_parameters(recurse=False):
-            if name.endswith("_bias"):
-                self.register_parameter(name, bias)
-        if not isinstance(native, FactorizedExperts):
-            self.native_class, self.shapes = type(native), projection_shapes(native)
-            self.experts = native.down_proj.shape[0]
+            if name not in holders:
+                self.add_module(name, child)
+        for name, other in native.named_parameters(recurse=False):  # biases
+            if name.partition("_codes")[0].partition("_scales")[0].partition("_zeros")[0] not in weights:
+                self.register_parameter(name, other)
         self.layout = layout
         self._maps: dict[tuple, torch.Tensor] = {}
         kind = next(p for p in native.parameters() if p.is_floating_point())
@@ -252,7 +265,7 @@ class FactorizedExperts(Packed):
             return self.act_fn(up)
         both = (pairs["gate"], pairs["up"])
         joint = torch.cat(both, -1) if self.is_concatenated else torch.stack(both, -1).flatten(-2)
-        return self.native_class._apply_gate(self, joint)
+        return apply_gate(self, self.native_class, joint)
 
     def add_bias(self, pairs, ids):
         if not self.has_bias:
@@ -265,23 +278,27 @@ class FactorizedExperts(Packed):
         gate, up = bias.chunk(2, -1) if self.is_concatenated else (bias[..., ::2], bias[..., 1::2])
         pairs["gate"], pairs["up"] = pairs["gate"] + gate, pairs["up"] + up
 
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        """hidden_states (T, H), top_k_index (T, k), top_k_weights (T, k) -> (T, H)."""
-        tokens, k = top_k_index.shape
-        ids, order = top_k_index.reshape(-1).sort(stable=True)
-        token = order // k
+    def forward(self, *inputs):
+        """As the native module is called, for example hidden (T, H), index (T, k), weights (T, k) -> (T, H)."""
+        routed = self.form.route(self, *inputs)
+        return self.form.gather(self, self.compute(routed.x, routed.token, routed.expert), routed, *inputs)
+
+    def compute(self, x, token, ids):
+        """x (tokens, H) -> (pairs, H) for pairs of a token (its row of x) and an expert, sorted by expert."""
+        if hasattr(self, "identity_expert"):  # experts past the last one hand their input on
+            known = int((ids < self.experts).sum())
+            return torch.cat([self._compute(x, token[:known], ids[:known]), x[token[known:]]])
+        return self._compute(x, token, ids)
+
+    def _compute(self, x, token, ids):
         names = [name for name in ("gate", "up") if name in self.shapes]
-        pairs = {name: self.project(hidden_states, token, ids, name) for name in names}
+        pairs = {name: self.project(x, token, ids, name) for name in names}
         self.add_bias(pairs, ids)
         inner = self.activate(pairs)
         y = self.project(inner, torch.arange(len(ids), device=ids.device), ids, "down")
         if self.has_bias:
             y = y + self.down_proj_bias[ids]
-        if self.has_post_expert_norm:
-            y = self.post_expert_norm(y)
-        y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        y = torch.empty_like(y).index_copy(0, order, y)
-        return y.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+        return self.post_expert_norm(y) if self.has_post_expert_norm else y
 
 
 def apply_layout(model: nn.Module, layout: dict) -> None:
@@ -318,10 +335,18 @@ def config_class(native_type: str) -> Any:
     return made
 
 
+def native_class(config_type: Any) -> Any:
+    """The class that predicts text: of a composite (vision-language) config the whole model. KeyError for none."""
+    mappings = [MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
+    if "text_config" in config_type.sub_configs:
+        mappings.reverse()
+    return next((m[config_type] for m in mappings if config_type in m), None) or mappings[0][config_type]
+
+
 @lru_cache
 def model_class(native_type: str) -> Any:
     """A subclass of the architecture's causal model whose modules follow `config.moesvd`."""
-    native = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[native_type]]
+    native = native_class(CONFIG_MAPPING[native_type])
 
     def __init__(self, config, *args, **kwargs):
         native.__init__(self, config, *args, **kwargs)
@@ -385,10 +410,11 @@ def check_digests(folder: Path) -> None:
 
 
 def finish_folder(folder: Path) -> None:
-    """Adds what makes a saved folder open again: this file, `auto_map`, and the digests of its weights."""
-    source, target = Path(__file__).resolve(), folder.resolve() / "modeling_moesvd.py"
-    if source != target:
-        shutil.copyfile(source, target)
+    """Adds what makes a saved folder open again: these files, `auto_map`, and the digests of its weights."""
+    for name in SHIPPED:
+        source, target = Path(__file__).resolve().parent / name, folder.resolve() / name
+        if source != target:
+            shutil.copyfile(source, target)
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {
         "AutoConfig": "modeling_moesvd.MoesvdConfig",

@@ -1,6 +1,7 @@
 """The plan under a byte budget: one allocation of rank and bits over all experts of the model."""
 
 from dataclasses import replace
+from functools import partial
 
 from ..allocate import FLOAT, allocate
 from ..fitting import describe, fit_table, group_weight, profile
@@ -8,7 +9,7 @@ from ..layout import layout_of, parts_by_choice
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
 from ..model.modeling_moesvd import FactorizedExperts
 from ..quantize.gptq import QuantizeError, quant_format
-from .base import Context, Plan, StageError, expert_grams, weak_experts
+from .base import Context, Plan, StageError, expert_grams, reached, weak_experts
 
 WIDTHS = [2, 3, 4, 8]
 
@@ -47,31 +48,37 @@ def _tables(context: Context, widths: list[int], ranks: bool):
     key = (tuple(widths), ranks)
     if key in context.memo:
         return context.memo[key]
-    parent, tables, weak = context.parent, {}, {}
+    work = partial(_layer_tables, context.statistics.effects(context.progress), widths, ranks)
+    found = dict(context.each_layer(work, context.surveyed))
+    tables = {group: table for index in sorted(found) for group, table in found[index][0].items()}
+    weak = {path: experts for _, experts_of in found.values() for path, experts in experts_of.items()}
+    context.memo[key] = tables, weak
+    return tables, weak
+
+
+def _layer_tables(effects, widths, ranks, context: Context, index: int, layer, statistics: dict):
+    """The same of one layer; effects: nats per token of each group."""
+    tables, weak, name = {}, {}, context.parent.layer_names[index]
     damp = context.gptq.damp if context.gptq else 0.0
 
     def form(bits: int, columns: int, left: bool) -> dict | None:
         return None if bits == FLOAT else quant_format(context.gptq, columns, left, bits)
 
-    effects = context.statistics.effects(context.progress)
-    for index, statistics in enumerate(context.statistics.layers(context.progress)):
-        layer, name = parent.load_layer(index), parent.layer_names[index]
-        for path, experts in find_experts(layer):
-            full = f"{name}.{path}"
-            if isinstance(experts, FactorizedExperts):
-                raise StageError(f"{full}: is compressed already; a budget needs an original model")
-            grams = expert_grams(statistics, path, context.device)
-            weak[full] = weak_experts(statistics, path)
-            for projection, weights in split_projections(experts).items():
-                profiles = [profile(weights[e], grams[projection][e], damp) for e in range(expert_count(experts))]
-                try:
-                    table = fit_table(
-                        profiles, shapes_of(experts)[projection], widths, form, parent.stored_dtype, ranks
-                    )
-                except QuantizeError as error:
-                    raise StageError(f"{full}.{projection}: {error}") from error
-                weight = group_weight(weights, grams[projection], effects[full, projection])
-                tables[full, projection] = replace(table, errors=table.errors * weight)
-        parent.drop_layer(index)
-    context.memo[key] = tables, weak
+    for path, experts in find_experts(layer):
+        full = f"{name}.{path}"
+        if isinstance(experts, FactorizedExperts):
+            raise StageError(f"{full}: is compressed already; a budget needs an original model")
+        if not reached(statistics, path):  # kept as it is
+            continue
+        grams = expert_grams(statistics, path, context.device)
+        weak[full] = weak_experts(statistics, path)
+        for projection, weights in split_projections(experts).items():
+            profiles = [profile(weights[e], grams[projection][e], damp) for e in range(expert_count(experts))]
+            shape, dtype = shapes_of(experts)[projection], context.parent.stored_dtype
+            try:
+                table = fit_table(profiles, shape, widths, form, dtype, ranks)
+            except QuantizeError as error:
+                raise StageError(f"{full}.{projection}: {error}") from error
+            weight = group_weight(weights, grams[projection], effects[full, projection])
+            tables[full, projection] = replace(table, errors=table.errors * weight)
     return tables, weak

@@ -4,17 +4,17 @@ import hashlib
 
 import torch
 
-from ..calibration.metric import blend, shrink
+from ..calibration.metric import blend, shrink, unknown
 from ..calibration.store import linear_gram
 from ..decompose.whitening import whitened_error
 from ..layout import layout_of, projections_of
 from ..lazy import Lazily, picked
-from ..model.experts import dense_weight, expert_count, find_experts, find_linears, shapes_of
+from ..model.experts import dense_weight, expert_count, find_experts, find_linears, left_over, shapes_of
 from ..model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
 from ..quantize.factors import quantize_factors
 from ..quantize.gptq import PackedMatrix, QuantizeError, gptq, quant_format, round_to_nearest
 from .allocation import plan_budget
-from .base import Context, Plan, StageError, errors_of, expert_grams, require_experts, weak_experts
+from .base import UNREACHED, Context, Plan, StageError, errors_of, expert_grams, reached, require_experts, weak_experts
 
 OTHER_BITS = 4  # of linears outside the experts, where a budget decides about the experts
 
@@ -25,7 +25,7 @@ def plan(context: Context) -> Plan:
     require_experts(parent)
     made = plan_budget(context, ranks=False) if options.is_open() and not context.widths else Plan(layout_of(parent))
     widths, layout, kept = context.widths or made.widths, made.layout, {}
-    for layer, name in zip(parent.decoder.layers, parent.layer_names):
+    for layer, name in zip(parent.layers, parent.layer_names):
         for path, experts in find_experts(layer):
             full = f"{name}.{path}"
             parts = layout["experts"].setdefault(full, projections_of(experts))
@@ -40,6 +40,7 @@ def plan(context: Context) -> Plan:
                 kept[full] = f"only {linear.out_features} output features"
             else:
                 layout["linears"][full] = _quant(options, linear.in_features, full)
+        kept |= {f"{name}.{path}": why for path, why in left_over(layer)}
     if options.lm_head:
         head = parent.model.lm_head
         if "lm_head.weight" in (getattr(parent.model, "all_tied_weights_keys", None) or {}):
@@ -76,7 +77,8 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
     for path, experts in list(find_experts(layer)):
         full = f"{name}.{path}"
         # A whole matrix loses little everywhere: its own inputs tell best. Factors have to choose what to keep.
-        own = expert_grams(statistics, path, context.device, shrink)
+        metric = shrink if reached(statistics, path) else unknown
+        own = expert_grams(statistics, path, context.device, metric)
         factorized = any("left" in part for parts in plan.layout["experts"][full].values() for part in parts)
         blended = expert_grams(statistics, path, context.device, blend) if factorized else own
         made, errors = _quantize_experts(context, full, experts, own, blended, plan.layout["experts"][full])
@@ -86,9 +88,11 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
         full = f"{name}.{path}"
         if full not in plan.layout["linears"]:
             continue
-        if f"{path}/gram" not in statistics and f"{path}/alias" not in statistics:
-            raise StageError(f"{full}: no calibration token passed through it; set attention: false to keep it")
-        gram = linear_gram(statistics, path).to(context.device)
+        if f"{path}/gram" in statistics or f"{path}/alias" in statistics:
+            gram = linear_gram(statistics, path).to(context.device)
+        else:  # never called, only its weight is read: rounding to nearest is what remains
+            gram = torch.eye(linear.in_features, device=context.device)
+            report[f"{full} (calibration)"] = UNREACHED
         made, error = _quantize_linear(context, full, linear, gram, plan.layout["linears"][full])
         layer.set_submodule(path, made)
         report[full] = error

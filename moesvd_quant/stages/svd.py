@@ -14,7 +14,18 @@ from ..layout import dense_layout, factor_part, layout_of, parts_by_rank
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
 from ..model.modeling_moesvd import FactorizedExperts
 from .allocation import plan_budget
-from .base import Context, Plan, StageError, errors_of, expert_grams, factorized, require_experts, weak_experts
+from .base import (
+    UNREACHED,
+    Context,
+    Plan,
+    StageError,
+    errors_of,
+    expert_grams,
+    factorized,
+    reached,
+    require_experts,
+    weak_experts,
+)
 
 
 def plan(context: Context) -> Plan:
@@ -22,7 +33,7 @@ def plan(context: Context) -> Plan:
     require_experts(context.parent)
     if context.options.is_open():
         return plan_budget(context, ranks=True)
-    survey = _survey(context)
+    survey, kept = _survey(context)
     total = sum(entry["experts"] * out * i for entry in survey.values() for out, i in entry["shapes"].values())
     budget = int(total * (1 - context.options.ratio))
     decide = {"global": _plan_global, "uniform": _plan_uniform, "paper": _plan_paper}[context.options.method]
@@ -30,33 +41,44 @@ def plan(context: Context) -> Plan:
     layout["experts"], decisions = decide(survey, budget, context.options)
     for path, entry in survey.items():
         decisions.setdefault(path, {})["weak_experts"] = entry["weak"]
-    return Plan(layout, decisions)
+    return Plan(layout, decisions | ({"kept in 16 bit": kept} if kept else {}))
 
 
-def _survey(context: Context) -> dict[str, dict]:
-    """Per experts module: shapes, and what the method needs of weights and statistics."""
-    parent, options, survey = context.parent, context.options, {}
-    total_tokens = context.statistics.windows.numel()
-    for index, statistics in enumerate(context.statistics.layers(context.progress)):
-        layer, name = parent.load_layer(index), parent.layer_names[index]
-        for path, experts in find_experts(layer):
-            if isinstance(experts, FactorizedExperts):
-                raise StageError(f"{name}.{path}: is factorized already; stage svd needs an original model")
-            entry = {"shapes": shapes_of(experts), "experts": expert_count(experts)}
-            entry["weak"] = weak_experts(statistics, path)
-            if options.method == "global":
-                entry["spectra"] = _spectra(experts, expert_grams(statistics, path, context.device))
-            if options.method == "paper":
-                tokens = statistics[f"{path}/tokens"]
-                entry["frequency"] = sampling_frequency(tokens, total_tokens)
-                outliers = outlier_share(
-                    statistics[f"{path}/magnitudes"], statistics[f"{path}/magnitude_sum"], options.outlier
-                )
-                ranks = _principal_ranks(experts, options.principal_rank)
-                entry["sensitivity"] = layer_sensitivity(entry["frequency"], ranks, outliers)
-            survey[f"{name}.{path}"] = entry
-        parent.drop_layer(index)
-    return survey
+def _survey(context: Context) -> tuple[dict[str, dict], dict[str, str]]:
+    """Per experts module: shapes, and what the method needs of weights and statistics; and modules that are kept."""
+    found = dict(context.each_layer(_survey_layer, context.surveyed))
+    survey = {path: entry for index in sorted(found) for path, entry in found[index].items()}
+    unreached = {path: UNREACHED for path, entry in survey.items() if entry is None}
+    survey = {path: entry for path, entry in survey.items() if entry is not None}
+    if not survey:
+        raise StageError("no calibration token reached any expert; give other calibration text")
+    return survey, unreached
+
+
+def _survey_layer(context: Context, index: int, layer, statistics: dict) -> dict[str, dict | None]:
+    """The same of the experts modules of one layer; None for those that no token reached."""
+    options, name = context.options, context.parent.layer_names[index]
+    found: dict[str, dict | None] = {}
+    for path, experts in find_experts(layer):
+        full = f"{name}.{path}"
+        if isinstance(experts, FactorizedExperts):
+            raise StageError(f"{full}: is factorized already; stage svd needs an original model")
+        if not reached(statistics, path):
+            found[full] = None
+            continue
+        entry: dict = {"shapes": shapes_of(experts), "experts": expert_count(experts)}
+        entry["weak"] = weak_experts(statistics, path)
+        if options.method == "global":
+            entry["spectra"] = _spectra(experts, expert_grams(statistics, path, context.device))
+        if options.method == "paper":
+            tokens = statistics[f"{path}/tokens"]
+            entry["frequency"] = sampling_frequency(tokens, context.statistics.windows.numel())
+            magnitudes, total = statistics[f"{path}/magnitudes"], statistics[f"{path}/magnitude_sum"]
+            outliers = outlier_share(magnitudes, total, options.outlier)
+            ranks = _principal_ranks(experts, options.principal_rank)
+            entry["sensitivity"] = layer_sensitivity(entry["frequency"], ranks, outliers)
+        found[full] = entry
+    return found
 
 
 def _metric(options):
@@ -145,6 +167,8 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
     report = {}
     for path, native in list(find_experts(layer)):
         full = f"{context.parent.layer_names[index]}.{path}"
+        if full not in plan.layout["experts"]:
+            continue
         grams = expert_grams(statistics, path, context.device, _metric(context.options))
         weights = split_projections(native)
         frequency = sampling_frequency(statistics[f"{path}/tokens"], context.statistics.windows.numel())

@@ -22,7 +22,7 @@ def test_streamed_logits_are_those_of_the_model_in_memory(architecture, make_mod
     with torch.no_grad():
         expected = torch.cat([model(batch).logits for batch in WINDOWS.split(2)])
     assert torch.allclose(got, expected, atol=1e-5)
-    held = [p for layer in streamed.decoder.layers for p in layer.parameters() if p.device.type != "meta"]
+    held = [p for layer in streamed.layers for p in layer.parameters() if p.device.type != "meta"]
     assert not held  # every layer gave its memory back
 
 

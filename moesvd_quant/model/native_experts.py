@@ -1,0 +1,197 @@
+"""How the architectures of transformers hold their experts, and how they call them. A copy lies in every checkpoint.
+
+Most follow transformers' own convention; the few others have a form of their own here, told by their structure and not
+by their name. A form says which tensors the weights are, and turns a call into pairs of a token and an expert.
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class Routed(NamedTuple):
+    """The pairs of a call, sorted by expert."""
+
+    x: torch.Tensor  # (tokens, hidden)
+    token: torch.Tensor  # (pairs,) row of x
+    expert: torch.Tensor  # (pairs,)
+    scale: Any = None  # (pairs,) what the output is multiplied by
+    row: Any = None  # (pairs,) where the output goes
+
+
+class Convention:
+    """`use_experts_implementation`: experts(hidden (T, H), index (T, k), weights (T, k)); weights are gate_up_proj
+    (E, 2I, H) and down_proj (E, H, I), or transposed, or without gate. Undecorated modules get its flags here.
+    """
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return _holds_pair(module) and _arguments(module) == 3
+
+    @staticmethod
+    def flags(module: nn.Module) -> dict:
+        return {} if hasattr(module, "is_transposed") else _plain_flags(module)
+
+    @staticmethod
+    def parameters(module: nn.Module) -> list[str]:
+        return ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+
+    @staticmethod
+    def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+        turn = (lambda w: w.transpose(1, 2)) if module.is_transposed else (lambda w: w)
+        down = turn(module.down_proj)
+        if not module.has_gate:
+            return {"up": turn(module.up_proj), "down": down}
+        joint = turn(module.gate_up_proj)[: len(down)]  # LongCat-Flash has unused rows for its identity experts
+        gate, up = joint.chunk(2, dim=1) if module.is_concatenated else (joint[:, ::2], joint[:, 1::2])
+        return {"gate": gate, "up": up, "down": down}
+
+    @staticmethod
+    def route(module: nn.Module, hidden, index, weights) -> Routed:
+        expert, order = index.reshape(-1).sort(stable=True)
+        x = hidden.reshape(-1, hidden.shape[-1])
+        return Routed(x, order // index.shape[-1], expert, weights.reshape(-1)[order], order)
+
+    @staticmethod
+    def gather(module: nn.Module, y, routed: Routed, hidden, index, weights) -> torch.Tensor:
+        y = y * routed.scale.unsqueeze(-1)
+        y = torch.empty_like(y).index_copy(0, routed.row, y)
+        return y.view(len(routed.x), index.shape[-1], -1).sum(1).to(hidden.dtype).view(hidden.shape)
+
+
+class EveryExpert:
+    """Llama 4: experts(hidden (E * T, H)), every token scaled for every expert, zero where it was not routed."""
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return _holds_pair(module) and _arguments(module) == 1
+
+    @staticmethod
+    def flags(module: nn.Module) -> dict:
+        return _plain_flags(module)
+
+    parameters, weights = staticmethod(Convention.parameters), staticmethod(Convention.weights)
+
+    @staticmethod
+    def route(module: nn.Module, hidden) -> Routed:
+        row = hidden.any(-1).nonzero()[:, 0]
+        expert = row // (len(hidden) // _count(module))
+        return Routed(hidden[row], torch.arange(len(row), device=row.device), expert, None, row)
+
+    @staticmethod
+    def gather(module: nn.Module, y, routed: Routed, hidden) -> torch.Tensor:
+        return torch.zeros_like(hidden).index_copy(0, routed.row, y.to(hidden.dtype))
+
+
+class Flat:
+    """DBRX: the experts' matrices stand below each other in mlp.w1 (gate), v1 (up) and w2 (down, transposed)."""
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        own = module._modules.get("mlp")
+        held = own is not None and all(getattr(own._parameters.get(n), "ndim", 0) == 2 for n in ("w1", "v1", "w2"))
+        return held and hasattr(module, "num_experts") and _arguments(module) == 3
+
+    @staticmethod
+    def flags(module: nn.Module) -> dict:
+        return FLAGS | {"act_fn": module.mlp.activation_fn}
+
+    @staticmethod
+    def parameters(module: nn.Module) -> list[str]:
+        return ["mlp.w1", "mlp.v1", "mlp.w2"]
+
+    @staticmethod
+    def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+        held = module.mlp.w1, module.mlp.v1, module.mlp.w2
+        gate, up, down = (w.view(module.num_experts, -1, w.shape[-1]) for w in held)
+        return {"gate": gate, "up": up, "down": down.transpose(1, 2)}
+
+    route, gather = staticmethod(Convention.route), staticmethod(Convention.gather)
+
+
+class Block:
+    """JetMoE: the whole block, whose router gives pairs already sorted, and which adds one bias to its output."""
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        children = module._modules
+        weights = [getattr(children.get(name), "weight", None) for name in ("input_linear", "output_linear")]
+        return (
+            all(getattr(weight, "ndim", 0) == 3 for weight in weights)
+            and "router" in children
+            and hasattr(module, "activation")
+            and _arguments(module) == 1
+        )
+
+    @staticmethod
+    def flags(module: nn.Module) -> dict:
+        return FLAGS | {"act_fn": module.activation}
+
+    @staticmethod
+    def parameters(module: nn.Module) -> list[str]:
+        return ["input_linear.weight", "output_linear.weight"]
+
+    @staticmethod
+    def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+        gate, up = module.input_linear.weight.chunk(2, dim=1)
+        return {"gate": gate, "up": up, "down": module.output_linear.weight}
+
+    @staticmethod
+    def route(module: nn.Module, hidden) -> Routed:
+        x = hidden.reshape(-1, hidden.shape[-1])
+        _, token, scale, sizes, _ = module.router(x)
+        expert = torch.repeat_interleave(torch.tensor(sizes, device=x.device))
+        return Routed(x, token, expert, scale)
+
+    @staticmethod
+    def gather(module: nn.Module, y, routed: Routed, hidden) -> torch.Tensor:
+        y = (y * routed.scale.unsqueeze(-1)).to(hidden.dtype)
+        return torch.zeros_like(routed.x).index_add(0, routed.token, y).view(hidden.shape) + module.bias
+
+
+FORMS = (Convention, EveryExpert, Flat, Block)
+FLAGS = dict(has_gate=True, has_bias=False, has_post_expert_norm=False, is_concatenated=True, is_transposed=False)
+
+
+def form_of(module: nn.Module):
+    """The form of a native experts module, whose missing flags are set; None where it is none."""
+    if not any(p.ndim > 1 for p in module.parameters(recurse=False)) and not module._modules:
+        return None
+    form = next((form for form in FORMS if form.matches(module)), None)
+    if form is not None:
+        for name, value in form.flags(module).items():
+            setattr(module, name, value)
+    return form
+
+
+def apply_gate(module: nn.Module, native_class: type, joint: torch.Tensor) -> torch.Tensor:
+    """Input of down from the joint output of gate and up, by the native class's own gate where it has one."""
+    if hasattr(native_class, "_apply_gate"):
+        return native_class._apply_gate(module, joint)
+    gate, up = joint.chunk(2, -1)
+    return module.act_fn(gate) * up
+
+
+def _holds_pair(module: nn.Module) -> bool:
+    own = module._parameters
+    first = own.get("gate_up_proj") if own.get("gate_up_proj") is not None else own.get("up_proj")
+    down = own.get("down_proj")
+    return first is not None and down is not None and first.dim() == 3 and down.dim() == 3
+
+
+def _plain_flags(module: nn.Module) -> dict:
+    """Flags by the shapes: (E, 2I, H) and (E, H, I), or both transposed."""
+    first, down = module.gate_up_proj.shape, module.down_proj.shape
+    return FLAGS | {"is_transposed": not (first[1] == 2 * down[2] and first[2] == down[1])}
+
+
+def _arguments(module: nn.Module) -> int:
+    """How many arguments the class's forward takes."""
+    found = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in found)
+
+
+def _count(module: nn.Module) -> int:
+    return module.experts if hasattr(module, "native_class") else len(module.down_proj)
