@@ -4,6 +4,7 @@ Limits are of *anonymous* memory: what a process owns and the system cannot read
 part of a result: a run with little memory gives the bits of one with plenty.
 """
 
+import ctypes
 import errno
 import os
 import re
@@ -52,6 +53,13 @@ def available_bytes() -> int:
     except (OSError, ValueError):  # no control group, or one without a limit ("max")
         return free
     return min(free, limit - used + int(cache.get("inactive_file", 0)))
+
+
+def return_freed() -> None:
+    """Gives freed memory back to the system, which the C library would keep for later; where it can be asked to."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 class Memory:

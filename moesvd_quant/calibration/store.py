@@ -106,25 +106,16 @@ class Statistics:
     def layers(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[dict]:
         """Statistics of each layer, {name: tensor}, in order; computed where the store lacks them.
 
-        Tensors are mapped from files. `progress(done, total)` is called while a walk is under way.
+        Tensors are mapped from files. `progress(done, total)` is called while a walk is under way. What is stored is
+        all computed before the first is given, so that the walk's memory is free again.
         """
-        if self.complete():
-            for index in range(self.count):
-                yield self.layer(index)
+        if self.stored:
+            self.ensure(progress)
+            yield from (self.layer(index) for index in range(self.count))
             return
-        with self._folder() as root:
-            streamed = StreamedModel(self.folder, self.dtype, self.device)
-            for visit in streamed.walk(self.windows, self.batch_size, self.scratch(self._all_hidden(2))):
-                path = root / self.path(visit.index).name
-                if path.is_file():
-                    self._pass_on(visit)
-                else:
-                    self._record(visit, path)
-                yield load_file(path)
-                if not self.stored:
-                    path.unlink()
-                progress(visit.index + 1, self.count)
-            self._outer(streamed)
+        for path in self._walk(progress):
+            yield load_file(path)
+            path.unlink()
 
     def ensure(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Walks where the store is not complete; for workers, who then read layers in any order.
@@ -137,8 +128,22 @@ class Statistics:
                 f"{self.cap_bytes / 1e9:.1f}: set MOESVD_CACHE_SIZE, or use one worker"
             )
         if not self.complete():
-            for _ in self.layers(progress):
+            for _ in self._walk(progress):
                 pass
+
+    def _walk(self, progress: Callable[[int, int], None]) -> Iterator[Path]:
+        """The files of all layers, as they are made."""
+        with self._folder() as root:
+            streamed = StreamedModel(self.folder, self.dtype, self.device)
+            for visit in streamed.walk(self.windows, self.batch_size, self.scratch(self._all_hidden(2))):
+                path = root / self.path(visit.index).name
+                if path.is_file():
+                    self._pass_on(visit)
+                else:
+                    self._record(visit, path)
+                progress(visit.index + 1, self.count)
+                yield path
+            self._outer(streamed)
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:

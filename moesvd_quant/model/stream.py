@@ -31,7 +31,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.files import advise
-from ..memory import Batches
+from ..memory import Batches, return_freed
 from .calls import StatePassedOn, finish, head_input, record, without_embeddings
 from .modeling_moesvd import MoesvdConfig, check_digests, model_class, native_class
 from .sources import take_dequantizer
@@ -241,6 +241,7 @@ class StreamedModel:
             if key.startswith(prefixes) and not self._tied(key) and not is_finite(tensor):
                 where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
                 raise ModelError(f"{self.folder}: {key} is not finite at {where}; the checkpoint is damaged")
+        return_freed()
 
     def _tied(self, key: str) -> bool:
         return key in (getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -260,6 +261,7 @@ class StreamedModel:
 
     def drop_layer(self, index: int) -> None:
         self.drop(self.layer_names[index])
+        return_freed()
 
     def read_ahead(self, prefix: str) -> None:
         """Asks the system to read the tensors under the prefix into its cache, while this process computes."""
