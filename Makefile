@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo clean
+.PHONY: venv test test-slow lint demo bench-scale clean
 
 venv: .venv/.installed
 
@@ -26,6 +26,10 @@ lint: venv
 
 demo: venv
 	$(BIN)/moesvd demo --out demo-out
+
+# Two synthetic models of 6 GB: needs 50 GB of disk and hours.
+bench-scale: venv
+	MOESVD_THREADS=1 $(BIN)/python tests/bench_scale.py --folder bench-scale
 
 clean:
 	rm -rf demo-out

@@ -9,9 +9,8 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import wait
 from typing import Any, Literal
@@ -27,13 +26,13 @@ class WorkerError(RuntimeError):
     """Workers die again and again; the message says what to look at."""
 
 
-@dataclass(frozen=True)
 class Pool:
     """workers: tasks at a time. executor: `processes` of this machine, or `ray`: the cluster of $RAY_ADDRESS, or a
-    local one."""
+    local one. Processes live until `close`."""
 
-    workers: int = 1
-    executor: Literal["processes", "ray"] = "processes"
+    def __init__(self, workers: int = 1, executor: Literal["processes", "ray"] = "processes"):
+        self.workers, self.executor = workers, executor
+        self._processes: ProcessPoolExecutor | None = None
 
     @property
     def parallel(self) -> bool:
@@ -41,53 +40,48 @@ class Pool:
 
     def map(self, work: Work, items: list[int], device: torch.device) -> Iterator[tuple[int, Any]]:
         """(item, work(item)) as they are done. `work` is pickled: a function of a module, or partial of one."""
-        payload = pickle.dumps(work)
-        threads = torch.get_num_threads()
+        payload, threads = pickle.dumps(work), torch.get_num_threads()
         if self.executor == "ray":
             return _on_ray(self.workers, payload, items, threads, device)
-        return _in_processes(self.workers, payload, items, threads, device)
+        return self._in_processes(payload, items, threads, device)
+
+    def close(self) -> None:
+        if self._processes is not None:
+            self._processes.shutdown(wait=True, cancel_futures=True)
+            self._processes = None
+
+    def _started(self, device: torch.device) -> ProcessPoolExecutor:
+        if self._processes is None:
+            context = multiprocessing.get_context("spawn")
+            how = device.type, context.Value("i", 0)
+            self._processes = ProcessPoolExecutor(self.workers, context, _start, how)
+        return self._processes
+
+    def _in_processes(self, payload, items, threads, device) -> Iterator[tuple[int, Any]]:
+        left, died = list(items), 0
+        while left:
+            futures: dict[Future, int] = {}
+            try:
+                futures = {self._started(device).submit(_task, payload, item, threads): item for item in left}
+                for future in as_completed(futures):
+                    result = future.result()
+                    left.remove(futures[future])
+                    yield futures[future], result
+            except BrokenProcessPool as error:
+                self.close()
+                died += 1
+                if died > RETRIES:
+                    raise WorkerError(
+                        f"workers died {died} times, last with layers {sorted(left)[: self.workers]} to do; is there "
+                        f"memory for {self.workers} of them? Try fewer --workers. Nothing that was finished is lost"
+                    ) from error
+            finally:
+                for future in futures:
+                    future.cancel()
 
 
-@lru_cache(maxsize=1)
-def _work(payload: bytes) -> Work:
-    return pickle.loads(payload)
-
-
-def _task(payload: bytes, item: int, threads: int) -> Any:
-    torch.set_num_threads(threads)  # part of the result's last bits
-    return _work(payload)(item)
-
-
-def _in_processes(workers, payload, items, threads, device) -> Iterator[tuple[int, Any]]:
-    left, died = list(items), 0
-    context = multiprocessing.get_context("spawn")
-    while left:
-        started = context.Value("i", 0)
-        pool = ProcessPoolExecutor(workers, context, _start, (payload, threads, device.type, started))
-        try:
-            futures = {pool.submit(_held_task, item): item for item in left}
-            for future in as_completed(futures):
-                result = future.result()
-                left.remove(futures[future])
-                yield futures[future], result
-        except BrokenProcessPool as error:
-            died += 1
-            if died > RETRIES:
-                raise WorkerError(
-                    f"workers died {died} times, last with layers {sorted(left)[:workers]} to do; is there memory for "
-                    f"{workers} of them? Try fewer --workers. Nothing that was finished is lost"
-                ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-_held: tuple[bytes, int] | None = None
-
-
-def _start(payload: bytes, threads: int, kind: str, started) -> None:
-    """In a new worker: keeps the payload, takes a GPU in turn, and ends when the process that started it does."""
-    global _held
-    _held = payload, threads
+def _start(kind: str, started) -> None:
+    """In a new worker: takes a GPU in turn, and ends when the process that started it does."""
     with started.get_lock():
         number = started.value
         started.value += 1
@@ -98,9 +92,14 @@ def _start(payload: bytes, threads: int, kind: str, started) -> None:
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def _held_task(item: int) -> Any:
-    assert _held is not None
-    return _task(_held[0], item, _held[1])
+@lru_cache(maxsize=1)
+def _work(payload: bytes) -> Work:
+    return pickle.loads(payload)
+
+
+def _task(payload: bytes, item: int, threads: int) -> Any:
+    torch.set_num_threads(threads)  # part of the result's last bits
+    return _work(payload)(item)
 
 
 def _on_ray(workers, payload, items, threads, device) -> Iterator[tuple[int, Any]]:

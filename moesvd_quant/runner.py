@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .layout import layout_of
 from .memory import Memory, PeakMeter
 from .model.modeling_moesvd import MANIFEST
 from .model.stream import StreamedModel
+from .needs import Needs, forecast
 from .parallel import Pool
 from .planning import plan_stages
 from .recipe import Recipe
@@ -103,10 +104,12 @@ class Run:
 
     def run(self) -> list[Path]:
         """Runs all stages; the folders of their checkpoints. Finished stages and layers are not done again."""
-        with locked(self.out):
+        with locked(self.out), closing(self.pool):
             for index in range(len(self.recipe.stages)):
                 self._check_key(self.folder(index), index)
             write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
+            if not self._done(len(self.recipe.stages) - 1):
+                self.needs().require(self.statistics.store)
             self.forecasts = self._forecasts()
             todo = [f for i, f in enumerate(self.forecasts) if not self._done(i)]
             require_space(self.out, sum(f["accounting"]["disk_bytes"] for f in todo))
@@ -116,6 +119,11 @@ class Run:
                     shutil.rmtree(folder, ignore_errors=True)
                 folders = folders[-1:]
             return folders
+
+    def needs(self) -> Needs:
+        """Forecast of memory and disk, beside the checkpoints."""
+        stored = self.statistics
+        return forecast(self.meta, stored.sizes, self.windows.numel(), stored, stored.memory, self.pool.workers)
 
     def work_folder(self, index: int) -> Path:
         digest = hashlib.sha256(json.dumps(self.key(index), sort_keys=True).encode()).hexdigest()

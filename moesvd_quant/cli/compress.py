@@ -84,6 +84,7 @@ def plan(
         job = start_run(recipe, model, overrides, out, device, report, memory, workers, executor)
         needs = job.needs()
         forecasts = plan_stages(job)
+        job.pool.close()
     if as_json:
         print(json.dumps([forecast | {"needs": needs.to_dict()} for forecast in forecasts]))
         return
