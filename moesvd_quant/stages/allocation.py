@@ -24,7 +24,7 @@ def plan_budget(context: Context, ranks: bool) -> Plan:
     widths = [FLOAT] if options is None else WIDTHS if options.bits is None else [options.bits]
     tables, weak = _tables(context, widths, ranks)
     try:
-        chosen = allocate(tables, context.budget or 0.0)
+        chosen = allocate(tables, context.budget or 0.0).choices
     except ValueError as error:
         raise StageError(f"budget: {error}") from error
     layout = layout_of(context.parent)

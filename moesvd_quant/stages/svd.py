@@ -107,7 +107,7 @@ def _plan_global(survey, budget, options):
     }
     layout: dict = {}
     decisions: dict = {}
-    for (path, name), chosen in allocate(tables, budget).items():
+    for (path, name), chosen in allocate(tables, budget).choices.items():
         ranks = [choice.rank for choice in chosen]
         layout.setdefault(path, {})[name] = parts_by_rank(ranks)
         decisions.setdefault(path, {}).setdefault("ranks", {})[name] = ["dense" if r == DENSE else r for r in ranks]
