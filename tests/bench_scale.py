@@ -3,7 +3,7 @@
     python tests/bench_scale.py --layers 32 --half 16 --room 1.0 --folder FOLDER      (make bench-scale)
 
 For each architecture: a model of `layers` layers without a limit, the same with --memory at imports + `room` GB, and
-one of `half` layers with that limit. Prints a table in Markdown; exit code 1 where a bar is missed. Each run is a process.
+one of `half` layers with that limit. Prints a table in Markdown; exit code 1 where a bar is missed.
 """
 
 import argparse
@@ -104,9 +104,8 @@ def main() -> int:
             missed.append(f"{architecture}: peak above {given.room} GB")
         if found["limited"]["peak"] > 1.05 * found["half"]["peak"]:
             missed.append(f"{architecture}: peak grows with depth")
-    print(
-        "| model | layers | on disk GB | run | peak GB | forecast GB | minutes | files |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| model | layers | on disk GB | run | peak GB | forecast GB | minutes | files |")
+    print("|---|---|---|---|---|---|---|---|")
     for architecture, layers, size, name, row in rows:
         figures = f"{row['peak'] / 1e9:.3f} | {row['forecast'] / 1e9:.3f} | {row['seconds'] / 60:.1f}"
         print(f"| {architecture} | {layers} | {size / 1e9:.2f} | {name} | {figures} | {row['digest'][:12]} |")
