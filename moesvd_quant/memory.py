@@ -20,6 +20,7 @@ import torch
 from .budget import UNITS
 from .checkpoint.files import write_at
 
+M_MMAP_THRESHOLD, MAPPED = -3, 2**20  # of glibc's mallopt; bytes
 FULL = "make room, set MOESVD_CACHE to a larger disk, or raise --memory. Nothing that was finished is lost"
 
 
@@ -55,11 +56,22 @@ def available_bytes() -> int:
     return min(free, limit - used + int(cache.get("inactive_file", 0)))
 
 
+def _c_library(function: str, *arguments: int) -> None:
+    """Calls a function of the C library where it has one (glibc)."""
+    found = getattr(ctypes.CDLL(None), function, None) if os.name == "posix" else None
+    if found is not None:
+        found(*arguments)
+
+
+def keep_nothing() -> None:
+    """From now on tensors go back to the system when they are freed. The C library would keep those below 32 MB for
+    later, in pieces: a hundred MB and more, of which no forecast could be made."""
+    _c_library("mallopt", M_MMAP_THRESHOLD, MAPPED)
+
+
 def return_freed() -> None:
-    """Gives freed memory back to the system, which the C library would keep for later; where it can be asked to."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
+    """Gives back what was freed of smaller things."""
+    _c_library("malloc_trim", 0)
 
 
 class Memory:

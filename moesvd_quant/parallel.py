@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import torch
 
+from .memory import keep_nothing
+
 RETRIES = 3  # of a task whose worker died
 
 Work = Callable[[int], Any]
@@ -99,6 +101,7 @@ def _work(payload: bytes) -> Work:
 
 def _task(payload: bytes, item: int, threads: int) -> Any:
     torch.set_num_threads(threads)  # part of the result's last bits
+    keep_nothing()
     return _work(payload)(item)
 
 

@@ -20,7 +20,7 @@ from .accounting import account
 from .calibration.store import Statistics, fingerprint
 from .checkpoint.files import require_space, write_json, write_text
 from .layout import layout_of
-from .memory import Memory, PeakMeter
+from .memory import Memory, PeakMeter, keep_nothing
 from .model.modeling_moesvd import MANIFEST
 from .model.stream import StreamedModel
 from .needs import Needs, forecast
@@ -67,6 +67,7 @@ class Run:
         self.meta = StreamedModel(self.model)
         self.model_digest = fingerprint(self.model)
         self.windows = self._windows()
+        keep_nothing()
         self.memory = Memory(how.get("memory"))
         self.pool = Pool(how.get("workers", 1), how.get("executor", "processes"))
         share = self.memory.share(self.pool.workers)

@@ -109,7 +109,7 @@ class StageWork:
         windows = self.run.windows[:CHECK_WINDOWS, :CHECK_LENGTH]
         dtype, device = self.run.statistics.dtype, self.run.device
         before, after = (
-            torch.cat(list(StreamedModel(folder, dtype, device).logits(windows))).flatten(0, 1)
+            next(StreamedModel(folder, dtype, device).logits(windows, len(windows))).flatten(0, 1)
             for folder in (self.parent.folder, self.folder)
         )
         total = 0.0

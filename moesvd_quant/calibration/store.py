@@ -194,15 +194,12 @@ class Statistics:
 
     def _at_once(self, layer) -> int | None:
         """Experts whose Gram matrices fit beside what a batch needs; None for all."""
-        found = {
-            4 * (hidden**2 + inner**2): expert_count(experts)
-            for _, experts in find_experts(layer)
-            for hidden, inner in [shapes_of(experts)["down"]]
-        }
-        if not found:
+        modules = [experts for _, experts in find_experts(layer)]
+        if not modules:
             return None
-        each, count = max(found), max(found.values())
-        fit = self.memory.at_once(count, len(found) * each, self.sizes.activations)
+        each = sum(4 * (hidden**2 + inner**2) for hidden, inner in (shapes_of(m)["down"] for m in modules))
+        count = max(map(expert_count, modules))
+        fit = self.memory.at_once(count, each, self.sizes.activations)
         return None if fit == count else fit
 
     def _outer(self, streamed: StreamedModel) -> None:
