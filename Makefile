@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo bench-scale clean
+.PHONY: venv test test-slow lint demo arch-table bench-scale clean
 
 venv: .venv/.installed
 
@@ -31,5 +31,8 @@ demo: venv
 bench-scale: venv
 	MOESVD_THREADS=1 $(BIN)/python tests/bench_scale.py --folder bench-scale
 
+arch-table: venv
+	$(BIN)/python tests/architecture_table.py docs/architectures.md .arch-table.jsonl
+
 clean:
-	rm -rf demo-out
+	rm -rf demo-out .arch-table.jsonl

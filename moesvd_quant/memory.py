@@ -103,7 +103,7 @@ class Sizes:
     @staticmethod
     def of(meta, windows: torch.Tensor, batch_size: int) -> "Sizes":
         """meta: a model on the meta device with `layers` and `config`; windows (n, length)."""
-        config = meta.config.get_text_config()
+        config = meta.config.get_text_config(decoder=True)
         item = next(meta.layers.parameters()).dtype.itemsize
         layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in meta.layers]
         rows = min(batch_size, len(windows)) * windows.shape[1]

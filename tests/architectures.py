@@ -3,7 +3,10 @@ of its fields, plus what an architecture needs besides."""
 
 import copy
 
+import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moesvd_quant.model.modeling_moesvd import native_class
 
 # Values by field name. Fields that a config does not have are left out.
 SMALL: dict = {
@@ -23,6 +26,8 @@ SMALL: dict = {
     "mamba_num_heads": 8, "mamba_n_heads": 8, "mamba_head_dim": 16, "mamba_d_head": 16, "mamba_d_state": 16,
     "ssm_state_size": 16, "mamba_expand": 2, "mamba_dt_rank": 32, "mamba_chunk_size": 16, "chunk_size": 16,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_heads": 4, "linear_head_dim": 16, "swa_num_attention_heads": 4, "swa_head_dim": 16,
+    "zero_expert_num": 2, "unpadded_vocab_size": 320,
     "sliding_window": 16, "attention_chunk_size": 16,
     "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
     "image_token_id": 301, "video_token_id": 302, "vision_start_token_id": 303, "vision_end_token_id": 304,
@@ -72,6 +77,7 @@ MORE: dict[str, dict] = {
     "ernie4_5_vl_moe": dict(
         text_config=dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 4]})
     ),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
     "hunyuan_v1_moe": dict(head_dim=16),
     "inkling2": dict(vision_config=dict(text_hidden_size=64)),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
@@ -83,6 +89,31 @@ MORE: dict[str, dict] = {
     "step3p7": dict(text_config=STEP),
     "zaya": dict(num_experts_per_tok=1, router_hidden_size=32, num_hidden_layers=3),
 }  # fmt: skip
+
+
+# Every mixture of experts in transformers that predicts text, by model type.
+NAMES = """
+afmoe aria aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek deepseek_v2 deepseek_v3 deepseek_v32
+deepseek_v4 dots1 dots3_note_text ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint gemma4 gemma4_text glm4_moe
+glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared
+hunyuan_v1_moe hy_v3 hy_v4 inkling_mm_model inkling_text inkling2 inkling2_text jamba jetmoe kimi_linear kolibri1
+laguna lfm2_moe llama4 llama4_text longcat_flash mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl
+minimax_m3_vl_text mistral4 mistral_large4 mixtral muse_spark nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe
+qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl_moe qwen4_exp qwen4_exp_text solar_open step3p7
+unlimited_ocr zaya bamba doge
+"""
+SURVEY = NAMES.split()
+# (step, reason) of those that are refused.
+REFUSED = {"bamba": ("svd", "a dense model"), "doge": ("svd", "a dense model")}
+# The rest of the survey: no class that predicts text from text (`class_for` says so), or nothing to try here.
+NO_CLASS = ("openai_privacy_filter", "qwen3_omni_moe", "switch_transformers", "nllb-moe")
+NOT_BUILT = {
+    "openai_privacy_filter, vitpose_backbone": "classifiers: they predict no text",
+    "switch_transformers, nllb_moe": "encoder and decoder: only decoders are read",
+    "qwen3_omni_moe": "thinker and talker in one; the thinker (`qwen3_omni_moe_thinker`) is in the table",
+    "diffusion_gemma": "predicts by diffusion, not token by token",
+    "deepseek_ocr2, dots3_note (the composite one)": "no miniature could be built from its default config: untried",
+}
 
 
 def shrink(values: dict) -> dict:
@@ -109,3 +140,17 @@ def tiny_config(name: str):
     for part in [k for k, v in values.items() if isinstance(v, dict) and isinstance(more.get(k), dict)]:
         values[part] |= more.pop(part)
     return made(**(values | more))
+
+
+def tiny_architecture(name: str, dtype=torch.float32, seed: int = 0):
+    """A random model of the architecture whose weights are large enough that experts matter."""
+    config = tiny_config(name)
+    torch.manual_seed(seed)
+    model = native_class(type(config))._from_config(config).eval()
+    with torch.no_grad():
+        for key, tensor in model.named_parameters():
+            if tensor.dim() > 1 and "embed" not in key:
+                tensor.copy_(torch.randn_like(tensor) * tensor.shape[-1] ** -0.5)
+            elif "bias" in key or "sinks" in key:
+                tensor.copy_(torch.randn_like(tensor) * 0.1)
+    return model.to(dtype)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import tiny_architecture
 from tiny import tiny_model, tiny_tokenizer
 
 import moesvd_quant  # registers our model type
@@ -26,6 +27,22 @@ def make_model(tmp_path_factory):
             tiny_tokenizer().save_pretrained(folder)
             made[key] = folder
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_architecture(tmp_path_factory):
+    """make_architecture(model_type, dtype) -> folder of a tiny model of any architecture, with tokenizer; made once."""
+    made: dict = {}
+
+    def make(name: str, dtype=torch.float32) -> Path:
+        if (name, dtype) not in made:
+            folder = tmp_path_factory.mktemp(name)
+            tiny_architecture(name, dtype).save_pretrained(folder)
+            tiny_tokenizer().save_pretrained(folder)
+            made[name, dtype] = folder
+        return made[name, dtype]
 
     return make
 

@@ -94,8 +94,9 @@ def _divergence(streamed: StreamedModel, hidden: Batches) -> float:
     """KL divergence per token of the predictions from `hidden` from those of the walk's own last hidden states."""
     total, count = 0.0, 0
     for original, other, batch in zip(streamed.hidden, hidden, streamed.batches):
-        for one, two, ids in zip(*(x.flatten(0, 1)[None].split(CHUNK, 1) for x in (original, other, batch[..., None]))):
-            p, q = (streamed.head(h, ids[..., 0]).float().log_softmax(-1) for h in (one, two))
+        few = max(1, CHUNK // batch.shape[1])  # windows
+        for one, two, ids in zip(original.split(few), other.split(few), batch.split(few)):
+            p, q = (streamed.head(h, ids).float().log_softmax(-1) for h in (one, two))
             total += float((p.exp() * (p - q)).sum().double())
             count += ids.numel()
     return total / count

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ..model.experts import find_experts, split_projections, weight_parameters
-from ..model.stream import StreamedModel
+from ..model.stream import ModelError, StreamedModel
 
 
 def expert_fisher(
@@ -26,6 +26,11 @@ def expert_fisher(
     for visit in streamed.walk(windows, batch_size=1, scratch=scratch):
         inputs.append(visit.hidden)
         calls.append(visit.calls)
+    if streamed.stateful:
+        raise ModelError(
+            f"{streamed.folder}: layers of this model hand each other more than hidden states, through which no "
+            "gradient is followed; use merge: frequency or mean"
+        )
     gradients = streamed.hidden.like()
     with streamed.output():
         for hidden, ids in zip(streamed.hidden, windows):

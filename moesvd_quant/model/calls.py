@@ -115,16 +115,19 @@ def record(model: nn.Module, layers: nn.ModuleList, batches, hidden: Batches) ->
 
 
 @contextmanager
-def without_embeddings(model: nn.Module, hidden: torch.Tensor):
-    """Within it the input embeddings give zeros like `hidden`: where no layer works, nothing depends on them, and they
-    need not be in memory."""
+def without_embeddings(model: nn.Module):
+    """Within it, input embeddings that are not in memory are zeros that take none: where no layer works, nothing
+    depends on them."""
     embeddings = model.get_input_embeddings()
-    size = embeddings.weight.shape[-1]
-    embeddings.forward = lambda ids, *_, **__: torch.zeros(*ids.shape, size, dtype=hidden.dtype, device=hidden.device)
+    weight = embeddings.weight
+    if weight.device.type == "meta":
+        device = next(p.device for p in model.parameters() if p.device.type != "meta")
+        zeros = torch.zeros((), dtype=weight.dtype, device=device).expand(weight.shape)
+        embeddings._parameters["weight"] = nn.Parameter(zeros, requires_grad=False)
     try:
         yield
     finally:
-        del embeddings.forward
+        embeddings._parameters["weight"] = weight
 
 
 def finish(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .modeling_moesvd import FactorizedExperts, PackedLinear
-from .native_experts import Routed, apply_gate, form_of
+from .native_experts import Routed, apply_gate, arguments, form_of
 
 # Names under which routers and the gate of a shared expert stand: they choose, and stay as they are.
 ROUTERS = {"gate", "router", "shared_expert_gate"}
@@ -94,6 +94,19 @@ def find_linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         plain = isinstance(module, PackedLinear) or type(module).forward is nn.Linear.forward
         if plain and not path.startswith(inside) and not ROUTERS & set(path.split(".")):
             yield path, module
+
+
+def unknown_experts(layer: nn.Module) -> Iterator[tuple[str, str]]:
+    """(path in the layer, why) of modules that seem to be experts and are in no form that is known."""
+    inside = tuple(path + "." for path, _ in find_experts(layer))
+    for path, module in layer.named_modules():
+        name, own = type(module).__name__, module._parameters.values()
+        if path.startswith(inside):
+            continue
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and "expert" in path.rpartition(".")[2]:
+            yield path, f"{len(module)} modules of class {type(module[0]).__name__} side by side, not fused"
+        elif "expert" in name.lower() and (shapes := [tuple(p.shape) for p in own if p is not None and p.ndim > 2]):
+            yield path, f"class {name} with weights {shapes}, called with ({', '.join(arguments(module))})"
 
 
 def left_over(layer: nn.Module) -> Iterator[tuple[str, str]]:

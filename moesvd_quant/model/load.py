@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from .modeling_moesvd import MoesvdConfig
 from .sources import dequantizing
-from .stream import ModelError, class_for, no_loading_bars, read_config, weight_files
+from .stream import ModelError, StreamedModel, class_for, no_loading_bars, read_config, weight_files
 
 
 def load(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu", **placement):
@@ -22,14 +22,30 @@ def load(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu
     folder = Path(path)
     config = read_config(folder)
     weight_files(folder)
-    kind: Any = AutoModelForCausalLM if isinstance(config, MoesvdConfig) else class_for(config)
     try:
+        if dequantizing(config) is not None:
+            if placement:
+                raise ModelError(f"{folder}: is quantized as published; device_map works on plain checkpoints and ours")
+            return _load_dequantized(folder, dtype, device)
+        kind: Any = AutoModelForCausalLM if isinstance(config, MoesvdConfig) else class_for(config)
         with no_loading_bars():
-            how = {"quantization_config": found} if (found := dequantizing(config)) else {}
-            model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how, **placement)
+            model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **placement)
     except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{folder}: cannot be loaded: {error}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found := info[kind]:
-            raise ModelError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, found))[:5]}")
+    for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found := info[name]:
+            raise ModelError(f"{folder}: {name.replace('_', ' ')}: {sorted(map(str, found))[:5]}")
     return model.eval() if placement.get("device_map") else model.to(device).eval()
+
+
+def _load_dequantized(folder: Path, dtype, device: str):
+    """A model whose files are quantized as published, in floating point: all layers of the streamed reader."""
+    streamed = StreamedModel(folder, None if dtype == "auto" else dtype, device)
+    streamed.load_outer()
+    for index in range(len(streamed.layer_names)):
+        streamed.load_layer(index)
+    if (folder / "generation_config.json").is_file():
+        streamed.model.generation_config = GenerationConfig.from_pretrained(folder)
+    return streamed.model

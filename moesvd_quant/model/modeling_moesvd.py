@@ -160,7 +160,7 @@ class FactorizedExperts(Packed):
         self.__dict__.update(state)  # alpha, limit, flags, config: all that is not a weight
         weights = {name for name, *_ in native.banks()} if ours else set(self.form.parameters(native))
         holders = {name.partition(".")[0] for name in weights}
-        for name, child in native.named_children():
+        for name, child in native._modules.items():
             if name not in holders:
                 self.add_module(name, child)
         for name, other in native.named_parameters(recurse=False):  # biases

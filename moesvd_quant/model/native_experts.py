@@ -28,7 +28,7 @@ class Convention:
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
-        return _holds_pair(module) and _arguments(module) == 3
+        return _holds_pair(module) and len(arguments(module)) == 3
 
     @staticmethod
     def flags(module: nn.Module) -> dict:
@@ -66,7 +66,7 @@ class EveryExpert:
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
-        return _holds_pair(module) and _arguments(module) == 1
+        return _holds_pair(module) and len(arguments(module)) == 1
 
     @staticmethod
     def flags(module: nn.Module) -> dict:
@@ -92,7 +92,7 @@ class Flat:
     def matches(module: nn.Module) -> bool:
         own = module._modules.get("mlp")
         held = own is not None and all(getattr(own._parameters.get(n), "ndim", 0) == 2 for n in ("w1", "v1", "w2"))
-        return held and hasattr(module, "num_experts") and _arguments(module) == 3
+        return held and hasattr(module, "num_experts") and len(arguments(module)) == 3
 
     @staticmethod
     def flags(module: nn.Module) -> dict:
@@ -122,7 +122,7 @@ class Block:
             all(getattr(weight, "ndim", 0) == 3 for weight in weights)
             and "router" in children
             and hasattr(module, "activation")
-            and _arguments(module) == 1
+            and len(arguments(module)) == 1
         )
 
     @staticmethod
@@ -187,10 +187,10 @@ def _plain_flags(module: nn.Module) -> dict:
     return FLAGS | {"is_transposed": not (first[1] == 2 * down[2] and first[2] == down[1])}
 
 
-def _arguments(module: nn.Module) -> int:
-    """How many arguments the class's forward takes."""
+def arguments(module: nn.Module) -> list[str]:
+    """What the class's forward is called with."""
     found = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    return sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in found)
+    return [p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _count(module: nn.Module) -> int:

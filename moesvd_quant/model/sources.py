@@ -13,14 +13,18 @@ READ = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 
 
 class _Fp8Dequantize(Fp8Dequantize):
-    """Also where the last block of a matrix is short: DeepSeek-V3's kv_a_proj_with_mqa has 576 rows, in 128s."""
+    """Also right where the last block of a matrix is short: DeepSeek-V3's kv_a_proj_with_mqa has 576 rows, in 128s.
+    transformers 5.23 takes the block size from the grid of scales, which refuses such a matrix or reads it wrongly."""
 
     def _dequantize_one(self, quantized, scales, output_dtype=None):
         block = self.hf_quantizer.quantization_config.weight_block_size
         rows, columns = quantized.shape[-2:]
-        if block is None or scales.ndim < 2 or not (rows % scales.shape[-2] or columns % scales.shape[-1]):
+        if block is None or scales.ndim < 2:
             return super()._dequantize_one(quantized, scales, output_dtype)
-        missing = [count * size - length for count, size, length in zip(scales.shape[-2:], block, (rows, columns))]
+        missing = -rows % block[0], -columns % block[1]
+        grid = (rows + missing[0]) // block[0], (columns + missing[1]) // block[1]
+        if not any(missing) or tuple(scales.shape[-2:]) != grid:
+            return super()._dequantize_one(quantized, scales, output_dtype)
         padded = F.pad(quantized.view(torch.uint8), (0, missing[1], 0, missing[0])).view(quantized.dtype)
         return super()._dequantize_one(padded, scales, output_dtype)[..., :rows, :columns]
 

@@ -167,6 +167,7 @@ class StreamedModel:
         with init_empty_weights(include_buffers=False):
             self.model = self._construct().eval()
         self.model.requires_grad_(False)
+        self.dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self.layers_path, self.layers = _decoder_layers(self.model)
         self.layer_names = [f"{self.layers_path}.{i}" for i in range(len(self.layers))]
         self.stateful = False
@@ -238,7 +239,11 @@ class StreamedModel:
             if found:
                 raise ModelError(f"{self.folder}: tensors {kind}: {sorted(map(str, found))[:5]}")
         for key, tensor in self.model.named_parameters():
-            if key.startswith(prefixes) and not self._tied(key) and not is_finite(tensor):
+            if not key.startswith(prefixes) or not tensor.is_floating_point() or self._tied(key):
+                continue
+            if tensor.dtype != self.dtypes[key]:  # a plain tensor among quantized ones comes as it is stored
+                tensor.data = tensor.data.to(self.dtypes[key])
+            if not is_finite(tensor):
                 where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
                 raise ModelError(f"{self.folder}: {key} is not finite at {where}; the checkpoint is damaged")
         return_freed()
@@ -308,7 +313,7 @@ class StreamedModel:
         try:
             hidden, calls = record(self.model, self.layers, self.batches, Batches(scratch, self.device))
         except StatePassedOn:
-            yield from self._walk_with_state()
+            yield from self._walk_with_state(embeddings)
             return
         if idle := [name for name, called in zip(self.layer_names, calls) if not called]:
             raise ModelError(f"{self.folder}: a forward of the model does not call {idle[0]}; it cannot be calibrated")
@@ -322,10 +327,12 @@ class StreamedModel:
             self.drop_layer(index)
         self.hidden, self.like = hidden, visit.whole[0]
 
-    def _walk_with_state(self) -> Iterator["LayerVisit"]:
+    def _walk_with_state(self, embeddings: str) -> Iterator["LayerVisit"]:
         """The same where layers hand each other more than hidden states; those stay in memory, with the forwards."""
         self.stateful = True
         for index, standing in forwards(self.model, self.layers, self.batches):
+            if index == 0:  # every forward is past them
+                self.drop(embeddings)
             layer = self.load_layer(index)
             calls = [forward.call or ((), {}) for forward in standing]
             hidden = Batches(None, self.device)
@@ -353,12 +360,12 @@ class StreamedModel:
 
     def head(self, hidden: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """Logits (n, length, vocabulary) of token ids `batch` whose last decoder layer gave `hidden`; after a walk."""
-        with without_embeddings(self.model, hidden):
+        with without_embeddings(self.model):
             return finish(self.model, self.layers, hidden, batch, self.like)
 
     def head_input(self, hidden: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """What the output head gets then."""
-        with without_embeddings(self.model, hidden):
+        with without_embeddings(self.model):
             return head_input(self.model, self.layers, hidden, batch, self.like)
 
     @torch.no_grad()

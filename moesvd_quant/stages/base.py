@@ -9,9 +9,9 @@ import torch
 from ..calibration.metric import Grams, blend, coverage
 from ..calibration.store import Statistics
 from ..decompose.whitening import whitened_error
-from ..model.experts import find_experts
+from ..model.experts import find_experts, unknown_experts
 from ..model.modeling_moesvd import FactorizedExperts
-from ..model.stream import StreamedModel
+from ..model.stream import ModelError, StreamedModel
 from ..parallel import Pool
 
 Progress = Callable[[int, int], None]
@@ -120,9 +120,16 @@ def reached(statistics: dict, path: str) -> bool:
 
 
 def require_experts(parent: StreamedModel) -> None:
-    """StageError for a dense model, before any walk."""
-    if not any(True for layer in parent.layers for _ in find_experts(layer)):
-        raise StageError(f"{parent.folder}: a dense model: no layer has experts, there is nothing to compress")
+    """Before any walk: StageError for a dense model, ModelError for one whose experts are in no known form."""
+    if any(True for layer in parent.layers for _ in find_experts(layer)):
+        return
+    for layer, name in zip(parent.layers, parent.layer_names):
+        for path, why in unknown_experts(layer):
+            raise ModelError(
+                f"{name}.{path}: these experts are not understood: {why}. Supported are experts fused as transformers "
+                "does it, and the forms of Llama 4, DBRX, JetMoE and LongCat-Flash (docs/architectures.md)"
+            )
+    raise StageError(f"{parent.folder}: a dense model: no layer has experts, there is nothing to compress")
 
 
 def factorized(native, layout: dict, banks: Iterable[tuple[str, int | None, torch.Tensor]]) -> FactorizedExperts:
