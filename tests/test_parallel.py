@@ -86,9 +86,10 @@ def kill_a_worker(ray, killed: list, stop: threading.Event) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["svd-gptq3", "d2-gptq4"])
-def test_a_killed_ray_worker_changes_nothing(ray, recipe, make_model, tmp_path, small):
+@pytest.mark.parametrize("recipe,options", [("svd-gptq3", []), ("d2-paper", ["d2.ratio=0.25"])])
+def test_a_killed_ray_worker_changes_nothing(ray, recipe, options, make_model, tmp_path, small):
     folder, killed, stop = make_model("mixtral", num_hidden_layers=4), [], threading.Event()
+    small = [*small, *options]
     run(folder, tmp_path / "one", small, recipe)
     killer = threading.Thread(target=kill_a_worker, args=(ray, killed, stop))
     killer.start()

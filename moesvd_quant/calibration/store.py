@@ -65,6 +65,7 @@ class Statistics:
             "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
             "shape": list(windows.shape),
             "walk": [WALK_VERSION, BATCH_TOKENS, str(self.dtype), torch.__version__, transformers.__version__],
+            "threads": torch.get_num_threads(),
         }
         self.key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         self.store = root or cache_root() / "statistics"
@@ -217,6 +218,15 @@ class Statistics:
         if self.path("outer").is_file():
             return load_file(self.path("outer"))["gram"]
         return self.outer_gram
+
+    def kept(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """make(), computed once and stored beside the statistics as `name`, which tells all else that it depends on."""
+        path = self.path(name)
+        if self.stored and path.is_file():
+            return load_file(path)
+        made = make()
+        self._write(path, made)
+        return made
 
     def effects(self, progress: Callable[[int, int], None] = lambda done, total: None) -> dict:
         """`measure_effects` of the model on these windows, computed once."""

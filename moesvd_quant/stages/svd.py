@@ -1,11 +1,12 @@
 """Stage `svd`: every expert matrix becomes low-rank factors, or stays dense where that is cheaper."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from ..allocate import DENSE, allocate, level_ranks, rank_table
-from ..calibration.metric import blend, shrink
+from ..calibration.metric import METRIC, blend, shrink
 from ..calibration.statistics import outlier_share
 from ..decompose.sensitivity import layer_sensitivity, principal_rank, sampling_frequency, select_layers
 from ..decompose.sharing import left_count, literal, share_and_trim
@@ -69,7 +70,9 @@ def _survey_layer(context: Context, index: int, layer, statistics: dict) -> dict
         entry: dict = {"shapes": shapes_of(experts), "experts": expert_count(experts)}
         entry["weak"] = weak_experts(statistics, path)
         if options.method == "global":
-            entry["spectra"] = _spectra(experts, expert_grams(statistics, path, context.device))
+            kept = f"spectra-{METRIC}-{full}"
+            make = partial(_spectra, experts, statistics, path, context.device)
+            entry["spectra"] = {name: s.numpy() for name, s in context.statistics.kept(kept, make).items()}
         if options.method == "paper":
             tokens = statistics[f"{path}/tokens"]
             entry["frequency"] = sampling_frequency(tokens, context.statistics.windows.numel())
@@ -86,9 +89,11 @@ def _metric(options):
     return blend if options.method == "global" else shrink
 
 
-def _spectra(experts, grams):
+def _spectra(experts, statistics: dict, path: str, device) -> dict[str, torch.Tensor]:
+    """Squared whitened singular values (E, k) of each projection."""
+    grams = expert_grams(statistics, path, device)
     return {
-        name: torch.stack([whitened_spectrum(w, g) for w, g in zip(weights, grams[name])]).cpu().numpy()
+        name: torch.stack([whitened_spectrum(w, g) for w, g in zip(weights, grams[name])]).cpu()
         for name, weights in split_projections(experts).items()
     }
 

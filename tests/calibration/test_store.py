@@ -8,6 +8,7 @@ from moesvd_quant.memory import Batches, Memory
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
+from moesvd_quant.stages import svd
 
 WINDOWS = torch.randint(1, 250, (4, 32), generator=torch.Generator().manual_seed(4))
 
@@ -102,9 +103,13 @@ def test_three_ratios_need_one_walk(make_model, small, tmp_path, monkeypatch):
     monkeypatch.setattr(
         StreamedModel, "walk", lambda self, windows, *rest: walks.append(windows.numel()) or walk(self, windows, *rest)
     )
+    spectra = []
+    whole_spectrum = svd.whitened_spectrum
+    monkeypatch.setattr(svd, "whitened_spectrum", lambda *pair: spectra.append(1) or whole_spectrum(*pair))
     for ratio in (0.2, 0.4, 0.6):
         recipe = load_recipe("svd-gptq4", [*small, "seed=7", f"svd.ratio={ratio}"])
         job = Run(recipe, make_model("olmoe"), tmp_path / str(ratio))
         job.run()
+    assert len(spectra) == 2 * 6 * 3  # layers, experts, projections: once
     whole = job.windows.numel()
     assert [size for size in walks if size == whole] == [whole]  # the others verify with a few tokens
