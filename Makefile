@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo arch-table bench-quality clean
+.PHONY: venv test test-slow lint demo arch-table bench-quality bench-scale clean
 
 venv: .venv/.installed
 
@@ -30,6 +30,10 @@ demo: venv
 # QUALITY: options of moesvd_quant/quality.py, for example --seen wikitext2 --unseen code --calibration mine.txt
 bench-quality: venv
 	$(BIN)/python -m moesvd_quant.quality $(QUALITY)
+
+# Two synthetic models of 6 GB: needs 50 GB of disk and hours.
+bench-scale: venv
+	MOESVD_THREADS=1 $(BIN)/python tests/bench_scale.py --folder bench-scale
 
 arch-table: venv
 	$(BIN)/python tests/architecture_table.py docs/architectures.md .arch-table.jsonl

@@ -1,6 +1,7 @@
 """The plan of all stages of a run, before any weight is changed."""
 
 import importlib
+from functools import partial
 
 import torch
 
@@ -76,6 +77,8 @@ def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
             memo,
             run.recipe.limits,
         )
+        context.pool = run.pool
+        context.surveyed = partial(run.report, f"{stage.name}: planning")
         plan = module.plan(context)
         widths = plan.widths
         forecasts.append(

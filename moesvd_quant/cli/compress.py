@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Json, Model, Out, Overrides, app, print_table, progress_bars, resolve_device, start_run
+from .common import (
+    Device,
+    Executor,
+    Json,
+    Memory,
+    Model,
+    Out,
+    Overrides,
+    Workers,
+    app,
+    print_table,
+    progress_bars,
+    resolve_device,
+    start_run,
+)
 
 
 @app.command()
@@ -17,11 +31,14 @@ def run(
     model: Model = None,
     out: Out = Path("out"),
     device: Device = "auto",
+    memory: Memory = None,
+    workers: Workers = 1,
+    executor: Executor = "processes",
     as_json: Json = False,
 ) -> None:
     """Run a recipe: each stage writes a checkpoint under OUT; interrupted, the same command goes on."""
     with progress_bars(as_json) as report:
-        job = start_run(recipe, model, overrides, out, device, report)
+        job = start_run(recipe, model, overrides, out, device, report, memory, workers, executor)
         folders = job.run()
         records = _evaluate_run(job, folders, resolve_device(device), report)
     result = {"checkpoints": [str(f) for f in folders], "evaluation": records}
@@ -56,16 +73,23 @@ def plan(
     model: Model = None,
     out: Out = Path("out"),
     device: Device = "auto",
+    memory: Memory = None,
+    workers: Workers = 1,
+    executor: Executor = "processes",
     as_json: Json = False,
 ) -> None:
-    """Forecast the bytes of every stage, exactly, and show what goes where; changes no weight."""
+    """Forecast the bytes of every stage, exactly, memory and disk, and show what goes where; changes no weight."""
     from ..planning import plan_stages
 
     with progress_bars(as_json) as report:
-        forecasts = plan_stages(start_run(recipe, model, overrides, out, device, report))
+        job = start_run(recipe, model, overrides, out, device, report, memory, workers, executor)
+        needs = job.needs()
+        forecasts = plan_stages(job)
+        job.pool.close()
     if as_json:
-        print(json.dumps(forecasts))
+        print(json.dumps([forecast | {"needs": needs.to_dict()} for forecast in forecasts]))
         return
+    print(needs.describe())
     for forecast in forecasts:
         account = forecast["accounting"]
         print(

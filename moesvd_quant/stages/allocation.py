@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -78,33 +79,37 @@ def choice_tables(context: Context, widths: list[int], ranks: bool):
     key = (tuple(widths), ranks)
     if key in context.memo:
         return context.memo[key]
-    parent, tables, weak = context.parent, {}, {}
+    work = partial(_layer_tables, context.statistics.effects(context.progress), widths, ranks)
+    found = dict(context.each_layer(work, context.surveyed))
+    tables = {group: table for index in sorted(found) for group, table in found[index][0].items()}
+    weak = {path: experts for _, experts_of in found.values() for path, experts in experts_of.items()}
+    context.memo[key] = tables, weak
+    return tables, weak
+
+
+def _layer_tables(effects, widths, ranks, context: Context, index: int, layer, statistics: dict):
+    """The same of one layer; effects: nats per token of each group."""
+    tables, weak, name = {}, {}, context.parent.layer_names[index]
     damp = context.gptq.damp if context.gptq else 0.0
 
     def form(bits: int, columns: int, left: bool) -> dict | None:
         return None if bits == FLOAT else quant_format(context.gptq, columns, left, bits)
 
-    effects = context.statistics.effects(context.progress)
-    for index, statistics in enumerate(context.statistics.layers(context.progress)):
-        layer, name = parent.load_layer(index), parent.layer_names[index]
-        for path, experts in find_experts(layer):
-            full = f"{name}.{path}"
-            if isinstance(experts, FactorizedExperts):
-                raise StageError(f"{full}: is compressed already; a budget needs an original model")
-            if not reached(statistics, path):  # kept as it is
-                continue
-            grams = expert_grams(statistics, path, context.device)
-            weak[full] = weak_experts(statistics, path)
-            for projection, weights in split_projections(experts).items():
-                profiles = [profile(weights[e], grams[projection][e], damp) for e in range(expert_count(experts))]
-                try:
-                    table = fit_table(
-                        profiles, shapes_of(experts)[projection], widths, form, parent.stored_dtype, ranks
-                    )
-                except QuantizeError as error:
-                    raise StageError(f"{full}.{projection}: {error}") from error
-                weight = group_weight(weights, grams[projection], effects[full, projection])
-                tables[full, projection] = replace(table, errors=table.errors * weight)
-        parent.drop_layer(index)
-    context.memo[key] = tables, weak
+    for path, experts in find_experts(layer):
+        full = f"{name}.{path}"
+        if isinstance(experts, FactorizedExperts):
+            raise StageError(f"{full}: is compressed already; a budget needs an original model")
+        if not reached(statistics, path):  # kept as it is
+            continue
+        grams = expert_grams(statistics, path, context.device)
+        weak[full] = weak_experts(statistics, path)
+        for projection, weights in split_projections(experts).items():
+            profiles = [profile(weights[e], grams[projection][e], damp) for e in range(expert_count(experts))]
+            shape, dtype = shapes_of(experts)[projection], context.parent.stored_dtype
+            try:
+                table = fit_table(profiles, shape, widths, form, dtype, ranks)
+            except QuantizeError as error:
+                raise StageError(f"{full}.{projection}: {error}") from error
+            weight = group_weight(weights, grams[projection], effects[full, projection])
+            tables[full, projection] = replace(table, errors=table.errors * weight)
     return tables, weak
