@@ -71,7 +71,7 @@ def _fused(module: FactorizedExperts, dtype) -> dict[str, torch.Tensor]:
         joint = torch.stack([stacked["gate"], stacked["up"]], 2).flatten(1, 2)
     else:
         joint = stacked["up"]
-    turn = (lambda w: w.transpose(1, 2).contiguous()) if module.is_transposed else (lambda w: w)
+    turn = (lambda w: w.transpose(1, 2).contiguous()) if module.native_transposed else (lambda w: w)
     return {first: turn(joint), "down_proj": turn(stacked["down"])}
 
 
@@ -79,6 +79,8 @@ def _packed_modules(model):
     """(standard path, packed matrix, bias) of every quantized matrix; ModelError where one is factorized."""
     for path, module in model.named_modules():
         if isinstance(module, PackedLinear):
+            if module.rank:
+                raise ModelError(f"{path}: has a low-rank term beside its packed weight; export it --to dense")
             get = module._parameters.get
             tensors = {k: get(f"weight_{k}") for k in ("codes", "scales", "zeros") if get(f"weight_{k}") is not None}
             yield path, PackedMatrix(tensors, module.quant, module.in_features), module.bias

@@ -35,7 +35,7 @@ class RunError(RuntimeError):
 
 
 def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "gptqmodel", "safetensors")
+    names = ("torch", "transformers", "gptqmodel", "peft", "bitsandbytes", "safetensors")
     return {"moesvd_quant": __version__} | {name: version(name) for name in names}
 
 
@@ -64,6 +64,17 @@ class Run:
         self.model_digest = fingerprint(self.model)
         self.windows = self._windows()
         self.statistics = Statistics(self.model, self.model_digest, self.windows, self.device)
+        self._training = {index: self._training_windows(s.options) for index, s in self._trainers()}
+
+    def _trainers(self):
+        return [(index, stage) for index, stage in enumerate(self.recipe.stages) if stage.name == "lora"]
+
+    def _length(self, wanted: str | int, key: str) -> int:
+        limit = getattr(self.meta.config, "max_position_embeddings", 2048)
+        length = min(2048, limit) if wanted == "auto" else int(wanted)
+        if length > limit:
+            raise RunError(f"{key} {length} exceeds the {limit} positions of the model")
+        return length
 
     def _windows(self) -> torch.Tensor:
         from transformers import AutoTokenizer
@@ -71,17 +82,33 @@ class Run:
         from .calibration.text import calibration_windows
 
         wanted = self.recipe.calibration
-        limit = getattr(self.meta.config, "max_position_embeddings", 2048)
-        length = min(2048, limit) if wanted.length == "auto" else wanted.length
-        if length > limit:
-            raise RunError(f"calibration.length {length} exceeds the {limit} positions of the model")
+        length = self._length(wanted.length, "calibration.length")
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         return calibration_windows(wanted.dataset, tokenizer, wanted.samples, length, self.recipe.seed)
+
+    def _training_windows(self, options):
+        from transformers import AutoTokenizer
+
+        from .healing.data import refuse_leaks, training_windows
+
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        own = options.dataset == "calibration"
+        source = self.recipe.calibration.dataset if own else options.dataset
+        length = self.windows.shape[1] if options.length == "auto" else self._length(options.length, "lora.length")
+        wanted = options.steps * options.batch
+        made = training_windows(source, tokenizer, wanted, options.validation, length, self.recipe.seed)
+        refuse_leaks(made, self.recipe.evaluate.texts(), tokenizer)
+        return made
+
+    def training(self, index: int):
+        """The windows that a stage trains on; None for one that does not train."""
+        return self._training.get(index)
 
     def key(self, upto: int) -> dict:
         """All that a stage's output depends on; equal keys mean equal files."""
         stages = [{s.name: s.options.model_dump()} for s in self.recipe.stages]
         budget = self.recipe.budget
+        trained = [made.digest for index, made in sorted(self._training.items()) if index <= upto]
         return {
             "model": self.model_digest,
             "statistics": self.statistics.key,
@@ -90,7 +117,7 @@ class Run:
             # Under a budget the first stage is planned for what the later ones do.
             "budget": None if budget is None else {"amount": budget, "stages": stages},
             "versions": versions(),
-        }
+        } | ({"training": trained} if trained else {})
 
     def folder(self, index: int) -> Path:
         return self.out / f"{index + 1:02d}-{self.recipe.stages[index].name}"
@@ -162,7 +189,7 @@ class Run:
         work = StageWork(self, index, context, module)
         self._clean(keep=work.folder)
         work.folder.mkdir(exist_ok=True)
-        plan = self.plan(index, context.parent)
+        plan = work.prepare(self.plan(index, context.parent))
         accounting = account(context.parent, plan.layout)
         work.layers(plan)
         work.finish(plan, accounting, folder)
@@ -185,7 +212,9 @@ class Run:
         module = importlib.import_module(f"moesvd_quant.stages.{stage.name}")
         progress = lambda done, total: self.report(f"{stage.name}: reading the model", done, total)  # noqa: E731
         streamed = StreamedModel(parent, device=self.device)
-        return Context(streamed, self.statistics, stage.options, self.recipe.seed, self.device, progress), module
+        context = Context(streamed, self.statistics, stage.options, self.recipe.seed, self.device, progress)
+        context.training, context.folder, context.report = self.training(index), self.work_folder(index), self.report
+        return context, module
 
     def _clean(self, keep: Path) -> None:
         """Leftovers of runs that were killed and whose key no longer matches."""

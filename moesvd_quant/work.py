@@ -16,7 +16,7 @@ CHECK_WINDOWS, CHECK_LENGTH = 2, 128
 
 
 class StageWork:
-    """One stage of a run: `layers`, then `finish`; each finds what an earlier process did."""
+    """One stage of a run: `prepare`, `layers`, then `finish`; each finds what an earlier process did."""
 
     def __init__(self, run, index: int, context, module):
         self.run, self.index, self.context, self.module = run, index, context, module
@@ -27,6 +27,11 @@ class StageWork:
     def note(self, name: str) -> Path:
         """What was decided and measured while a file was made; written before the file."""
         return self.folder / f"note-{name}.json"
+
+    def prepare(self, plan: Plan) -> Plan:
+        """What a stage does before it goes through the layers: one that trains does it here, and may change its plan."""
+        prepare = getattr(self.module, "prepare", None)
+        return prepare(self.context, plan, self.folder) if prepare else plan
 
     def layers(self, plan: Plan) -> None:
         count = len(self.parent.layer_names)
@@ -102,6 +107,8 @@ class StageWork:
         }
         finish.write_card(self.folder, manifest)
         finish.write_manifest(self.folder, manifest)
+        if conclude := getattr(self.module, "conclude", None):
+            conclude(self.folder)
         for name in notes:
             self.note(name).unlink()
         commit_folder(self.folder, final)
@@ -157,4 +164,7 @@ def _label(stage) -> str:
         return f"d2-{options.merge}{round(options.ratio * 100)}"
     if stage.name == "gptq":
         return f"{'rtn' if options.rtn else 'gptq'}{options.bits or ''}"
+    if stage.name == "lora":
+        what = {"adapters": f"lora{options.rank}", "factors": "tuned", "router": "router"}[options.train]
+        return what + {"lm": "", "distill": "-distilled", "layerwise": "-layerwise"}[options.objective]
     return stage.name

@@ -111,30 +111,45 @@ class Packed(nn.Module):
 
     def weight_rows(self, name: str, quant: dict | None, columns: int, dtype: torch.dtype, row: int | None):
         """Bank `name` (row None) or one row of it, dequantized into `dtype` where it is packed."""
-        get = self._parameters.get
         if quant is None:
-            bank = get(name)
+            bank = getattr(self, name)  # an adapter may stand in front of the parameter
             return (bank if row is None else bank[row]).to(dtype)
-        codes, scales, zeros = (get(f"{name}_{kind}") for kind in ("codes", "scales", "zeros"))
+        codes, scales, zeros = (self._parameters.get(f"{name}_{kind}") for kind in ("codes", "scales", "zeros"))
         if row is not None:
             codes, scales, zeros = codes[row], scales[row], None if zeros is None else zeros[row]
         return dequantize(codes, scales, zeros, quant, columns, dtype)
 
 
 class PackedLinear(Packed):
-    """nn.Linear with a packed weight (out, in) and an optional float bias."""
+    """nn.Linear with a packed weight (out, in), an optional float bias, and where `quant` names a rank a float
+    low-rank term beside the weight: left (out, rank) @ right (rank, in)."""
 
     def __init__(self, in_features, out_features, bias, quant, dtype=None, device=None):
         super().__init__()
         self.in_features, self.out_features, self.quant = in_features, out_features, quant
         self.add_bank("weight", (out_features, in_features), quant, dtype, device)
+        if self.rank:
+            self.add_bank("left", (out_features, self.rank), None, dtype, device)
+            self.add_bank("right", (self.rank, in_features), None, dtype, device)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
-    def dense_weight(self, dtype=torch.float32):
+    @property
+    def rank(self) -> int:
+        return self.quant.get("rank", 0)
+
+    def packed_weight(self, dtype=torch.float32):
         return self.weight_rows("weight", self.quant, self.in_features, dtype, None)
 
+    def dense_weight(self, dtype=torch.float32):
+        """Effective weight (out, in)."""
+        weight = self.packed_weight(dtype)
+        return weight + self.left.to(dtype) @ self.right.to(dtype) if self.rank else weight
+
     def forward(self, x):
-        return F.linear(x, self.dense_weight(x.dtype), self.bias)
+        y = F.linear(x, self.packed_weight(x.dtype), self.bias)
+        if not self.rank:
+            return y
+        return y + F.linear(F.linear(x, self.right.to(x.dtype)), self.left.to(x.dtype))
 
 
 class FactorizedExperts(Packed):
@@ -152,7 +167,8 @@ class FactorizedExperts(Packed):
                 self.register_parameter(name, bias)
         if not isinstance(native, FactorizedExperts):
             self.native_class, self.shapes = type(native), projection_shapes(native)
-            self.experts = native.down_proj.shape[0]
+            self.experts, self.native_transposed = native.down_proj.shape[0], native.is_transposed
+        self.is_transposed = False  # banks are (rows, out, in), whatever the native weights were; peft asks
         self.layout = layout
         self._maps: dict[tuple, torch.Tensor] = {}
         kind = next(p for p in native.parameters() if p.is_floating_point())

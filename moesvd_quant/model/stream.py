@@ -221,11 +221,17 @@ class LayerVisit:
 
     def run(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """Output hidden states of the layer for these input ones, a tensor per batch of the walk."""
-        made = []
-        for states, (args, kwargs) in zip(hidden, self.calls):
-            out = self.layer(states, *args[1:], **kwargs)
-            made.append(out[0] if isinstance(out, tuple) else out)
-        return made
+        return [_call(self.layer, states, call) for states, call in zip(hidden, self.calls)]
+
+    def run_batch(self, layer: nn.Module, batch: int) -> torch.Tensor:
+        """What a layer that stands in for this one puts out for one batch of the walk."""
+        return _call(layer, self.hidden[batch], self.calls[batch])
+
+
+def _call(layer: nn.Module, states: torch.Tensor, call: tuple) -> torch.Tensor:
+    args, kwargs = call
+    out = layer(states, *args[1:], **kwargs)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _record_layer_calls(decoder, batches):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ class Context:
     widths: dict = field(default_factory=dict)
     gptq: Any = None
     memo: dict = field(default_factory=dict)
+    # Of a stage that trains: the windows, where its state lies while it works, and whom to tell of progress.
+    training: Any = None
+    folder: Path | None = None
+    report: Callable[[str, int, int], None] = lambda what, done, total: None
 
 
 @dataclass
