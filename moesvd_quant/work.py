@@ -29,7 +29,7 @@ class StageWork:
         return self.folder / f"note-{name}.json"
 
     def prepare(self, plan: Plan) -> Plan:
-        """What a stage does before it goes through the layers: one that trains does it here, and may change its plan."""
+        """What a stage does before it goes through the layers: training, after which its plan may be another."""
         prepare = getattr(self.module, "prepare", None)
         return prepare(self.context, plan, self.folder) if prepare else plan
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from ..checkpoint.files import write_json, write_tensors
@@ -58,38 +59,52 @@ def apply(layer: nn.Module, prefix: str, updates: Updates, stored: torch.dtype) 
             parameter.copy_((parameter.float() + tensor if kind == "add" else tensor).to(stored))
 
 
-def float_targets(module: nn.Module, attention: bool) -> tuple[list[str], list[str]]:
-    """(linears, banks) in floating point: paths of modules, and of parameters of experts modules."""
-    linears = [path for path, linear in find_linears(module) if isinstance(linear, nn.Linear)] if attention else []
-    banks = []
-    for path, experts in find_experts(module):
-        for projection, parts in experts.layout.items():
-            packed = any(part["quant"] for part in parts)  # a float part of these is a term, trained itself
-            banks += [f"{path}.{key}" for key, *_ in experts.banks() if key.startswith(f"{projection}_") and not packed]
+def float_targets(module: nn.Module, layers: list[str], attention: bool) -> tuple[list[str], list[str]]:
+    """(linears, banks) in floating point in the layers at these paths ("" is the module itself): paths of modules, and
+    of parameters of experts modules."""
+    linears, banks = [], []
+    for prefix, layer in _layers(module, layers):
+        for path, linear in find_linears(layer):
+            if attention and isinstance(linear, nn.Linear):
+                linears.append(prefix + path)
+        for path, experts in find_experts(layer):
+            for projection, parts in experts.layout.items():
+                if not any(part["quant"] for part in parts):  # a float part beside packed ones is a term
+                    names = (key for key, *_ in experts.banks() if key.startswith(f"{projection}_"))
+                    banks += [f"{prefix}{path}.{key}" for key in names]
     return linears, banks
 
 
-def router_parameters(module: nn.Module) -> list[str]:
-    """Names of the floating-point parameters of routers."""
-    names = [(name, p) for name, p in module.named_parameters() if p.is_floating_point()]
-    return [name for name, _ in names if ROUTERS & set(name.split(".")[:-1])]
+def router_parameters(module: nn.Module, layers: list[str]) -> list[str]:
+    """Names of the floating-point parameters of the routers in these layers."""
+    return [
+        prefix + name
+        for prefix, layer in _layers(module, layers)
+        for name, parameter in layer.named_parameters()
+        if parameter.is_floating_point() and ROUTERS & set(name.split(".")[:-1])
+    ]
+
+
+def _layers(module: nn.Module, layers: list[str]):
+    for path in layers:
+        yield f"{path}." if path else "", module.get_submodule(path)
 
 
 class Trained:
     """A module of which some is trained: `tensors` for the optimizer, `updates` when it is done.
 
-    new: names of low-rank terms that `terms.into_layout` added. What is trained is float32 whatever the module's dtype.
+    layers: paths of the decoder layers in it ("" is the module itself), outside of which nothing is trained; new: names
+    of low-rank terms that `terms.into_layout` added. What is trained is float32 whatever the module's dtype.
     """
 
-    def __init__(self, module: nn.Module, options, new: list[str], seed: int):
-        self.module, self.options = module, options
+    def __init__(self, module: nn.Module, layers: list[str], options, new: list[str], seed: int):
+        self.module = module
         module.requires_grad_(False)
-        linears, banks = float_targets(module, options.attention)
-        self.plain = {"adapters": new, "router": router_parameters(module)}.get(
-            options.train, [*banks, *(f"{path}.weight" for path in linears), *new]
-        )
+        linears, banks = float_targets(module, layers, options.attention)
+        factors = [*banks, *(f"{path}.weight" for path in linears)]
+        plain = {"adapters": new, "router": router_parameters(module, layers), "factors": factors}[options.train]
         parameters = dict(module.named_parameters())
-        self._plain = {name: parameters[name] for name in self.plain}
+        self._plain = {name: parameters[name] for name in plain}
         self.config = None
         if options.train == "adapters" and (linears or banks):
             self.config = lora_config(options.rank, linears, banks)
@@ -155,7 +170,7 @@ def _delta(layer: LoraLayer) -> torch.Tensor:
     """float32 scale * B @ A in the shape of the parameter, whatever the dtype that the frozen one is held in."""
     a, b = (getattr(layer, kind)["default"].weight.float() for kind in ("lora_A", "lora_B"))
     scale = layer.scaling["default"]
-    if not hasattr(layer, "parameter_name"):
+    if not isinstance(layer, ParamWrapper):
         return scale * b @ a
     shape, experts = layer.get_param().shape, layer.num_experts
     a = a.reshape(experts, -1, a.shape[-1])  # (experts, rank, in)
@@ -167,7 +182,7 @@ def save_peft(folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor]
     """A standard PEFT folder: adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     config.base_model_name_or_path, config.inference_mode = base, True
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     file = folder / "adapter_config.json"
     content = json.loads(file.read_text())
     content["target_modules"] = sorted(content["target_modules"] or [])  # peft keeps a set, in any order

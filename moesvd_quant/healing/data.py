@@ -43,8 +43,8 @@ def training_windows(source: str, tokenizer, wanted: int, held_out: int, length:
         packed = _packed(part, tokenizer, sum(share), length, generator)
         if len(packed) <= share[0]:
             raise TextError(
-                f"{part}: {len(packed)} windows of {length} tokens; {share[0]} are held out for validation and more are "
-                "needed to train on. Give more text, fewer lora.validation or a shorter lora.length"
+                f"{part}: {len(packed)} windows of {length} tokens; {share[0]} are held out for validation and more "
+                "are needed to train on. Give more text, fewer lora.validation or a shorter lora.length"
             )
         validation.append(packed[: share[0]])
         train.append(packed[share[0] :])

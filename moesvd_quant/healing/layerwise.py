@@ -51,7 +51,7 @@ def heal_layerwise(context, layout: dict, folder: Path) -> tuple[Updates, list[d
         history += [{"phase": index, "step": step + 1, "loss": float(loss)} for step, loss in enumerate(losses)]
         heal_layer(streamed, index, visit.layer, layout, updates, context.seed)
         if context.options.train == "adapters":
-            found = float_targets(visit.layer, context.options.attention)
+            found = float_targets(visit.layer, [""], context.options.attention)
             linears, banks = (had + [f"{name}.{path}" for path in paths] for had, paths in zip((linears, banks), found))
         add, put = add | updates.add, put | updates.put
         context.report("lora: layers", index + 1, len(streamed.layer_names))
@@ -60,14 +60,15 @@ def heal_layerwise(context, layout: dict, folder: Path) -> tuple[Updates, list[d
 
 
 def _heal_layer(context, streamed: StreamedModel, visit: LayerVisit, targets: list, layout: dict):
-    """What was trained of one layer, and the loss of every step. The streamed layer is empty afterwards: a copy was trained."""
+    """What was trained of one layer, and the loss of every step. A copy is trained; the streamed layer is empty
+    afterwards."""
     options, index = context.options, visit.index
     name, seed, layer = streamed.layer_names[index], layer_seed(context.seed, index), copy.deepcopy(visit.layer)
     streamed.drop_layer(index)
     new = into_layout(layer, name, layout, streamed.dtype, seed)
     if options.frozen == "nf4":
-        freeze_in_nf4(layer, *float_targets(layer, options.attention))
-    trained = Trained(layer, options, new, seed)
+        freeze_in_nf4(layer, *float_targets(layer, [""], options.attention))
+    trained = Trained(layer, [""], options, new, seed)
     sides = ["left", "right"] if options.in_turn else ["both"]
     losses = []
     for phase, side in enumerate(sides):
@@ -84,7 +85,8 @@ def _train(layer: nn.Module, trained: Trained, side: str, visit, targets, option
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(options.warmup * steps), steps)
-    generator, order, losses = torch.Generator().manual_seed(seed), [], []
+    generator, losses = torch.Generator().manual_seed(seed), []
+    order: list[int] = []
     per_step = max(1, options.batch // BATCH)
     for _ in range(steps):
         total = 0.0

@@ -44,4 +44,4 @@ def _freeze_banks(experts: FactorizedExperts, keys: list[str]) -> None:
             bank = dequantize_4bit(*held[name])
         return rows + (bank if row is None else bank[row]).to(dtype)
 
-    experts.weight_rows = types.MethodType(weight_rows, experts)
+    setattr(experts, "weight_rows", types.MethodType(weight_rows, experts))  # noqa: B010 (of this instance alone)

@@ -26,7 +26,7 @@ def heal_layer(streamed: StreamedModel, index: int, layer: nn.Module, layout: di
 
 
 def validation_loss(streamed: StreamedModel, windows: torch.Tensor, heal=None) -> float:
-    """Mean next-token loss on windows (n, length), one decoder layer in memory; `heal(index, layer)` changes it first."""
+    """Mean next-token loss on windows (n, length), one layer in memory; `heal(index, layer)` changes it first."""
     for visit in streamed.walk(windows, BATCH):
         if heal:
             heal(visit.index, visit.layer)

@@ -46,7 +46,7 @@ def is_packed(layout: dict) -> bool:
 def into_layout(layer: nn.Module, name: str, layout: dict, dtype: torch.dtype, seed: int) -> list[str]:
     """Brings a loaded layer of the parent into the form of `layout`; what it computes stays the same.
 
-    Returns the parameters (paths in the layer) that are new, in `dtype`: left factors of zero, right ones drawn by seed.
+    Returns the parameters (paths in the layer) that are new, in `dtype`: left factors of zero, right ones by seed.
     """
     generator, new = torch.Generator().manual_seed(seed), []
     for path, experts in list(find_experts(layer)):

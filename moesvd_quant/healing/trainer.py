@@ -2,13 +2,14 @@
 
 import math
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..checkpoint.files import write_text
@@ -126,7 +127,9 @@ def train(
     for parameter in tensors.values():
         parameter.requires_grad_(True)
     if options.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():  # renamed in the newest transformers; the old name serves all of 5
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     every = min(options.validate_every, steps)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -167,11 +170,11 @@ def train(
     start = {"step": 0, "eval_loss": healer.evaluate()["eval_loss"]}
     before = {name: parameter.detach().clone() for name, parameter in tensors.items()}
     done = whole_checkpoints(folder)
-    history = healer.state.load_from_json(str(done[-1] / "trainer_state.json")).log_history if done else []
-    if not stale(history, options.patience):
+    state = TrainerState.load_from_json(str(done[-1] / "trainer_state.json")) if done else TrainerState()
+    if state.global_step < steps and not stale(state.log_history, options.patience):
         healer.train(resume_from_checkpoint=str(done[-1]) if done else None)
-        history = healer.state.log_history
-    history = [start, *(entry for entry in history if {"loss", "eval_loss"} & entry.keys())]
+        state = healer.state
+    history = [start, *(entry for entry in state.log_history if {"loss", "eval_loss"} & entry.keys())]
     for entry in history:
         if not math.isfinite(entry.get("loss", 0.0)):
             raise ValueError(f"step {entry['step']}: the training loss is {entry['loss']}; lower lora.lr")

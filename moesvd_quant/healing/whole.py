@@ -30,8 +30,8 @@ def heal_whole(context, layout: dict, folder: Path) -> tuple[Updates, list[dict]
     streamed = StreamedModel(context.parent.folder, dtype, context.device)
     model, new = planned(streamed, layout, context.seed)
     if options.frozen == "nf4":
-        freeze_in_nf4(model, *float_targets(model, options.attention))
-    trained = Trained(model, options, new, context.seed)
+        freeze_in_nf4(model, *float_targets(model, streamed.layer_names, options.attention))
+    trained = Trained(model, streamed.layer_names, options, new, context.seed)
     loss: Loss = lm_loss
     if options.objective == "distill":
         teacher = load(context.statistics.folder, dtype or "auto", str(context.device))

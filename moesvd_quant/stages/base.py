@@ -39,7 +39,7 @@ class Context:
     memo: dict = field(default_factory=dict)
     # Of a stage that trains: the windows, where its state lies while it works, and whom to tell of progress.
     training: Any = None
-    folder: Path | None = None
+    folder: Path = Path()
     report: Callable[[str, int, int], None] = lambda what, done, total: None
 
 
