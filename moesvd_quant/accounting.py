@@ -11,11 +11,12 @@ from .model.experts import expert_count, find_experts, shapes_of
 from .model.modeling_moesvd import FactorizedExperts, config_class, model_class
 from .model.stream import StreamedModel
 
+# In the order of safetensors, which writes the last of these first.
 _NAMES = {
     torch.uint8: "U8",
     torch.int16: "I16",
-    torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.bfloat16: "BF16",
     torch.float32: "F32",
 }
 
@@ -67,11 +68,10 @@ def stored_tensors(model) -> dict[str, torch.Tensor]:
 
 def file_bytes(tensors: dict[str, torch.Tensor]) -> int:
     """Size of a safetensors file of these tensors: 8 bytes, a padded JSON header, the data."""
-    header, offset = {}, 0
-    for name, tensor in tensors.items():
+    header, offset, kinds = {}, 0, list(_NAMES)
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-kinds.index(item[1].dtype), item[0])):
         end = offset + tensor.numel() * tensor.element_size()
-        kind = _NAMES.get(tensor.dtype, str(tensor.dtype))
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     header["__metadata__"] = {"format": "pt"}
     length = len(json.dumps(header, separators=(",", ":")))

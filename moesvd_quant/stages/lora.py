@@ -31,11 +31,24 @@ def plan(context: Context) -> Plan:
         raise StageError("lora.train: factors: this checkpoint's are packed; use adapters, or heal before gptq")
     if packed and options.frozen == "nf4":
         raise StageError("lora.frozen: nf4: this checkpoint is packed already; leave it out")
+    _require_original(context)
     try:
         layout = healed_layout(context.parent, options.rank, options.train == "adapters", options.attention)
     except TermError as error:
         raise StageError(str(error)) from error
     return Plan(layout, widths=context.widths)
+
+
+def _require_original(context: Context) -> None:
+    """StageError where the model to learn from is the very one to heal."""
+    if context.options.objective == "lm":
+        return
+    original = layout_of(StreamedModel(context.statistics.folder))
+    if original["experts"] or is_packed(original):
+        raise StageError(
+            f"lora.objective: {context.options.objective} learns from the original, and {context.statistics.folder} is "
+            "compressed already; run the whole recipe on the original model, or use objective: lm"
+        )
 
 
 def prepare(context: Context, planned: Plan, folder: Path) -> Plan:
@@ -51,6 +64,10 @@ def prepare(context: Context, planned: Plan, folder: Path) -> Plan:
 
 def _heal(context: Context, planned: Plan, folder: Path) -> None:
     options, state = context.options, folder / STATE
+    if options.objective != "lm" and context.parent.folder == context.statistics.folder:
+        raise StageError(
+            f"lora.objective: {options.objective}: nothing is compressed yet; put lora after svd, d2 or gptq"
+        )
     state.mkdir(exist_ok=True)
     validation, dtype = context.training.validation, context.statistics.dtype
     updates, history, adapters = (heal_layerwise if options.objective == "layerwise" else heal_whole)(
@@ -68,7 +85,7 @@ def _heal(context: Context, planned: Plan, folder: Path) -> None:
     if not math.isfinite(after):
         raise StageError(f"lora: the healed model's validation loss is {after}; lower lora.lr")
     write_curve(folder, history, OBJECTIVE[options.objective])
-    if adapters.config is not None:
+    if adapters.config is not None and after < before:
         save_peft(folder / ADAPTER, adapters.config, adapters.tensors, context.parent.folder.name)
     outcome = {
         "healed": after < before,

@@ -21,19 +21,13 @@ class Killed(BaseException):
     """As good as a kill: nothing catches it."""
 
 
-@pytest.fixture(scope="module")
-def compressed(make_model, tmp_path_factory, text):
-    """A factorized checkpoint to heal."""
-    overrides = [f"calibration.dataset={text}", "calibration.samples=24", "calibration.length=64", "svd.ratio=0.3"]
-    recipe = load_recipe("svd", [*overrides, "evaluate.perplexity=[]"])
-    return Run(recipe, make_model("mixtral"), tmp_path_factory.mktemp("svd")).run()[0]
-
-
 @pytest.fixture
 def make(compressed, tmp_path, small):
     def make(out: str, more: str = "") -> Run:
         (tmp_path / "r.yaml").write_text(RECIPE % (OPTIONS + (more or ", batch: 4")))
-        return Run(load_recipe(tmp_path / "r.yaml", small), compressed, tmp_path / out)
+        return Run(
+            load_recipe(tmp_path / "r.yaml", small), compressed("svd", "mixtral", "svd.ratio=0.3"), tmp_path / out
+        )
 
     return make
 
@@ -71,25 +65,22 @@ def test_killed_in_a_step_or_while_saving_the_files_are_the_same(make, monkeypat
     assert not [name for name in files(run) if "optimizer" in name or name.endswith((".pt", ".pth", ".bin"))]
 
 
-def test_a_layerwise_healing_goes_on_with_the_next_layer(make, monkeypatch):
-    more = ", batch: 4, objective: layerwise"
-    make("whole", more).run()
+def test_a_layerwise_healing_goes_on_with_the_next_layer(make_model, tmp_path, small, monkeypatch):
+    (tmp_path / "r.yaml").write_text(
+        f"stages: [{{svd: {{ratio: 0.3}}}}, {{lora: {{{OPTIONS}, objective: layerwise}}}}]"
+    )
+    make = lambda out: Run(load_recipe(tmp_path / "r.yaml", small), make_model("mixtral"), tmp_path / out)  # noqa: E731
+    make("whole").run()
     heal, healed = layerwise._heal_layer, []
-
-    def dying(context, streamed, visit, *rest):
-        if visit.index == 1 and not healed:
-            raise Killed
-        healed.append(visit.index)
-        return heal(context, streamed, visit, *rest)
-
-    monkeypatch.setattr(layerwise, "_heal_layer", dying)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(layerwise, "_heal_layer", lambda c, s, v, *r: _die_at(1, heal, c, s, v, *r))
-        make("parts", more).run()
-    healed.append("resumed")
-    make("parts", more).run()
-    assert healed == ["resumed", 1]
-    assert files(make("parts", more)) == files(make("whole", more))
+        patch.setattr(layerwise, "_heal_layer", lambda *given: _die_at(1, heal, *given))
+        make("parts").run()
+    monkeypatch.setattr(
+        layerwise, "_heal_layer", lambda c, s, visit, *r: healed.append(visit.index) or heal(c, s, visit, *r)
+    )
+    make("parts").run()
+    assert healed == [1]
+    assert files(make("parts")) == files(make("whole"))
 
 
 def _die_at(index, heal, context, streamed, visit, *rest):
@@ -101,7 +92,11 @@ def _die_at(index, heal, context, streamed, visit, *rest):
 def test_other_text_to_train_on_is_noticed(compressed, tmp_path, small, text):
     (tmp_path / "r.yaml").write_text(RECIPE % (OPTIONS + f", batch: 4, dataset: {tmp_path}/mine.txt"))
     (tmp_path / "mine.txt").write_text(text.read_text())
-    run = lambda: Run(load_recipe(tmp_path / "r.yaml", small), compressed, tmp_path / "o").run()  # noqa: E731
+    before = compressed("svd", "mixtral", "svd.ratio=0.3")
+
+    def run():
+        return Run(load_recipe(tmp_path / "r.yaml", small), before, tmp_path / "o").run()
+
     run()
     (tmp_path / "mine.txt").write_text(text.read_text()[::-1])
     with pytest.raises(RunError, match="01-lora: was made with another training; choose another --out"):
@@ -121,7 +116,7 @@ def test_training_stops_when_validation_no_longer_gains(losses, patience, expect
 def test_kill_9_at_random_times(make, compressed, tmp_path, small):
     whole = make("whole", ", batch: 16").run() and files(make("whole", ", batch: 16"))
     command = [sys.executable, "-m", "moesvd_quant.cli", "run", str(tmp_path / "r.yaml"), *small]
-    command += ["--model", str(compressed), "--out", str(tmp_path / "parts")]
+    command += ["--model", str(compressed("svd", "mixtral", "svd.ratio=0.3")), "--out", str(tmp_path / "parts")]
     killed = 0
     for tenths in range(80, 400, 15):
         process = subprocess.Popen(command, env=os.environ | {"MOESVD_THREADS": str(torch.get_num_threads())})
