@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 
 from ..calibration.text import HUB, TextError, documents, encode, load_documents, local_rows, sources_of, text_files
 
-NGRAM = 24  # tokens that have to follow each other to count as copied
+NGRAM = 24  # tokens that have to follow each other to count as copied; less in windows that are short
 LEAK_SHARE = 0.01  # of an evaluation text's n-grams
 ALPACA = "### Instruction:\n{instruction}\n\n{given}### Response:\n{output}"
 
@@ -102,10 +101,13 @@ def render(row: dict, tokenizer, where: str) -> str:
 
 def refuse_leaks(training: Training, texts: dict[str, str], tokenizer) -> None:
     """TextError where an evaluation text {name: source} is in the training windows: by content, not by name."""
-    known = np.unique(np.concatenate([_ngrams(ids) for ids in training.train.numpy()]))
+    length = training.train.shape[1]
+    size = min(NGRAM, length // 2)
+    whole = (length - size + 1) / length  # of the n-grams of a text that is cut into windows, those inside one
+    known = np.unique(np.concatenate([ngrams(ids, size) for ids in training.train.numpy()]))
     for name, source in texts.items():
-        shares = _ngrams(np.array(encode(tokenizer, "\n\n".join(load_documents(source))), dtype=np.int64))
-        share = float(np.isin(shares, known).mean()) if len(shares) else 0.0
+        found = ngrams(np.array(encode(tokenizer, "\n\n".join(load_documents(source))), dtype=np.int64), size)
+        share = min(1.0, float(np.isin(found, known).mean()) / whole) if len(found) else 0.0
         if share > LEAK_SHARE:
             raise TextError(
                 f"evaluate.perplexity: {share:.1%} of {name} ({source}) stands in the text that lora trains on; "
@@ -113,18 +115,13 @@ def refuse_leaks(training: Training, texts: dict[str, str], tokenizer) -> None:
             )
 
 
-@lru_cache
-def _powers() -> np.ndarray:
-    base = np.uint64(0x9E3779B97F4A7C15)
-    return np.cumprod(np.full(NGRAM, base, dtype=np.uint64))
-
-
-def _ngrams(ids: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of every run of NGRAM tokens."""
-    if len(ids) < NGRAM:
+def ngrams(ids: np.ndarray, size: int) -> np.ndarray:
+    """A 64-bit hash of every run of `size` tokens of ids (n,)."""
+    if len(ids) < size:
         return np.zeros(0, dtype=np.uint64)
     ids = ids.astype(np.uint64) + np.uint64(1)
-    rolled = np.zeros(len(ids) - NGRAM + 1, dtype=np.uint64)
-    for offset, power in enumerate(_powers()):
-        rolled += ids[offset : offset + len(rolled)] * power
-    return rolled
+    powers = np.cumprod(np.full(size, 0x9E3779B97F4A7C15, dtype=np.uint64))
+    hashes = np.zeros(len(ids) - size + 1, dtype=np.uint64)
+    for offset, power in enumerate(powers):
+        hashes += ids[offset : offset + len(hashes)] * power
+    return hashes
