@@ -13,14 +13,17 @@ from .terms import into_layout
 from .trainer import Loss, distill_loss, lm_loss, train
 
 
-def planned(streamed: StreamedModel, layout: dict, seed: int) -> tuple[nn.Module, list[str]]:
-    """The parent with all layers in memory, brought into `layout`; and the names of its new parameters."""
+def planned(streamed: StreamedModel, layout: dict, options, seed: int) -> tuple[nn.Module, list[str]]:
+    """The parent with all layers in memory, brought into `layout`, in NF4 if so wanted (layer by layer, so that it is
+    never whole in 16 bit); and the names of its new parameters."""
     streamed.load_outer()
     new = []
     for index, name in enumerate(streamed.layer_names):
         layer = streamed.load_layer(index)
         made = into_layout(layer, name, layout, streamed.dtype, layer_seed(seed, index))
         new += [f"{name}.{path}" for path in made]
+        if options.frozen == "nf4":
+            freeze_in_nf4(layer, *float_targets(layer, [""], options.attention))
     return streamed.model, new
 
 
@@ -28,9 +31,7 @@ def heal_whole(context, layout: dict, folder: Path) -> tuple[Updates, list[dict]
     """Trains as the stage's options say, with its state in `folder`: the updates, the log, the adapters."""
     options, dtype = context.options, context.statistics.dtype
     streamed = StreamedModel(context.parent.folder, dtype, context.device)
-    model, new = planned(streamed, layout, context.seed)
-    if options.frozen == "nf4":
-        freeze_in_nf4(model, *float_targets(model, streamed.layer_names, options.attention))
+    model, new = planned(streamed, layout, options, context.seed)
     trained = Trained(model, streamed.layer_names, options, new, context.seed)
     loss: Loss = lm_loss
     if options.objective == "distill":
