@@ -7,7 +7,7 @@ from pathlib import Path
 from .evaluation.plot import plot_bytes
 from .evaluation.record import RECORD, Wanted, evaluate, same_protocol, write
 from .evaluation.table import Table, render, table8
-from .recipe import load_recipe
+from .recipe import Evaluate, load_recipe
 from .runner import Run
 
 Report = Callable[[str, int, int], None]
@@ -29,7 +29,9 @@ def compare(
     finished runs and records by the same protocol stay. Returns the records and their table.
     """
     measure = Wanted(texts, length=length)
-    wanted = [load_recipe(name, [*overrides, "evaluate.perplexity=[]", "keep=last"]) for name in recipes]
+    loaded = [load_recipe(name, [*overrides, "evaluate.perplexity=[]", "keep=last"]) for name in recipes]
+    evaluated = Evaluate(perplexity=texts, length=length or "auto")  # a stage that trains refuses these as its text
+    wanted = [recipe.model_copy(update={"evaluate": evaluated}) for recipe in loaded]
     records = [measured(model, out / "00-original", measure, device)]
     for done, recipe in enumerate(wanted):
         report("recipes", done, len(wanted))

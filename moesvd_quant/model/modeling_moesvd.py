@@ -113,36 +113,51 @@ class Packed(nn.Module):
 
     def weight_rows(self, name: str, quant: dict | None, columns: int, dtype: torch.dtype, row: int | None):
         """Bank `name` (row None) or one row of it, dequantized into `dtype` where it is packed."""
-        get = self._parameters.get
         if quant is None:
-            bank = get(name)
+            bank = getattr(self, name)  # an adapter may stand in front of the parameter
             return (bank if row is None else bank[row]).to(dtype)
-        codes, scales, zeros = (get(f"{name}_{kind}") for kind in ("codes", "scales", "zeros"))
+        codes, scales, zeros = (self._parameters.get(f"{name}_{kind}") for kind in ("codes", "scales", "zeros"))
         if row is not None:
             codes, scales, zeros = codes[row], scales[row], None if zeros is None else zeros[row]
         return dequantize(codes, scales, zeros, quant, columns, dtype)
 
 
 class PackedLinear(Packed):
-    """nn.Linear with a packed weight (out, in) and an optional float bias. `weight` serves modules that multiply with
-    it themselves."""
+    """nn.Linear with a packed weight (out, in), an optional float bias, and where `quant` names a rank a float
+    low-rank term beside the weight: left (out, rank) @ right (rank, in). `weight` serves modules that
+    multiply with it themselves."""
 
     def __init__(self, in_features, out_features, bias, quant, dtype=None, device=None):
         super().__init__()
         self.in_features, self.out_features, self.quant = in_features, out_features, quant
         self.add_bank("weight", (out_features, in_features), quant, dtype, device)
+        if self.rank:
+            self.add_bank("left", (out_features, self.rank), None, dtype, device)
+            self.add_bank("right", (self.rank, in_features), None, dtype, device)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)  # follows casts
 
-    def dense_weight(self, dtype=torch.float32):
+    @property
+    def rank(self) -> int:
+        return self.quant.get("rank", 0)
+
+    def packed_weight(self, dtype=torch.float32):
         return self.weight_rows("weight", self.quant, self.in_features, dtype, None)
 
     @property
     def weight(self):
         return self.dense_weight(self.like.dtype)
 
+    def dense_weight(self, dtype=torch.float32):
+        """Effective weight (out, in)."""
+        weight = self.packed_weight(dtype)
+        return weight + self.left.to(dtype) @ self.right.to(dtype) if self.rank else weight
+
     def forward(self, x):
-        return F.linear(x, self.dense_weight(x.dtype), self.bias)
+        y = F.linear(x, self.packed_weight(x.dtype), self.bias)
+        if not self.rank:
+            return y
+        return y + F.linear(F.linear(x, self.right.to(x.dtype)), self.left.to(x.dtype))
 
 
 class FactorizedExperts(Packed):
@@ -166,6 +181,7 @@ class FactorizedExperts(Packed):
         for name, other in native.named_parameters(recurse=False):  # biases
             if name.partition("_codes")[0].partition("_scales")[0].partition("_zeros")[0] not in weights:
                 self.register_parameter(name, other)
+        self.is_transposed = False  # banks are (rows, out, in), whatever the native weights were; peft asks
         self.layout = layout
         self._maps: dict[tuple, Any] = {}
         kind = next(p for p in native.parameters() if p.is_floating_point())

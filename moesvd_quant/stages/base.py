@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class Context:
     limits: Limits = field(default_factory=Limits)
     pool: Pool = field(default_factory=Pool)
     surveyed: Progress = lambda done, total: None  # of planning layer by layer
+    # Of a stage that trains: the windows, where its state lies while it works, and whom to tell of progress.
+    training: Any = None
+    folder: Path = Path()
+    report: Callable[[str, int, int], None] = lambda what, done, total: None
 
     def each_layer(self, work: LayerFunction, report: Progress, todo: Container[int] | None = None) -> Iterator:
         """(index, work(context, index, layer, its statistics)) of each layer (of `todo`) of the input checkpoint, as
