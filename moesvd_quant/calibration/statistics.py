@@ -19,9 +19,9 @@ class LayerRecorder:
     """Attaches to a decoder layer, sums its statistics while batches pass, and detaches.
 
     tensors: {path/tokens (E,) int64, path/gram_in (E, hidden, hidden), path/gram_mid (E, inner, inner),
-    path/magnitudes (E, bins) int64, path/magnitude_sum (E,) float64} for each experts module, and
-    {path/gram (in, in), path/tokens ()} for each other linear. Linears that read the same tensor (q, k, v)
-    share one Gram matrix: `aliases` names the one that holds it.
+    path/abs_in (E, hidden) and path/abs_mid (E, inner) of absolute values, path/magnitudes (E, bins) int64,
+    path/magnitude_sum (E,) float64} for each experts module, and {path/gram (in, in), path/tokens ()} for each other
+    linear. Linears that read the same tensor (q, k, v) share one Gram matrix: `aliases` names the one that holds it.
     """
 
     def __init__(self, layer: nn.Module):
@@ -70,6 +70,8 @@ class LayerRecorder:
             f"{path}/tokens": zeros(count, dtype=torch.int64),
             f"{path}/gram_in": zeros(count, hidden, hidden),
             f"{path}/gram_mid": zeros(count, inner, inner),
+            f"{path}/abs_in": zeros(count, hidden),
+            f"{path}/abs_mid": zeros(count, inner),
             f"{path}/magnitudes": zeros(count, OCTAVES * BINS_PER_OCTAVE, dtype=torch.int64),
             f"{path}/magnitude_sum": zeros(count, dtype=torch.float64),
         }
@@ -105,6 +107,8 @@ class LayerRecorder:
         sums[f"{path}/gram_in"][expert] += x.T @ x
         sums[f"{path}/gram_mid"][expert] += inner.T @ inner
         size = inner.abs()
+        sums[f"{path}/abs_in"][expert] += x.abs().sum(0)
+        sums[f"{path}/abs_mid"][expert] += size.sum(0)
         octave = size.clamp(min=2.0**LOWEST_OCTAVE).log2() - LOWEST_OCTAVE
         bins = (octave * BINS_PER_OCTAVE).long().clamp(max=OCTAVES * BINS_PER_OCTAVE - 1)
         sums[f"{path}/magnitudes"][expert] += torch.bincount(bins.flatten(), minlength=OCTAVES * BINS_PER_OCTAVE)

@@ -20,7 +20,7 @@ from .effect import measure_effects
 from .fisher import expert_fisher
 from .statistics import LayerRecorder
 
-WALK_VERSION = 1
+WALK_VERSION = 2
 BATCH_SIZE = 8  # part of the result: sums run batch by batch
 CAP_BYTES = 64 * 10**9
 FISHER_SEQUENCES = 1024  # of the calibration windows, as in D2-MoE
@@ -69,7 +69,7 @@ class Statistics:
         for layer in meta.decoder.layers:
             for _, experts in find_experts(layer):
                 hidden, inner = shapes_of(experts)["down"]
-                total += 4 * expert_count(experts) * (hidden**2 + inner**2)
+                total += 4 * expert_count(experts) * (hidden**2 + inner**2 + hidden + inner)
             total += sum(4 * linear.in_features**2 for _, linear in find_linears(layer))
         return total
 

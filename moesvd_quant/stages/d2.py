@@ -2,46 +2,50 @@
 
 import torch
 
-from ..allocate import level_ranks
 from ..calibration.metric import shrink
 from ..decompose.deltas import merge_base, share_deltas
+from ..decompose.ranks import level_ranks
 from ..decompose.whitening import whitened_svd
-from ..layout import factor_part, layout_of
+from ..layout import factor_part, layout_of, parts_by_rank
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
 from ..model.modeling_moesvd import FactorizedExperts
 from .base import Context, Plan, StageError, errors_of, expert_grams, factorized, require_experts, weak_experts
+from .paper import own_ranks
 
 
 def plan(context: Context) -> Plan:
     """One base per projection; one rank share for all deltas spends the rest of what the ratio leaves."""
     require_experts(context.parent)
-    layout, groups = layout_of(context.parent), {}
+    options, layout = context.options, layout_of(context.parent)
+    survey: dict[str, dict] = {}
     for layer, name in zip(context.parent.decoder.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
             if isinstance(experts, FactorizedExperts):
                 raise StageError(f"{name}.{path}: is factorized already; stage d2 needs an original model")
-            for projection, shape in shapes_of(experts).items():
-                groups[f"{name}.{path}", projection] = expert_count(experts), shape
-    total = sum(count * out * in_features for count, (out, in_features) in groups.values())
-    bases = sum(out * in_features for _, (out, in_features) in groups.values())
-    left = int(total * (1 - context.options.ratio)) - bases
-    units = [
-        count * out + (1 if context.options.shared_v else count) * in_features
-        for count, (out, in_features) in groups.values()
-    ]
-    ranks = level_ranks(units, [min(shape) for _, shape in groups.values()], max(left, 0))
-    if min(ranks) == 0:
+            survey[f"{name}.{path}"] = {"experts": expert_count(experts), "shapes": shapes_of(experts)}
+    items = [(path, projection) for path, entry in survey.items() for projection in entry["shapes"]]
+    shapes = [survey[path]["shapes"][projection] for path, projection in items]
+    total = sum(survey[path]["experts"] * out * i for (path, _), (out, i) in zip(items, shapes))
+    bases = sum(out * in_features for out, in_features in shapes)
+    left = max(int(total * (1 - options.ratio)) - bases, 0)
+    if options.shared_v:
+        units = [survey[path]["experts"] * out + i for (path, _), (out, i) in zip(items, shapes)]
+        shared = level_ranks(units, [min(shape) for shape in shapes], left)
+        ranks = {item: [rank] * survey[item[0]]["experts"] for item, rank in zip(items, shared)}
+    else:
+        ranks = own_ranks(survey, items, left)
+    if min(map(min, ranks.values())) == 0:
         raise StageError(
-            f"ratio {context.options.ratio}: the bases take {bases / total:.1%} of the expert parameters and "
+            f"ratio {options.ratio}: the bases take {bases / total:.1%} of the expert parameters and "
             "leave some deltas no rank; lower it"
         )
     decisions: dict = {}
-    for ((path, projection), (count, _)), rank in zip(groups.items(), ranks):
-        everyone = list(range(count))
-        right = [0] * count if context.options.shared_v else None
-        base = {"experts": everyone, "dense": [0] * count, "quant": {}}
-        layout["experts"].setdefault(path, {})[projection] = [base, factor_part(everyone, rank, right=right)]
-        decisions.setdefault(path, {}).setdefault("ranks", {})[projection] = rank
+    for (path, projection), found in ranks.items():
+        everyone = list(range(len(found)))
+        base = {"experts": everyone, "dense": [0] * len(found), "quant": {}}
+        deltas = [factor_part(everyone, found[0], right=[0] * len(found))] if options.shared_v else parts_by_rank(found)
+        layout["experts"].setdefault(path, {})[projection] = [base, *deltas]
+        decisions.setdefault(path, {}).setdefault("ranks", {})[projection] = found[0] if options.shared_v else found
     return Plan(layout, decisions)
 
 
@@ -54,15 +58,17 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
         weights, tokens = split_projections(native), statistics[f"{path}/tokens"]
         layout = plan.layout["experts"][full]
         banks: dict[str, torch.Tensor] = {}
-        for name, (_, deltas) in layout.items():
+        for name, (_, *deltas) in layout.items():
             base = _base(context, full, name, weights[name], tokens)
             rest = weights[name].double() - base
-            if context.options.shared_v:
-                left, right = share_deltas(rest, grams[name], deltas["rank"])
-            else:
-                pairs = [whitened_svd(delta, gram, deltas["rank"]) for delta, gram in zip(rest, grams[name])]
-                left, right = (torch.stack(side) for side in zip(*pairs))
-            banks |= {f"{name}_0_dense": base[None], f"{name}_1_left": left, f"{name}_1_right": right}
+            banks[f"{name}_0_dense"] = base[None]
+            for i, part in enumerate(deltas, 1):
+                if context.options.shared_v:
+                    left, right = share_deltas(rest, grams[name], part["rank"])
+                else:
+                    pairs = [whitened_svd(rest[e], grams[name][e], part["rank"]) for e in part["experts"]]
+                    left, right = (torch.stack(side) for side in zip(*pairs))
+                banks |= {f"{name}_{i}_left": left, f"{name}_{i}_right": right}
         made = factorized(native, layout, banks)
         layer.set_submodule(path, made)
         report[full] = errors_of(made, weights, grams) | {"weak_experts": weak_experts(statistics, path)}
