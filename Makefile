@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo clean
+.PHONY: venv test test-slow lint demo bench-ablations clean
 
 venv: .venv/.installed
 
@@ -27,5 +27,9 @@ lint: venv
 demo: venv
 	$(BIN)/moesvd demo --out demo-out
 
+# ABLATIONS: options of moesvd_quant/ablations.py, for example --text wikitext2 --calibration mine.txt --table 5
+bench-ablations: venv
+	$(BIN)/python -m moesvd_quant.ablations $(ABLATIONS)
+
 clean:
-	rm -rf demo-out
+	rm -rf demo-out ablations-out
