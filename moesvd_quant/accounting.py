@@ -14,6 +14,7 @@ from .model.stream import StreamedModel
 _NAMES = {
     torch.uint8: "U8",
     torch.int16: "I16",
+    torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float32: "F32",

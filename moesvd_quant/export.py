@@ -25,6 +25,8 @@ def export_checkpoint(folder: Path, out: Path, to: str) -> None:
     if not hasattr(parent.config, "moesvd"):
         raise ModelError(f"{folder}: is not one of our checkpoints; there is nothing to export")
     model = load(folder)
+    if to == "dense":
+        _require_dense_form(model)
     out.mkdir(parents=True, exist_ok=True)
     if to == "dense":
         _export_dense(model, parent, out)
@@ -57,6 +59,14 @@ def _export_dense(model, parent: StreamedModel, out: Path) -> None:
     native.tie_weights()
     native.generation_config = model.generation_config
     native.save_pretrained(out)
+
+
+def _require_dense_form(model) -> None:
+    for path, module in model.named_modules():
+        if "channel_prior" in module._parameters:
+            raise ModelError(
+                f"{path}: each token chooses channels of the base (d2.dynamic): no dense weight does the same"
+            )
 
 
 def _fused(module: FactorizedExperts, dtype) -> dict[str, torch.Tensor]:

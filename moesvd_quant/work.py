@@ -156,7 +156,8 @@ def _label(stage) -> str:
         ratio = "" if options.ratio is None else f"{round(options.ratio * 100)}"
         return f"{label}-{ratio}" if label[-1].isdigit() else label + ratio
     if stage.name == "d2":
-        return f"d2-{options.merge}{round(options.ratio * 100)}"
+        pruned = f"-p{round(options.static * 100)}+{round(options.dynamic * 100)}-"
+        return f"d2-{options.merge}{pruned if options.static or options.dynamic else ''}{round(options.ratio * 100)}"
     if stage.name == "gptq":
         return f"{'rtn' if options.rtn else 'gptq'}{options.bits or ''}"
     return stage.name

@@ -5,15 +5,17 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import moesvd_quant
 from moesvd_quant.calibration.metric import shrink
 from moesvd_quant.calibration.statistics import LayerRecorder
 from moesvd_quant.calibration.store import BATCH_SIZE
 from moesvd_quant.decompose.whitening import refit_left
+from moesvd_quant.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts, split_projections
 from moesvd_quant.model.modeling_moesvd import part_banks
-from moesvd_quant.model.stream import StreamedModel
+from moesvd_quant.model.stream import ModelError, StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
 from moesvd_quant.stages import svd
@@ -188,3 +190,57 @@ def test_an_interrupted_update_gives_the_same_files(make_model, tmp_path, small,
     (parts,) = make("svd-llm", folder, tmp_path / "parts", small, "svd.update=true").run()
     for file in sorted(whole.glob("*.safetensors")):
         assert file.read_bytes() == (parts / file.name).read_bytes()
+
+
+PRUNED = ["d2.ratio=0.4", "d2.static=0.25", "d2.dynamic=0.25"]
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_a_pruned_base_is_stored_small_quantized_and_counted_exactly(architecture, make_model, tmp_path, small):
+    folder = make_model(architecture)
+    run = make("d2-gptq4", folder, tmp_path, small, *PRUNED, "gptq.bits=8", "gptq.attention=false")
+    first, second = run.run()
+    inner = 96 if architecture == "mixtral" else 64
+    ids = run.windows[:4]
+    outputs = []
+    for checkpoint in (folder, first, second):
+        model = moesvd_quant.load(checkpoint, dtype=torch.float32)
+        with torch.no_grad():
+            outputs.append(model(ids).logits)
+        for _, experts in find_experts(model) if checkpoint != folder else ():
+            assert experts.layout["down"][0]["columns"] == len(experts.channels) == inner * 3 // 4
+            assert experts.layout["up"][0]["dynamic"] == inner // 2 and "dynamic" not in experts.layout["gate"][0]
+            assert experts.channels.dtype == experts.channel_prior.dtype == torch.int32
+    # Rounding in 8 bits moves little, but for channels near the edge of a token's choice, which may change places.
+    assert 0 < (outputs[2] - outputs[1]).norm() < 0.15 * (outputs[1] - outputs[0]).norm()
+    for checkpoint in (first, second):
+        account = json.loads((checkpoint / "moesvd.json").read_text())["accounting"]
+        assert account["disk_bytes"] == sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+        assert account["expert_ratio"] == pytest.approx(0.4, abs=0.01)
+    found = json.loads((first / "moesvd.json").read_text())["decisions"]
+    assert next(iter(found.values()))["base channels"] == {"stored": inner * 3 // 4, "used": inner // 2}
+
+
+def test_a_base_without_pruning_is_the_limit_of_a_pruned_one(make_model, tmp_path, small):
+    """A dynamic share too small to leave out a channel changes nothing."""
+    folder, outputs = make_model("mixtral"), []
+    for name, dynamic in (("a", 0.0), ("b", 0.004)):
+        (checkpoint,) = make("d2-paper", folder, tmp_path / name, small, f"d2.dynamic={dynamic}").run()
+        with torch.no_grad():
+            outputs.append(moesvd_quant.load(checkpoint)(torch.arange(200).view(4, 50)).logits)
+    assert torch.allclose(*outputs, atol=1e-4)
+
+
+def test_dynamic_pruning_has_no_dense_form_and_static_has_an_exact_one(make_model, tmp_path, small):
+    folder, ids = make_model("mixtral"), torch.arange(200).view(4, 50)
+    (static,) = make("d2-paper", folder, tmp_path / "s", small, "d2.static=0.25").run()
+    export_checkpoint(static, tmp_path / "dense", "dense")
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(ids).logits
+        assert torch.allclose(plain, moesvd_quant.load(static)(ids).logits, atol=2e-4)
+    (dynamic,) = make("d2-paper", folder, tmp_path / "d", small, *PRUNED).run()
+    with pytest.raises(ModelError, match=r"mlp\.experts: each token chooses channels of the base .*no dense weight"):
+        export_checkpoint(dynamic, tmp_path / "none", "dense")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ModelError, match=r"each token chooses channels .*in one recipe on the original model"):
+        make("gptq4", dynamic, tmp_path / "again", small).run()

@@ -88,6 +88,11 @@ def test_no_budgets(text):
         ),
         ("stages: [{svd: {ratio: 0.4, method: paper, select: fp, outlier: 3.0}}]", ["outlier: only with a in select"]),
         (
+            "stages: [{d2: {ratio: 0.4, static: 0.5, dynamic: 0.5}}]",
+            ["mine.yaml:1: stages[0].d2: static 0.5 and dynamic"],
+        ),
+        ("stages: [{d2: {ratio: 0.4, dynamic: 1.0}}]", ["mine.yaml:1: stages[0].d2.dynamic:", "got 1.0"]),
+        (
             "stages: [{svd: {ratio: 0.4, method: paper, shared_v: false, groups: 2, literal: true}}]",
             ["groups, literal: only with shared_v: true"],
         ),

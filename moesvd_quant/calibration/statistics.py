@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..model.experts import activate, dense_weights, expert_count, find_experts, find_linears, shapes_of
+from ..model.stream import ModelError
 
 # Magnitudes of activations are counted in bins of 1/16 octave, so that the outlier share of any threshold
 # can be read later without a second walk.
@@ -62,6 +63,11 @@ class LayerRecorder:
         self._add(path + "/tokens", torch.tensor(len(flat)))
 
     def _attach_experts(self, path: str, module: nn.Module) -> None:
+        if "channel_prior" in module._parameters:
+            raise ModelError(
+                f"{path}: each token chooses channels of the base (d2.dynamic): what its experts see cannot be "
+                "recorded; run all stages in one recipe on the original model"
+            )
         count, shapes = expert_count(module), shapes_of(module)
         hidden, inner = shapes["down"]
         device = next(module.parameters()).device

@@ -4,6 +4,15 @@ import torch
 
 from ..calibration.metric import shrink
 from ..decompose.deltas import merge_base, share_deltas
+from ..decompose.pruning import (
+    base_parameters,
+    channel_scores,
+    delta_ratio,
+    kept_channels,
+    kept_counts,
+    output_energy,
+    token_choice,
+)
 from ..decompose.ranks import level_ranks
 from ..decompose.whitening import whitened_svd
 from ..layout import factor_part, layout_of, parts_by_rank
@@ -26,7 +35,13 @@ def plan(context: Context) -> Plan:
     items = [(path, projection) for path, entry in survey.items() for projection in entry["shapes"]]
     shapes = [survey[path]["shapes"][projection] for path, projection in items]
     total = sum(survey[path]["experts"] * out * i for (path, _), (out, i) in zip(items, shapes))
-    bases = sum(out * in_features for out, in_features in shapes)
+    kept = {
+        path: kept_counts(entry["shapes"]["down"][1], options.static, options.dynamic) for path, entry in survey.items()
+    }
+    bases = sum(
+        base_parameters(list(entry["shapes"].values()), entry["shapes"]["down"][1], kept[path][0])
+        for path, entry in survey.items()
+    )
     left = max(int(total * (1 - options.ratio)) - bases, 0)
     if options.shared_v:
         units = [survey[path]["experts"] * out + i for (path, _), (out, i) in zip(items, shapes)]
@@ -43,10 +58,22 @@ def plan(context: Context) -> Plan:
     for (path, projection), found in ranks.items():
         everyone = list(range(len(found)))
         base = {"experts": everyone, "dense": [0] * len(found), "quant": {}}
+        if options.static or options.dynamic:
+            base |= _pruned(projection, "gate" in survey[path]["shapes"], *kept[path], bool(options.dynamic))
         deltas = [factor_part(everyone, found[0], right=[0] * len(found))] if options.shared_v else parts_by_rank(found)
         layout["experts"].setdefault(path, {})[projection] = [base, *deltas]
-        decisions.setdefault(path, {}).setdefault("ranks", {})[projection] = found[0] if options.shared_v else found
+        decision = decisions.setdefault(path, {"base channels": {"stored": kept[path][0], "used": kept[path][1]}})
+        decision.setdefault("ranks", {})[projection] = found[0] if options.shared_v else found
+        ratio = delta_ratio(sum(found) / len(found), survey[path]["shapes"][projection])
+        decision.setdefault("delta_ratio", {})[projection] = round(ratio, 4)
     return Plan(layout, decisions)
+
+
+def _pruned(projection: str, has_gate: bool, stored: int, used: int, dynamic: bool) -> dict:
+    """What the layout says of a pruned base. The first projection is whole for every token: it makes the choice."""
+    size = {"columns" if projection == "down" else "rows": stored}
+    follows = projection == "down" or (projection == "up" and has_gate)
+    return size | ({"dynamic": used} if dynamic and follows else {})
 
 
 def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
@@ -57,11 +84,12 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
         grams = expert_grams(statistics, path, context.device, shrink)
         weights, tokens = split_projections(native), statistics[f"{path}/tokens"]
         layout = plan.layout["experts"][full]
-        banks: dict[str, torch.Tensor] = {}
-        for name, (_, *deltas) in layout.items():
-            base = _base(context, full, name, weights[name], tokens)
-            rest = weights[name].double() - base
-            banks[f"{name}_0_dense"] = base[None]
+        bases = {name: _base(context, full, name, weights[name], tokens) for name in layout}
+        banks = _channels(bases, layout, statistics, path)
+        for name, (part, *deltas) in layout.items():
+            stored, held = _pruned_base(bases[name], part, banks.get("channels"))
+            rest = weights[name].double() - held  # deltas stand for what the base that is stored leaves over
+            banks[f"{name}_0_dense"] = stored[None]
             for i, part in enumerate(deltas, 1):
                 if context.options.shared_v:
                     left, right = share_deltas(rest, grams[name], part["rank"])
@@ -80,3 +108,33 @@ def _base(context: Context, full: str, name: str, weights, tokens) -> torch.Tens
         return context.statistics.fisher_base(full, name, context.progress).to(weights.device).double()
     importance = tokens.double() if context.options.merge == "frequency" else torch.ones(len(weights))
     return merge_base(weights, importance.to(weights.device))
+
+
+def _pruned_base(base: torch.Tensor, part: dict, channels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The base as it is stored, and the same at full size with zeros."""
+    axis = 0 if "rows" in part else 1
+    if channels is None:
+        return base, base
+    stored = base.index_select(axis, channels.to(base.device))
+    return stored, torch.zeros_like(base).index_copy(axis, channels.long().to(base.device), stored)
+
+
+def _channels(bases: dict, layout: dict, statistics: dict, path: str) -> dict[str, torch.Tensor]:
+    """The tensors of `modeling_moesvd.channel_tensors`, int32; none where the base is not pruned."""
+    down = layout["down"][0]
+    if "columns" not in down:
+        return {}
+    tokens = int(statistics[f"{path}/tokens"].sum())
+    gram_in, gram_mid = (statistics[f"{path}/{key}"].double().sum(0) for key in ("gram_in", "gram_mid"))
+    wide = bases["down"].cpu()
+    scores = channel_scores(gram_mid.diagonal() / tokens, wide)
+    kept = kept_channels(scores, down["columns"])
+    if "dynamic" not in down:
+        return {"channels": kept.int()}
+    up_energy = output_energy(bases["up"].cpu()[kept], gram_in, tokens) if "gate" in bases else torch.ones(len(kept))
+    prior, weight = token_choice(scores[kept], wide[:, kept], up_energy)
+    return {
+        "channels": kept.int(),
+        "channel_prior": prior.view(torch.int32),
+        "channel_weight": weight.view(torch.int32),
+    }

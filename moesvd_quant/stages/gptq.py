@@ -64,7 +64,7 @@ def _pack_experts(layout: dict, shapes: dict, full: str, options, widths: dict |
                 raise StageError(f"{full}.{name}: is quantized already")
             bits = widths[name][i] if widths else None
             part["quant"] = {
-                bank: _quant(options, shape[-1], f"{full}.{name}", bank == "left", bits)
+                bank: _quant(options, shape[-1], f"{full}.{name}", bank == "left" or "columns" in part, bits)
                 for bank, shape in part_banks(part, *shapes[name]).items()
             }
 
@@ -140,17 +140,18 @@ def _quantize_experts(context, full, experts, own, blended, layout):
             later = {e for other in parts[i + 1 :] for e in other["experts"]}
             for expert in later & set(part["experts"]):
                 at = part["experts"].index(expert)
-                targets[expert] = targets[expert] - _product(part, made, at).to(targets[expert])
+                targets[expert] = targets[expert] - _product(experts, part, made, at).to(targets[expert])
     module = FactorizedExperts(experts, layout)
     for key, packed in banks.items():
         _fill(module, key, packed, stacked=True)
     return module, errors_of(module, wanted, own)
 
 
-def _product(part: dict, made: dict, at: int) -> torch.Tensor:
-    """What a packed part contributes to its expert number `at`."""
+def _product(experts, part: dict, made: dict, at: int) -> torch.Tensor:
+    """What a packed part of an experts module contributes to its expert number `at`."""
     if "dense" in part:
-        return made["dense"][part["dense"][at]].dense()
+        dense = made["dense"][part["dense"][at]].dense()
+        return experts.spread(part, dense) if "rows" in part or "columns" in part else dense
     return made["left"][part["left"][at]].dense() @ made["right"][part["right"][at]].dense()
 
 
@@ -162,9 +163,13 @@ def _quantize_part(context, full, name, i, part, experts, targets, grams):
         for row in range(max(part["dense"]) + 1):
             sharers = [e for e, r in zip(users, part["dense"]) if r == row]
             where = f"{full}.{name}[{', '.join(map(str, sharers))}]"
-            alone = len(sharers) == 1
-            weight = targets[sharers[0]] if alone else experts.bank(name, i, "dense", torch.float32, row)
-            packed.append(_quantize(context, where, weight, sum(grams[e] for e in sharers), part["quant"]["dense"]))
+            whole = len(sharers) == 1 and "rows" not in part and "columns" not in part
+            weight = targets[sharers[0]] if whole else experts.bank(name, i, "dense", torch.float32, row)
+            gram = sum(grams[e] for e in sharers)
+            if "columns" in part:
+                kept = experts.channels.long()
+                gram = gram[kept][:, kept]
+            packed.append(_quantize(context, where, weight, gram, part["quant"]["dense"]))
         return {"dense": packed}
     lefts, rights = quantize_factors(
         [targets[e] for e in users],

@@ -122,11 +122,21 @@ class D2Options(StageOptions):
     ratio: float = Field(description="fraction of routed-expert parameters removed, between 0 and 1")
     merge: Literal["fisher", "frequency", "mean"] = Field("fisher", description="what weights the experts in the base")
     shared_v: bool = Field(False, description="one right factor for the deltas of all experts")
+    static: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the base's channels left out")
+    dynamic: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the base's channels that each token leaves out by its own choice; they are stored"
+    )
 
     @field_validator("ratio")
     @classmethod
     def _ratio(cls, value):
         return check_ratio(value)
+
+    @model_validator(mode="after")
+    def _something_left(self):
+        if self.static + self.dynamic >= 1:
+            raise ValueError(f"static {self.static} and dynamic {self.dynamic}: leave nothing of the base; lower them")
+        return self
 
 
 class GptqOptions(StageOptions):
