@@ -31,10 +31,10 @@ def outlier_distribution(weights: Sequence[torch.Tensor], norms: Sequence[torch.
     """
     total = count = 0.0
     for weight, norm in zip(weights, norms):
-        total += float((weight.double().abs().sum(0) * norm.double()).sum())
+        total += float((weight.double().abs().sum(0) * norm.double().to(weight.device)).sum())
         count += weight.numel()
     edge = multiple * total / count
-    above = sum(int((w.double().abs() * n.double() > edge).sum()) for w, n in zip(weights, norms))
+    above = sum(int((w.double().abs() * n.double().to(w.device) > edge).sum()) for w, n in zip(weights, norms))
     return above / count
 
 

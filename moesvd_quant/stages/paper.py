@@ -72,17 +72,23 @@ def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
         decisions[path] = {"sensitivity": entry["sensitivity"], "decomposed": decomposed}
         layout[path] = dense_layout(entry["experts"], entry["shapes"])
     if options.shared_v:
-        ranks = level_ranks([units[p][n] for p, n in items], [survey[p]["full"][n] for p, n in items], left_over)
-        for (path, name), rank in zip(items, ranks):
-            layout[path][name] = [_shared_part(survey[path], rank, options)]
-            decisions[path].setdefault("ranks", {})[name] = rank
+        full_ranks = [survey[path]["full"][name] for path, name in items]
+        shared = level_ranks([units[path][name] for path, name in items], full_ranks, left_over)
+        ranks = {item: [rank] for item, rank in zip(items, shared)}
     else:
-        for (path, name), ranks in own_ranks(survey, items, left_over).items():
-            layout[path][name] = parts_by_rank(ranks)
-            decisions[path].setdefault("ranks", {})[name] = ranks
-    if any(part.get("rank") == 0 for parts in layout.values() for found in parts.values() for part in found):
-        raise StageError(f"ratio {options.ratio} leaves some matrices no rank at all; lower it")
+        ranks = own_ranks(survey, items, left_over)
+    require_ranks(ranks, options.ratio)
+    for (path, name), found in ranks.items():
+        shared_part = [_shared_part(survey[path], found[0], options)] if options.shared_v else []
+        layout[path][name] = shared_part or parts_by_rank(found)
+        decisions[path].setdefault("ranks", {})[name] = found[0] if options.shared_v else found
     return layout, decisions
+
+
+def require_ranks(ranks: dict[tuple[str, str], list[int]], ratio: float) -> None:
+    """StageError where a matrix would be nothing at all."""
+    if min(map(min, ranks.values())) == 0:
+        raise StageError(f"ratio {ratio} leaves some matrices no rank at all; lower it")
 
 
 def own_ranks(survey: dict, items: list[tuple[str, str]], budget: int) -> dict[tuple[str, str], list[int]]:

@@ -13,7 +13,7 @@ from ..model.experts import expert_count, find_experts, shapes_of, split_project
 from ..model.modeling_moesvd import FactorizedExperts
 from .allocation import plan_budget
 from .base import Context, Plan, StageError, errors_of, expert_grams, factorized, require_experts, weak_experts
-from .paper import own_ranks, plan_paper, survey_layer
+from .paper import own_ranks, plan_paper, require_ranks, survey_layer
 
 
 def plan(context: Context) -> Plan:
@@ -84,9 +84,9 @@ def _plan_uniform(survey, budget, options):
     items = [(path, name) for path, entry in survey.items() for name in entry["shapes"]]
     layout: dict = {}
     decisions: dict = {}
-    for (path, name), ranks in own_ranks(survey, items, budget).items():
-        if min(ranks) == 0:
-            raise StageError(f"ratio {options.ratio} leaves some matrices no rank at all; lower it")
+    found = own_ranks(survey, items, budget)
+    require_ranks(found, options.ratio)
+    for (path, name), ranks in found.items():
         layout.setdefault(path, {})[name] = parts_by_rank(ranks)
         decisions.setdefault(path, {}).setdefault("ranks", {})[name] = ranks
     return layout, decisions
