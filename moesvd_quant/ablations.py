@@ -1,5 +1,6 @@
 """Tables 4 to 7 of MoE-SVD on any model: `python -m moesvd_quant.ablations`, or `make bench-ablations`."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def rows_of(number: int, ratio: float, experts: int, calibrations: Sequence[str]
             "SVD, all layers": (paper | OWN | {"select": "uniform"}, first),
             "SVD, layers by OWL": (paper | OWN | {"select": "owl"}, first),
             "SVD, layers by sensitivity": (paper | OWN, first),
-            "MoE-SVD": (paper, first),
+            "MoE-SVD": (paper | {"trim_u": max(experts - 2, 0)}, first),
         }
     if number == 5:
         return {"·".join(metric): (paper | OWN | {"select": metric}, first) for metric in METRICS}
@@ -51,12 +52,13 @@ def run_table(
 ) -> Table:  # fmt: skip
     """Runs the recipes of a table under OUT; what each removed, and from which layers, and perplexity on each text."""
     rows, files = rows_of(number, ratio, experts, calibrations), []
-    for at, (options, text) in enumerate(rows.values()):
+    out.mkdir(parents=True, exist_ok=True)
+    for options, text in rows.values():
         calibration = {"dataset": text, "samples": samples, "length": length or "auto"}
-        file = out / f"table{number}-{round(ratio * 100)}-{at}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump({"calibration": calibration, "stages": [{"svd": options}]}))
-        files.append(str(file))
+        content = yaml.safe_dump({"calibration": calibration, "stages": [{"svd": options}]})
+        # Named by what it says: a recipe that stands in two tables runs once.
+        files.append(str(out / f"svd-{hashlib.sha256(content.encode()).hexdigest()[:12]}.yaml"))
+        Path(files[-1]).write_text(content)
     records, _ = compare(model, files, out, texts, length, (), device, report)
     columns = ["", "experts removed %", "layers decomposed", *texts]
     made: list[list[str | float]] = []
