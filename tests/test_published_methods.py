@@ -2,15 +2,19 @@
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 import moesvd_quant
+from moesvd_quant import accounting
 from moesvd_quant.calibration.metric import shrink
 from moesvd_quant.calibration.statistics import LayerRecorder
 from moesvd_quant.calibration.store import BATCH_SIZE
+from moesvd_quant.decompose.pruning import delta_rank, delta_ratio
 from moesvd_quant.decompose.whitening import refit_left
 from moesvd_quant.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts, split_projections
@@ -18,9 +22,9 @@ from moesvd_quant.model.modeling_moesvd import part_banks
 from moesvd_quant.model.stream import ModelError, StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
-from moesvd_quant.stages import svd
-from moesvd_quant.stages.base import StageError
-from moesvd_quant.stages.options import SvdOptions
+from moesvd_quant.stages import d2, svd
+from moesvd_quant.stages.base import Context, StageError
+from moesvd_quant.stages.options import D2Options, SvdOptions
 from moesvd_quant.stages.paper import plan_paper
 from moesvd_quant.stages.svd import _plan_uniform
 
@@ -244,3 +248,20 @@ def test_dynamic_pruning_has_no_dense_form_and_static_has_an_exact_one(make_mode
     assert not (tmp_path / "none").exists()
     with pytest.raises(ModelError, match=r"each token chooses channels .*in one recipe on the original model"):
         make("gptq4", dynamic, tmp_path / "again", small).run()
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.6])
+def test_the_plan_of_mixtral_8x7b_is_the_accounting_of_the_paper(ratio):
+    """Throughput settings at real shapes, on the meta device: only the static half counts as removed."""
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_local_experts": 8}
+    config = MixtralConfig(**shape, num_attention_heads=32, num_key_value_heads=8, vocab_size=32000)
+    parent = StreamedModel.described(config, SimpleNamespace(folder=Path("mixtral-8x7b"), device="cpu"))
+    made = d2.plan(Context(parent, None, D2Options(ratio=ratio, static=0.3, dynamic=0.3), 0, torch.device("cpu")))
+    account = accounting.account(parent, made.layout)
+    assert account.original_params == pytest.approx(46.703e9, rel=1e-4)
+    assert account.expert_ratio == pytest.approx(ratio, abs=1e-4)
+    base, unit = 32 * 3 * 4096 * 14336, 32 * 8 * 3 * (4096 + 14336)
+    rank = delta_rank(account.params, account.params - account.expert_params, base, 1 - 10032 / 14336, unit)
+    found = [d["delta_ratio"][name] for d in made.decisions.values() for name in ("gate", "up", "down")]
+    assert sum(found) / len(found) == pytest.approx(delta_ratio(rank, (14336, 4096)), abs=1e-3)
+    assert next(iter(made.decisions.values()))["base channels"] == {"stored": 10032, "used": 5734}

@@ -32,28 +32,10 @@ def plan(context: Context) -> Plan:
             if isinstance(experts, FactorizedExperts):
                 raise StageError(f"{name}.{path}: is factorized already; stage d2 needs an original model")
             survey[f"{name}.{path}"] = {"experts": expert_count(experts), "shapes": shapes_of(experts)}
-    items = [(path, projection) for path, entry in survey.items() for projection in entry["shapes"]]
-    shapes = [survey[path]["shapes"][projection] for path, projection in items]
-    total = sum(survey[path]["experts"] * out * i for (path, _), (out, i) in zip(items, shapes))
     kept = {
         path: kept_counts(entry["shapes"]["down"][1], options.static, options.dynamic) for path, entry in survey.items()
     }
-    bases = sum(
-        base_parameters(list(entry["shapes"].values()), entry["shapes"]["down"][1], kept[path][0])
-        for path, entry in survey.items()
-    )
-    left = max(int(total * (1 - options.ratio)) - bases, 0)
-    if options.shared_v:
-        units = [survey[path]["experts"] * out + i for (path, _), (out, i) in zip(items, shapes)]
-        shared = level_ranks(units, [min(shape) for shape in shapes], left)
-        ranks = {item: [rank] * survey[item[0]]["experts"] for item, rank in zip(items, shared)}
-    else:
-        ranks = own_ranks(survey, items, left)
-    if min(map(min, ranks.values())) == 0:
-        raise StageError(
-            f"ratio {options.ratio}: the bases take {bases / total:.1%} of the expert parameters and "
-            "leave some deltas no rank; lower it"
-        )
+    ranks = _ranks(survey, {path: stored for path, (stored, _) in kept.items()}, options)
     decisions: dict = {}
     for (path, projection), found in ranks.items():
         everyone = list(range(len(found)))
@@ -67,6 +49,31 @@ def plan(context: Context) -> Plan:
         ratio = delta_ratio(sum(found) / len(found), survey[path]["shapes"][projection])
         decision.setdefault("delta_ratio", {})[projection] = round(ratio, 4)
     return Plan(layout, decisions)
+
+
+def _ranks(survey: dict, stored: dict[str, int], options) -> dict[tuple[str, str], list[int]]:
+    """Ranks of the deltas of each (path, projection), one for each expert: what the bases leave of the parameters."""
+    items = [(path, projection) for path, entry in survey.items() for projection in entry["shapes"]]
+    counts = [survey[path]["experts"] for path, _ in items]
+    shapes = [survey[path]["shapes"][projection] for path, projection in items]
+    total = sum(count * out * in_features for count, (out, in_features) in zip(counts, shapes))
+    bases = sum(
+        base_parameters(list(entry["shapes"].values()), entry["shapes"]["down"][1], stored[path])
+        for path, entry in survey.items()
+    )
+    left = max(int(total * (1 - options.ratio)) - bases, 0)
+    if options.shared_v:
+        units = [count * out + in_features for count, (out, in_features) in zip(counts, shapes)]
+        shared = level_ranks(units, [min(shape) for shape in shapes], left)
+        ranks = {item: [rank] * count for item, rank, count in zip(items, shared, counts)}
+    else:
+        ranks = own_ranks(survey, items, left)
+    if min(map(min, ranks.values())) == 0:
+        raise StageError(
+            f"ratio {options.ratio}: the bases take {bases / total:.1%} of the expert parameters and "
+            "leave some deltas no rank; lower it"
+        )
+    return ranks
 
 
 def _pruned(projection: str, has_gate: bool, stored: int, used: int, dynamic: bool) -> dict:
