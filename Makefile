@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo arch-table clean
+.PHONY: venv test test-slow lint demo arch-table bench-ablations clean
 
 venv: .venv/.installed
 
@@ -30,5 +30,9 @@ demo: venv
 arch-table: venv
 	$(BIN)/python tests/architecture_table.py docs/architectures.md .arch-table.jsonl
 
+# ABLATIONS: options of moesvd_quant/ablations.py, for example --text wikitext2 --calibration mine.txt --table 5
+bench-ablations: venv
+	$(BIN)/python -m moesvd_quant.ablations $(ABLATIONS)
+
 clean:
-	rm -rf demo-out .arch-table.jsonl
+	rm -rf demo-out ablations-out .arch-table.jsonl

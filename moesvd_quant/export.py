@@ -9,9 +9,10 @@ import torch
 from .accounting import original_model
 from .checkpoint.files import write_json, write_tensors
 from .checkpoint.finish import carry_files
-from .model.experts import split_projections, weight_parameters
+from .model.experts import split_projections
 from .model.load import load
-from .model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
+from .model.modeling_moesvd import FactorizedExperts, PackedLinear, channel_tensors, part_banks
+from .model.native_experts import form_of
 from .model.stream import ModelError, StreamedModel
 from .quantize.gptq import PackedMatrix, QuantizeError, to_standard
 
@@ -26,6 +27,8 @@ def export_checkpoint(folder: Path, out: Path, to: str) -> None:
     if not hasattr(parent.config, "moesvd"):
         raise ModelError(f"{folder}: is not one of our checkpoints; there is nothing to export")
     model = load(folder)
+    if to == "dense":
+        _require_dense_form(model)
     out.mkdir(parents=True, exist_ok=True)
     if to == "dense":
         _export_dense(model, parent, out)
@@ -42,6 +45,7 @@ def _native_state(model) -> dict[str, torch.Tensor]:
             banks |= {f"{path}.weight"}
         if isinstance(module, FactorizedExperts):
             banks |= {f"{path}.{key}" for key, *_ in module.banks()}
+            banks |= {f"{path}.{key}" for key in channel_tensors(module.layout)}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     kinds = ("_codes", "_scales", "_zeros")
     ours = banks | {bank + kind for bank in banks for kind in kinds}
@@ -66,16 +70,27 @@ def _export_dense(model, parent: StreamedModel, out: Path) -> None:
     native.save_pretrained(out)
 
 
+def _require_dense_form(model) -> None:
+    for path, module in model.named_modules():
+        if "channel_prior" in module._parameters:
+            raise ModelError(
+                f"{path}: each token chooses channels of the base (d2.dynamic): no dense weight does the same"
+            )
+
+
 def _fused(module: FactorizedExperts, native, dtype) -> dict[str, torch.Tensor]:
     """The weight parameters of the native experts module, by their names, as its class lays them out."""
-    for parameter in weight_parameters(native):
-        parameter.data = torch.zeros(parameter.shape, dtype=dtype)
+    names = form_of(native).parameters(native)
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        empty = torch.zeros(native.get_parameter(name).shape, dtype=dtype)
+        native.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(empty)
     views = split_projections(native)
     with torch.no_grad():
         for name in module.layout:
             for expert in range(module.experts):
                 views[name][expert].copy_(module.dense(name, expert))
-    return {name: native.get_parameter(name) for name in module.form.parameters(native)}
+    return {name: native.get_parameter(name) for name in names}
 
 
 def _packed_modules(model):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..calibration.compressed import CompressedWalk
 from ..calibration.metric import Grams, blend, coverage
 from ..calibration.store import Statistics
 from ..decompose.whitening import whitened_error
@@ -36,6 +37,13 @@ class Context:
     widths: dict = field(default_factory=dict)
     gptq: Any = None
     memo: dict = field(default_factory=dict)
+    _walk: CompressedWalk | None = None
+
+    def compressed_walk(self) -> CompressedWalk:
+        """The walk over the parent with what this stage made of its layers so far."""
+        if self._walk is None:
+            self._walk = CompressedWalk(self.parent.folder, self.statistics)
+        return self._walk
 
 
 @dataclass
