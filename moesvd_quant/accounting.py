@@ -7,17 +7,10 @@ import torch
 from accelerate import init_empty_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .checkpoint.files import NAMES
 from .model.experts import expert_count, find_experts, shapes_of
 from .model.modeling_moesvd import FactorizedExperts, config_class, model_class, native_class
 from .model.stream import StreamedModel
-
-_NAMES = {
-    torch.uint8: "U8",
-    torch.int16: "I16",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ def file_bytes(tensors: dict[str, torch.Tensor]) -> int:
     header, offset = {}, 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel() * tensor.element_size()
-        kind = _NAMES.get(tensor.dtype, str(tensor.dtype))
+        kind = NAMES.get(tensor.dtype, str(tensor.dtype))
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     header["__metadata__"] = {"format": "pt"}

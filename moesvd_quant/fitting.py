@@ -1,6 +1,6 @@
 """Rank and bits of every expert under one budget of bytes: tables of exact costs and forecast errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,15 +69,17 @@ def fit_table(
     return Table(choices, np.array(costs, dtype=float), np.array(errors).T * scale)
 
 
-def group_weight(weights: torch.Tensor, grams: torch.Tensor, effect: float) -> float:
+def group_weight(weights: torch.Tensor, grams: Sequence[torch.Tensor], effect: float) -> float:
     """What an error of this group counts for: the divergence that rounding it caused, per relative error that the
     rounding made under the metric, to the power EFFECT.
 
-    weights (experts, out, in), grams (experts, in, in); effect: nats per token, of `measure_effects`.
+    weights (experts, out, in), grams (in, in) by expert; effect: nats per token, of `measure_effects`.
     """
-    delta = weights.double() - perturbed(weights).double()
-    error = float(((delta @ grams.double()) * delta).sum())
-    energy = float(((weights.double() @ grams.double()) * weights.double()).sum())
+    error = energy = 0.0
+    for weight, gram in zip(weights, grams):
+        delta = weight.double() - perturbed(weight).double()
+        error += float(((delta @ gram.double()) * delta).sum())
+        energy += float(((weight.double() @ gram.double()) * weight.double()).sum())
     return max(effect, MIN_EFFECT) ** EFFECT * (energy / error if error > 0 else 1.0) ** EFFECT
 
 

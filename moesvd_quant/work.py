@@ -9,10 +9,11 @@ import torch
 from .accounting import Accounting, by_file, planned_model
 from .checkpoint import finish, verify
 from .checkpoint.files import commit_folder, write_json, write_tensors
-from .model.stream import StreamedModel
+from .model.stream import StreamedModel, is_finite
 from .stages.base import Plan, StageError
 
 CHECK_WINDOWS, CHECK_LENGTH = 2, 128
+CHUNK = 32  # tokens whose predictions are compared at a time
 
 
 class StageWork:
@@ -43,10 +44,10 @@ class StageWork:
         name = self.parent.layer_names[index]
         layer = self.parent.load_layer(index)
         report = self.module.run_layer(self.context, index, layer, statistics, plan)
-        tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-        self._check(name, tensors, report)
         layout = {path: parts for path, parts in plan.layout["experts"].items() if path.startswith(name + ".")}
         seen = verify.outputs(self.parent.model, verify.targets(plan.layout, name + "."))
+        tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+        self._check(name, tensors, report)
         write_json(self.note(str(index)), {"errors": report, "experts": layout, "outputs": seen})
         write_tensors(self.folder / finish.layer_file(index), tensors)
         self.parent.drop_layer(index)
@@ -68,7 +69,7 @@ class StageWork:
     def _check(self, name: str, tensors: dict, report: dict) -> None:
         """StageError where something is not finite."""
         for key, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 raise StageError(f"{key}: became not finite in stage {self.stage.name}; this is a defect")
         for path, value in _errors(report):
             if not math.isfinite(value):
@@ -127,12 +128,17 @@ class StageWork:
         verify.check_reload(StreamedModel(self.folder, device=self.run.device), plan.layout, outputs)
         windows = self.run.windows[:CHECK_WINDOWS, :CHECK_LENGTH]
         dtype, device = self.run.statistics.dtype, self.run.device
-        before = torch.cat(list(StreamedModel(self.parent.folder, dtype, device).logits(windows))).double()
-        after = torch.cat(list(StreamedModel(self.folder, dtype, device).logits(windows))).double()
-        if not torch.isfinite(after).all():
-            raise StageError(f"stage {self.stage.name}: the reloaded checkpoint gives logits that are not finite")
-        p, q = before.log_softmax(-1), after.log_softmax(-1)
-        return {"kl": float((p.exp() * (p - q)).sum(-1).mean()), "tokens": windows.numel()}
+        before, after = (
+            torch.cat(list(StreamedModel(folder, dtype, device).logits(windows))).flatten(0, 1)
+            for folder in (self.parent.folder, self.folder)
+        )
+        total = 0.0
+        for one, two in zip(before.split(CHUNK), after.split(CHUNK)):
+            if not torch.isfinite(two).all():
+                raise StageError(f"stage {self.stage.name}: the reloaded checkpoint gives logits that are not finite")
+            p, q = one.double().log_softmax(-1), two.double().log_softmax(-1)
+            total += float((p.exp() * (p - q)).sum())
+        return {"kl": total / windows.numel(), "tokens": windows.numel()}
 
 
 def _errors(report, path=""):

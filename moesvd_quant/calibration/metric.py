@@ -4,7 +4,12 @@ An expert's Gram matrix tells what calibration sent to it. Judged by that alone,
 thrown away first: on text unlike the calibration, perplexity explodes (docs/results.md). So three estimates are mixed.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+
+from ..lazy import Lazily
 
 # Shares of the expert's own inputs, of all inputs of its layer, and of those without their correlations; together 1.
 OWN, POOLED, DIAGONAL = 0.25, 0.25, 0.5
@@ -12,32 +17,57 @@ OWN, POOLED, DIAGONAL = 0.25, 0.25, 0.5
 FREQUENCY = 0.75
 
 
-def shrink(gram: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Gram matrices (E, n, n) of experts, each with n tokens' worth of the layer's pooled one added.
+class Layer(NamedTuple):
+    """What the experts of a layer share: Gram matrix per token (n, n), and the mean of their shrunk token counts."""
+
+    pooled: torch.Tensor
+    mean_count: torch.Tensor
+
+
+def shrink(gram: torch.Tensor, count: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """Gram matrix (n, n) of an expert with n tokens' worth of the layer's pooled one added.
 
     So that an expert with few tokens (or none) is judged like its layer, and one with many hardly changes.
-    The sums stay sums: a frequent expert keeps its weight. ValueError where no expert saw a token.
+    The sum stays a sum: a frequent expert keeps its weight.
     """
-    return gram + _pooled(gram, tokens) * gram.shape[-1]
+    return gram + layer.pooled * gram.shape[-1]
 
 
-def blend(gram: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The metric (E, n, n) that experts are compressed under, from their Gram matrices (sums) and token counts.
+def blend(gram: torch.Tensor, count: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """The metric (n, n) that an expert is compressed under, from its Gram matrix (a sum) and its number of tokens.
 
     w_e (OWN m_e + POOLED c + DIAGONAL diag(c)), with c the layer's Gram matrix per token, m_e the expert's (shrunk),
-    and w_e its shrunk token count to the power FREQUENCY, over the mean. ValueError where no expert saw a token.
+    and w_e its shrunk token count to the power FREQUENCY, over the mean.
     """
-    pooled = _pooled(gram, tokens)
-    counts = (tokens + gram.shape[-1]).to(gram.dtype)[:, None, None]
-    mixed = OWN * shrink(gram, tokens) / counts + POOLED * pooled + DIAGONAL * torch.diag(pooled.diagonal())
-    return mixed * (counts / counts.mean()) ** FREQUENCY
+    count = (count + gram.shape[-1]).to(gram.dtype)
+    mixed = OWN * shrink(gram, count, layer) / count + POOLED * layer.pooled
+    mixed.diagonal().add_(DIAGONAL * layer.pooled.diagonal())
+    return mixed * (count / layer.mean_count) ** FREQUENCY
 
 
-def _pooled(gram: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    total = int(tokens.sum())
-    if total == 0:
-        raise ValueError("no calibration token reached any expert of this layer")
-    return gram.sum(0) / total
+def unknown(gram: torch.Tensor, count: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """The metric of experts that no token of the text reaches: all inputs alike."""
+    return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+class Grams(Lazily):
+    """The matrices that the experts of a layer are judged by, each made when it is asked for.
+
+    gram (E, n, n): sums over each expert's tokens (may be mapped from a file); tokens (E,); metric: `blend`,
+    `shrink` or `unknown`. ValueError where no expert saw a token, but for the last.
+    """
+
+    def __init__(self, gram: torch.Tensor, tokens: torch.Tensor, metric: Callable, device="cpu"):
+        total = int(tokens.sum())
+        if total == 0 and metric is not unknown:
+            raise ValueError("no calibration token reached any expert of this layer")
+        super().__init__(len(gram), self._made)
+        self.gram, self.tokens, self.metric, self.device = gram, tokens, metric, device
+        mean = (tokens + gram.shape[-1]).to(gram.dtype).mean()
+        self.layer = Layer((gram.sum(0) / max(total, 1)).to(device), mean.to(device))
+
+    def _made(self, expert: int) -> torch.Tensor:
+        return self.metric(self.gram[expert].to(self.device), self.tokens[expert].to(self.device), self.layer)
 
 
 def coverage(tokens: torch.Tensor, features: int) -> dict[str, list[int]]:

@@ -4,56 +4,60 @@ All are sums over the calibration tokens in a fixed batch order, in float32.
 """
 
 import types
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..memory import Batches
 from ..model.experts import activate, dense_weights, expert_count, find_experts, find_linears, gather, route, shapes_of
+from ..model.native_experts import Routed
 
 # Magnitudes of activations are counted in bins of 1/16 octave, so that the outlier share of any threshold
 # can be read later without a second walk.
 LOWEST_OCTAVE, OCTAVES, BINS_PER_OCTAVE = -40, 60, 16
+PART = 256  # tokens whose magnitudes are counted at a time
 
 
 class LayerRecorder:
     """Attaches to a decoder layer, sums its statistics while batches pass, and detaches.
 
-    tensors: {path/tokens (E,) int64, path/gram_in (E, hidden, hidden), path/gram_mid (E, inner, inner),
-    path/magnitudes (E, bins) int64, path/magnitude_sum (E,) float64} for each experts module, and
-    {path/gram (in, in), path/tokens ()} for each other linear. Linears that read the same tensor (q, k, v)
-    share one Gram matrix: `aliases` names the one that holds it.
+    sums: {path/gram (in, in), path/tokens ()} for each linear outside the experts. Linears that read the same tensor
+    (q, k, v) share one Gram matrix: `aliases` names the one that holds it. Of each experts module in `experts`, an
+    `ExpertsRecorder` keeps account.
     """
 
-    def __init__(self, layer: nn.Module):
-        self.tensors: dict[str, torch.Tensor] = {}
+    def __init__(self, layer: nn.Module, at_once: int | None = None, scratch: Path | None = None):
+        """at_once: experts of a module whose Gram matrices are in memory at a time; None for all, 0 to sum nothing and
+        compute in the same way. scratch: folder for the inputs of the others, needed where `at_once` is given."""
+        self.sums: dict[str, torch.Tensor] = {}
         self.aliases: dict[str, str] = {}
         self._last: tuple[str, torch.Tensor] | None = None
         self._hooks = []
-        self._experts: list[nn.Module] = []
-        for path, module in find_experts(layer):
-            self._attach_experts(path, module)
-        for path, module in find_linears(layer):
+        self.experts = {path: ExpertsRecorder(module, at_once, scratch) for path, module in find_experts(layer)}
+        for path, module in find_linears(layer) if at_once != 0 else ():
             hook = module.register_forward_pre_hook(lambda _, args, path=path: self._linear(path, args[0]))
             self._hooks.append(hook)
 
-    def detach(self) -> dict[str, torch.Tensor]:
-        """Removes all hooks and returns the sums."""
+    def detach(self) -> None:
+        """Removes all hooks; the experts recorders can go on."""
         for hook in self._hooks:
             hook.remove()
-        for module in self._experts:
-            del module.forward
-        return self.tensors
+        self._last = None
+        for recorder in self.experts.values():
+            recorder.detach()
 
     def _add(self, name: str, value: torch.Tensor) -> None:
-        if name in self.tensors:
-            self.tensors[name] += value
+        if name in self.sums:
+            self.sums[name] += value
         else:
-            self.tensors[name] = value
+            self.sums[name] = value
 
     def _linear(self, path: str, x: torch.Tensor) -> None:
         if path in self.aliases:
             return
-        if self._last is not None and self._last[1] is x and path + "/gram" not in self.tensors:
+        if self._last is not None and self._last[1] is x and path + "/gram" not in self.sums:
             self.aliases[path] = self._last[0]
             return
         self._last = (path, x)
@@ -61,57 +65,104 @@ class LayerRecorder:
         self._add(path + "/gram", flat.T @ flat)
         self._add(path + "/tokens", torch.tensor(len(flat)))
 
-    def _attach_experts(self, path: str, module: nn.Module) -> None:
-        count, shapes = expert_count(module), shapes_of(module)
-        hidden, inner = shapes["down"]
-        device = next(module.parameters()).device
-        zeros = lambda *size, dtype=torch.float32: torch.zeros(size, dtype=dtype, device=device)  # noqa: E731
-        self.tensors |= {
-            f"{path}/tokens": zeros(count, dtype=torch.int64),
-            f"{path}/gram_in": zeros(count, hidden, hidden),
-            f"{path}/gram_mid": zeros(count, inner, inner),
-            f"{path}/magnitudes": zeros(count, OCTAVES * BINS_PER_OCTAVE, dtype=torch.int64),
-            f"{path}/magnitude_sum": zeros(count, dtype=torch.float64),
+
+class ExpertsRecorder:
+    """Runs an experts module in place of its own forward and sums what each expert sees.
+
+    Where Gram matrices of all experts do not fit in memory, those of the first ones are summed while batches pass, and
+    the inputs are kept on disk: `groups` sums the others from them, a group at a time. The sums are the same bits.
+    """
+
+    def __init__(self, module: nn.Module, at_once: int | None, scratch: Path | None):
+        self.module, self.count = module, expert_count(module)
+        self.hidden, self.inner = shapes_of(module)["down"]
+        self.at_once = self.count if at_once is None else min(at_once, self.count)
+        self.device = next(module.parameters()).device
+        self.group = range(self.at_once)
+        self.sums = self._zeros()
+        self.kept = [Batches(scratch) for _ in range(3)] if 0 < self.at_once < self.count else None
+        # `grouped_mm` calls no hooks inside: the experts run one by one here instead.
+        module.forward = types.MethodType(lambda _, *inputs: self.forward(*inputs), module)
+
+    def detach(self) -> None:
+        del self.module.forward
+
+    def shapes(self) -> dict[str, tuple[tuple, torch.dtype]]:
+        """What is summed for each expert: tokens, Gram matrices of the inputs of gate/up and of down, magnitudes of the
+        latter's (see `outlier_share`), and their sum."""
+        return {
+            "tokens": ((), torch.int64),
+            "gram_in": ((self.hidden, self.hidden), torch.float32),
+            "gram_mid": ((self.inner, self.inner), torch.float32),
+            "magnitudes": ((OCTAVES * BINS_PER_OCTAVE,), torch.int64),
+            "magnitude_sum": ((), torch.float64),
         }
 
-        def forward(module, *inputs):
-            return self._experts_forward(path, module, *inputs)
+    def _zeros(self) -> dict[str, torch.Tensor]:
+        """Sums of the present group, {name: (experts of it, ...)}."""
+        return {
+            name: torch.zeros(len(self.group), *shape, dtype=dtype, device=self.device)
+            for name, (shape, dtype) in self.shapes().items()
+        }
 
-        # `grouped_mm` calls no hooks inside: the experts run one by one here instead.
-        module.forward = types.MethodType(forward, module)
-        self._experts.append(module)
+    def groups(self) -> Iterator[tuple[range, dict[str, torch.Tensor]]]:
+        """(experts, their sums {name: (experts, ...)}) group by group; after all batches have passed."""
+        yield self.group, self.sums
+        for first in range(self.at_once, self.count, self.at_once):
+            self.group = range(first, min(first + self.at_once, self.count))
+            self.sums = {}  # the last group's go before these come
+            self.sums = self._zeros()
+            assert self.kept is not None
+            for x, token, expert in zip(*self.kept):
+                pairs = Routed(x.to(self.device), token.to(self.device), expert)
+                for index, rows in self._rows(expert):
+                    if index in self.group:
+                        x = pairs.x[pairs.token[rows]]
+                        self._observe(index, x, self._inner(index, x)[0])
+            yield self.group, self.sums
 
-    def _experts_forward(self, path, module, *inputs):
-        routed = route(module, *inputs)
-        y = routed.x[routed.token]  # what experts past the last one (identity) hand on
-        sizes = torch.bincount(routed.expert, minlength=expert_count(module)).tolist()[: expert_count(module)]
+    def _rows(self, expert: torch.Tensor) -> Iterator[tuple[int, slice]]:
+        """(expert, its pairs) of those that have any, from the sorted experts of all pairs; identity experts after the
+        last one are left out."""
         start = 0
-        for expert, size in enumerate(sizes):
-            if size == 0:
-                continue
-            rows = slice(start, start + size)
+        for index, size in enumerate(torch.bincount(expert, minlength=self.count).tolist()[: self.count]):
+            if size:
+                yield index, slice(start, start + size)
             start += size
-            x = y[rows]
-            weights = dense_weights(module, expert, x.dtype)
-            pairs = {name: x @ weights[name].T for name in weights if name != "down"}
-            inner = activate(module, pairs, expert)
-            self._observe(path, expert, x.float(), inner.float())
-            out = inner @ weights["down"].T
-            if module.has_bias:
-                out = out + module.down_proj_bias[expert]
-            y[rows] = module.post_expert_norm(out) if module.has_post_expert_norm else out
-        return gather(module, y, routed, *inputs)
 
-    def _observe(self, path, expert, x, inner):
-        sums = self.tensors
-        sums[f"{path}/tokens"][expert] += len(x)
-        sums[f"{path}/gram_in"][expert] += x.T @ x
-        sums[f"{path}/gram_mid"][expert] += inner.T @ inner
-        size = inner.abs()
-        octave = size.clamp(min=2.0**LOWEST_OCTAVE).log2() - LOWEST_OCTAVE
-        bins = (octave * BINS_PER_OCTAVE).long().clamp(max=OCTAVES * BINS_PER_OCTAVE - 1)
-        sums[f"{path}/magnitudes"][expert] += torch.bincount(bins.flatten(), minlength=OCTAVES * BINS_PER_OCTAVE)
-        sums[f"{path}/magnitude_sum"][expert] += size.double().sum()
+    def _inner(self, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input of down (n, inner) of an expert, and the weight of down."""
+        weights = dense_weights(self.module, expert, x.dtype)
+        pairs = {name: x @ weights[name].T for name in weights if name != "down"}
+        return activate(self.module, pairs, expert), weights["down"]
+
+    def forward(self, *inputs):
+        routed = route(self.module, *inputs)
+        if self.kept:
+            for kept, value in zip(self.kept, (routed.x, routed.token, routed.expert)):
+                kept.append(value)
+        y = routed.x[routed.token]  # what identity experts hand on
+        for expert, rows in self._rows(routed.expert):
+            x = y[rows]
+            inner, down = self._inner(expert, x)
+            if expert in self.group:
+                self._observe(expert, x, inner)
+            out = inner @ down.T
+            if self.module.has_bias:
+                out = out + self.module.down_proj_bias[expert]
+            y[rows] = self.module.post_expert_norm(out) if self.module.has_post_expert_norm else out
+        return gather(self.module, y, routed, *inputs)
+
+    def _observe(self, expert: int, x: torch.Tensor, inner: torch.Tensor) -> None:
+        at, sums, x, inner = expert - self.group.start, self.sums, x.float(), inner.float()
+        sums["tokens"][at] += len(x)
+        sums["gram_in"][at].addmm_(x.T, x)
+        sums["gram_mid"][at].addmm_(inner.T, inner)
+        for part in inner.abs().split(PART):
+            octave = part.clamp(min=2.0**LOWEST_OCTAVE).log2_().sub_(LOWEST_OCTAVE).mul_(BINS_PER_OCTAVE)
+            bins = octave.int().clamp_(max=OCTAVES * BINS_PER_OCTAVE - 1)
+            sums["magnitudes"][at] += torch.bincount(bins.flatten(), minlength=OCTAVES * BINS_PER_OCTAVE)
+            sums["magnitude_sum"][at] += part.sum(dtype=torch.float64)
 
 
 def outlier_share(magnitudes: torch.Tensor, magnitude_sum: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -4,24 +4,31 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 import transformers
 from safetensors.torch import load_file
 
-from ..checkpoint.files import write_json, write_tensors
+from ..checkpoint.files import TensorFile, write_json, write_tensors
 from ..decompose.deltas import merge_base
+from ..memory import Memory, Sizes
 from ..model.experts import expert_count, find_experts, find_linears, shapes_of
 from ..model.modeling_moesvd import file_digest
 from ..model.stream import StreamedModel
-from .effect import measure_effects
+from .effect import LAYERS, TOKENS, measure_effects
 from .fisher import expert_fisher
 from .statistics import LayerRecorder
 
-WALK_VERSION = 1
-BATCH_SIZE = 8  # part of the result: sums run batch by batch
+WALK_VERSION = 2
+BATCH_TOKENS = 2048  # part of the result: sums run batch by batch, of at most so many tokens or one window
+EFFECT_BATCH = 8  # windows
+EFFECT_COPIES = 3 * LAYERS + 3  # of hidden states
+WALK = ".walk-"  # folders of walks whose statistics are not kept
 CAP_BYTES = 64 * 10**9
 FISHER_SEQUENCES = 1024  # of the calibration windows, as in D2-MoE
 
@@ -44,14 +51,16 @@ class Statistics:
     key: digest of all they depend on. Above `cap_bytes` nothing is stored and each pass walks again.
     """
 
-    def __init__(self, folder, model_digest, windows, device="cpu", cap_bytes=CAP_BYTES, root=None):
+    def __init__(self, folder, model_digest, windows, device="cpu", cap_bytes=CAP_BYTES, root=None, memory=None):
         self.folder, self.windows, self.device = Path(folder), windows, device
+        self.memory = memory or Memory()
         self.dtype = torch.float32 if str(device) == "cpu" else None
+        self.batch_size = max(1, BATCH_TOKENS // windows.shape[1])
         described = {
             "model": model_digest,
             "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
             "shape": list(windows.shape),
-            "walk": [WALK_VERSION, BATCH_SIZE, str(self.dtype), torch.__version__, transformers.__version__],
+            "walk": [WALK_VERSION, BATCH_TOKENS, str(self.dtype), torch.__version__, transformers.__version__],
         }
         self.key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         self.store = root or cache_root() / "statistics"
@@ -60,7 +69,8 @@ class Statistics:
         self.count, self.cap_bytes = len(meta.layer_names), cap_bytes
         self.needed = self.forecast(meta)
         self.stored = self.needed <= cap_bytes
-        self._bases: dict[str, torch.Tensor] = {}
+        self.sizes = Sizes.of(meta, windows, self.batch_size)
+        self._own: tempfile.TemporaryDirectory | None = None
 
     @staticmethod
     def forecast(meta: StreamedModel) -> int:
@@ -79,37 +89,106 @@ class Statistics:
     def complete(self) -> bool:
         return self.stored and all(self.path(i).is_file() for i in [*range(self.count), "outer"])
 
+    def layer(self, index: int) -> dict[str, torch.Tensor]:
+        """Statistics of a layer that is stored, mapped from its file."""
+        return load_file(self.path(index))
+
     def layers(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[dict]:
         """Statistics of each layer, {name: tensor}, in order; computed where the store lacks them.
 
-        `progress(done, total)` is called while a walk is under way.
+        Tensors are mapped from files. `progress(done, total)` is called while a walk is under way.
         """
         if self.complete():
             for index in range(self.count):
-                yield load_file(self.path(index))
+                yield self.layer(index)
             return
-        streamed = StreamedModel(self.folder, self.dtype, self.device)
-        for visit in streamed.walk(self.windows, BATCH_SIZE):
-            yield self._layer(visit)
-            progress(visit.index + 1, self.count)
-        self._outer(streamed)
+        with self._folder() as root:
+            streamed = StreamedModel(self.folder, self.dtype, self.device)
+            for visit in streamed.walk(self.windows, self.batch_size, self.scratch(self._all_hidden(2))):
+                path = root / self.path(visit.index).name
+                if path.is_file():
+                    self._pass_on(visit)
+                else:
+                    self._record(visit, path)
+                yield load_file(path)
+                if not self.stored:
+                    path.unlink()
+                progress(visit.index + 1, self.count)
+            self._outer(streamed)
 
-    def _layer(self, visit) -> dict[str, torch.Tensor]:
-        path = self.path(visit.index)
-        if self.stored and path.is_file():
-            return load_file(path)
-        recorder = LayerRecorder(visit.layer)
+    def ensure(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Walks where the store is not complete; for those who then read layers in any order."""
+        if not self.complete():
+            for _ in self.layers(progress):
+                pass
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        """Where the files of a walk go: the store, or a folder of this walk alone that is gone after it."""
+        if self.stored:
+            self._make_folder()
+            yield self.root
+            return
+        self.store.mkdir(parents=True, exist_ok=True)
+        for leftover in self.store.glob(f"{WALK}*"):
+            if not psutil.pid_exists(int(leftover.name.split("-")[-2])):
+                shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(dir=self.store, prefix=f"{WALK}{os.getpid()}-") as folder:
+            yield Path(folder)
+
+    def _all_hidden(self, copies: int) -> int:
+        """Bytes of the hidden states of all windows, `copies` times."""
+        return copies * self.windows.numel() * self.sizes.row
+
+    def scratch(self, needed: int) -> Path | None:
+        """None where hidden states of `needed` bytes fit in memory beside two layers; else the folder for them."""
+        return None if self.memory.free() > needed + 2 * self.sizes.layer else self.store
+
+    def _record(self, visit, path: Path) -> None:
+        """One layer's statistics, as many experts at a time as memory allows."""
+        at_once = self._at_once(visit.layer)
+        recorder = LayerRecorder(visit.layer, at_once, self.store)
         visit.outputs()
-        tensors = {name: tensor.cpu() for name, tensor in recorder.detach().items()}
-        tensors |= {f"{name}/alias": _text(other) for name, other in recorder.aliases.items()}
-        self._write(path, tensors)
-        return tensors
+        recorder.detach()
+        tensors = recorder.sums | {f"{name}/alias": _text(other) for name, other in recorder.aliases.items()}
+        shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        for where, experts in recorder.experts.items():
+            shapes |= {f"{where}/{n}": ((experts.count, *shape), kind) for n, (shape, kind) in experts.shapes().items()}
+        with TensorFile(path, shapes) as file:
+            for name, tensor in tensors.items():
+                file.put(name, tensor)
+            for where, experts in recorder.experts.items():
+                for group, sums in experts.groups():
+                    for expert in group:
+                        for name, values in sums.items():
+                            file.put(f"{where}/{name}", values[expert - group.start], expert)
+
+    def _pass_on(self, visit) -> None:
+        """A layer whose statistics are there: computed as when they were recorded, to the last bit."""
+        recorder = LayerRecorder(visit.layer, 0)
+        visit.outputs()
+        recorder.detach()
+
+    def _at_once(self, layer) -> int | None:
+        """Experts whose Gram matrices fit beside what a batch needs; None for all."""
+        found = {
+            4 * (hidden**2 + inner**2): expert_count(experts)
+            for _, experts in find_experts(layer)
+            for hidden, inner in [shapes_of(experts)["down"]]
+        }
+        if not found:
+            return None
+        each, count = max(found), max(found.values())
+        fit = self.memory.at_once(count, len(found) * each, self.sizes.activations)
+        return None if fit == count else fit
 
     def _outer(self, streamed: StreamedModel) -> None:
         """The Gram matrix of the inputs of lm_head."""
-        inputs = [streamed.head_input(h, batch) for h, batch in zip(streamed.hidden, streamed.batches)]
-        flats = [x.reshape(-1, x.shape[-1]).float() for x in inputs]
-        total = sum((flat.T @ flat for flat in flats[1:]), flats[0].T @ flats[0])
+        total: torch.Tensor | None = None
+        for hidden, batch in zip(streamed.hidden, streamed.batches):
+            flat = streamed.head_input(hidden, batch).flatten(0, -2).float()
+            total = flat.T @ flat if total is None else total.addmm_(flat.T, flat)
+        assert total is not None
         self.outer_gram = total.cpu()
         self._write(self.path("outer"), {"gram": self.outer_gram})
 
@@ -125,7 +204,9 @@ class Statistics:
         if path.is_file():
             return {(full, name): value for full, name, value in json.loads(path.read_text())}
         streamed = StreamedModel(self.folder, self.dtype, self.device)
-        found = measure_effects(streamed, self.windows, BATCH_SIZE, progress)
+        tokens = min(TOKENS, self.windows.numel())
+        scratch = self.scratch(EFFECT_COPIES * tokens * self.sizes.row)
+        found = measure_effects(streamed, self.windows, EFFECT_BATCH, progress, scratch)
         if self.stored:
             self._make_folder()
             write_json(path, [[*key, value] for key, value in found.items()])
@@ -133,19 +214,26 @@ class Statistics:
 
     def fisher_base(self, full: str, projection: str, progress: Callable[[int, int], None]) -> torch.Tensor:
         """The base (out, in) of an experts module, merged by Fisher information; computed once for all layers."""
-        path = self.root / "fisher-bases.safetensors"
-        if not self._bases and path.is_file():
-            self._bases = load_file(path)
-        if not self._bases:
-            streamed = StreamedModel(self.folder, self.dtype, self.device)
-            rows = self.windows[:FISHER_SEQUENCES]
-            for index, modules in expert_fisher(streamed, rows, progress):
-                name = streamed.layer_names[index]
-                for inner, projections in modules.items():
-                    for key, (weights, fisher) in projections.items():
-                        self._bases[f"{name}.{inner}/{key}"] = merge_base(weights, fisher).float().cpu()
-            self._write(path, self._bases)
-        return self._bases[f"{full}/{projection}"]
+        path = self._base_file(full)
+        if not path.is_file():
+            self._merge_bases(progress)
+        return load_file(path)[projection]
+
+    def _base_file(self, full: str) -> Path:
+        if not self.stored and self._own is None:
+            self._own = tempfile.TemporaryDirectory(prefix="moesvd-")
+        return (self.root if self._own is None else Path(self._own.name)) / f"fisher-{full}.safetensors"
+
+    def _merge_bases(self, progress) -> None:
+        streamed = StreamedModel(self.folder, self.dtype, self.device)
+        rows = self.windows[:FISHER_SEQUENCES]
+        scratch = self.scratch((self.count + 3) * rows.numel() * self.sizes.row + 2 * self.sizes.layer)
+        if self.stored:
+            self._make_folder()
+        for index, modules in expert_fisher(streamed, rows, progress, scratch):
+            for inner, projections in modules.items():
+                path = self._base_file(f"{streamed.layer_names[index]}.{inner}")
+                write_tensors(path, {key: merge_base(*pair).float() for key, pair in projections.items()})
 
     def _write(self, path: Path, tensors) -> None:
         if not self.stored:
@@ -159,7 +247,7 @@ class Statistics:
             return
         sizes = {
             folder: sum(file.stat().st_size for file in folder.iterdir())
-            for folder in sorted(self.store.glob("*"), key=lambda path: path.stat().st_mtime)
+            for folder in sorted(self.store.glob("[!.]*"), key=lambda path: path.stat().st_mtime)
         }
         for folder in list(sizes):
             if sum(sizes.values()) + self.needed > self.cap_bytes:

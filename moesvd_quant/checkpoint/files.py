@@ -2,12 +2,25 @@
 
 import errno
 import json
+import math
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+NAMES = {
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.int64: "I64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+CHECKED = 2**24  # bytes that are compared at a time
 
 
 class WriteError(OSError):
@@ -28,6 +41,69 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         if not torch.equal(_bits(written[name]), _bits(tensor)):
             raise WriteError(f"{path}: {name} does not read back as written; the disk is not reliable")
     os.replace(temporary, path)
+
+
+class TensorFile:
+    """A safetensors file that is written tensor by tensor, or row by row, and is whole or absent like the others.
+
+    shapes: {name: (shape, dtype)} of all that will be put. Used as a context; what was put must be complete.
+    """
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[tuple, torch.dtype]]):
+        self.path, self._temporary = path, _temporary(path)
+        header: dict = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (shape, dtype) in shapes.items():
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start, self._header, self._left = 8 + len(text), header, end
+        self._file = open(self._temporary, "w+b", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        _guard(lambda: self._file.write(len(text).to_bytes(8, "little") + text), path)
+
+    def put(self, name: str, tensor: torch.Tensor, row: int | None = None) -> None:
+        """Writes a tensor, or row `row` of it, and reads it back; WriteError where that differs."""
+        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        place = self._start + self._header[name]["data_offsets"][0] + (row or 0) * len(data)
+        _guard(lambda: write_at(self._file.fileno(), data, place), self.path)
+        for start in range(0, len(data), CHECKED):
+            part = data[start : start + CHECKED]
+            if os.pread(self._file.fileno(), len(part), place + start) != part:
+                raise WriteError(f"{self.path}: {name} does not read back as written; the disk is not reliable")
+        self._left -= len(data)
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._file.close()
+        if kind is not None:
+            self._temporary.unlink(missing_ok=True)
+            return
+        if self._left:
+            raise WriteError(f"{self.path}: {self._left} bytes were not written; this is a defect")
+        _sync(self._temporary)
+        os.replace(self._temporary, self.path)
+
+
+def write_at(handle: int, data: memoryview, place: int) -> None:
+    """All of `data` at byte `place` of an open file."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(handle, data[done:], place + done)
+
+
+def advise(path: Path, names: list[str]) -> None:
+    """Asks the system to read these tensors of a safetensors file into its cache, and does not wait for it."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for name in names:
+            start, end = header[name]["data_offsets"]
+            os.posix_fadvise(file.fileno(), 8 + length + start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 def write_json(path: Path, content) -> None:
@@ -63,8 +139,8 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """A name of this process alone: two runs may fill one cache."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A name of this process alone: workers and other runs, also on other machines, may fill the same folder."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

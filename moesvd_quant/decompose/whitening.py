@@ -5,6 +5,8 @@ rank r is U_r U_r^T W, with U_r the leading eigenvectors of W G W^T: the same as
 with G = S S^T and undoing S (SVD-LLM; MoE-SVD eq. 11 and 12), without an inverse of S.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -70,13 +72,18 @@ def balance(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torc
     return left * scale, right / scale[:, None]
 
 
-def refit_left(weights: list[torch.Tensor], grams: list[torch.Tensor], rights: list[torch.Tensor]) -> torch.Tensor:
+def refit_left(
+    weights: Sequence[torch.Tensor], grams: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]
+) -> torch.Tensor:
     """The left factor (out, rank) float64 that minimises the summed error of experts that share it.
 
     left = (sum_e W_e G_e R_e^T) (sum_e R_e G_e R_e^T)^+, for given right factors R_e (rank, in).
     """
-    cross = sum(w.double() @ g.double() @ r.double().T for w, g, r in zip(weights, grams, rights))
-    inner = sum(r.double() @ g.double() @ r.double().T for g, r in zip(grams, rights))
+    cross: torch.Tensor | float = 0.0
+    inner: torch.Tensor | float = 0.0
+    for weight, gram, right in zip(weights, grams, rights):
+        projected = gram.double() @ right.double().T
+        cross, inner = cross + weight.double() @ projected, inner + right.double() @ projected
     return cross @ torch.linalg.pinv(inner, hermitian=True, rtol=1e-12)
 
 

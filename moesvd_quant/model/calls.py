@@ -5,10 +5,15 @@ that hand their input on, and what each was called with is written down.
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..memory import Batches
+
+DISTINCT = 8  # tensors of one shape that a new one is compared with
 
 
 class StatePassedOn(Exception):
@@ -60,30 +65,69 @@ def run(model: nn.Module, batch: torch.Tensor):
         return None
 
 
-def record(model: nn.Module, layers: nn.ModuleList, batches) -> list[list[tuple]]:
-    """calls[layer][batch]: (args, kwargs), hidden states first. Raises StatePassedOn where a layer is given more
-    than hidden states from the one before.
+class Once:
+    """Keeps one of equal tensors: masks and positions are the same for all batches of a shape."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple, list[torch.Tensor]] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self(item) for key, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(map(self, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        seen = self.seen.setdefault((value.shape, value.dtype), [])
+        same = next((other for other in seen if other is value or torch.equal(other, value)), None)
+        if same is None and len(seen) < DISTINCT:
+            seen.append(value)
+        return value if same is None else same
+
+
+def record(model: nn.Module, layers: nn.ModuleList, batches, hidden: Batches) -> tuple[Batches, list[list[tuple]]]:
+    """The inputs of the first layer, kept as `hidden` (which is empty) is, and calls[layer][batch]: (args, kwargs)
+    beside the hidden states. Raises StatePassedOn where a layer is given more than hidden states from the one before.
     """
     for wrap in (False, True):
+        inputs, once = hidden.like(), Once()
         calls: list[list] = [[] for _ in layers]
 
-        def instead(index, args, kwargs, calls=calls, wrap=wrap):
-            hidden = args[0].as_subclass(torch.Tensor)
-            calls[index].append(((hidden, *args[1:]), kwargs))
+        def instead(index, args, kwargs, calls=calls, wrap=wrap, inputs=inputs, once=once):
+            states = args[0].as_subclass(torch.Tensor)
+            if index == 0:
+                inputs.append(states)
+            calls[index].append((once(args[1:]), once(kwargs)))
             if index == len(calls) - 1:
                 raise Reached
-            whole = hidden.as_subclass(_Whole)
+            whole = states.as_subclass(_Whole)
             return (whole,) if wrap else whole
 
         try:
             with Patched(layers, instead):
                 for batch in batches:
                     run(model, batch)
-            return calls
+            return inputs, calls
         except (StatePassedOn, ValueError, IndexError, TypeError) as error:
             if wrap:
                 raise StatePassedOn(str(error)) from error
     raise AssertionError
+
+
+@contextmanager
+def without_embeddings(model: nn.Module):
+    """Within it, input embeddings that are not in memory are zeros that take none: where no layer works, nothing
+    depends on them."""
+    embeddings = model.get_input_embeddings()
+    weight = embeddings.weight
+    if weight.device.type == "meta":
+        device = next(p.device for p in model.parameters() if p.device.type != "meta")
+        zeros = torch.zeros((), dtype=weight.dtype, device=device).expand(weight.shape)
+        embeddings._parameters["weight"] = nn.Parameter(zeros, requires_grad=False)
+    try:
+        yield
+    finally:
+        embeddings._parameters["weight"] = weight
 
 
 def finish(

@@ -50,11 +50,16 @@ def shapes_of(experts: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: (int(out), int(in_)) for name, (out, in_) in shapes.items()}
 
 
+def dense_weight(experts: nn.Module, projection: str, expert: int, dtype=torch.float32) -> torch.Tensor:
+    """Effective weight (out, in) of one projection of one expert, in `dtype`."""
+    if isinstance(experts, FactorizedExperts):
+        return experts.dense(projection, expert, dtype)
+    return split_projections(experts)[projection][expert].to(dtype)
+
+
 def dense_weights(experts: nn.Module, expert: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
     """Effective weight (out, in) of each projection of one expert, in `dtype`."""
-    if isinstance(experts, FactorizedExperts):
-        return {name: experts.dense(name, expert, dtype) for name in experts.layout}
-    return {name: weight[expert].to(dtype) for name, weight in split_projections(experts).items()}
+    return {name: dense_weight(experts, name, expert, dtype) for name in shapes_of(experts)}
 
 
 def route(experts: nn.Module, *inputs) -> Routed:

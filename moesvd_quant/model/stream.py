@@ -7,6 +7,7 @@ decomposition, quantization and verification.
 import copy
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
-from .calls import StatePassedOn, finish, head_input, record
+from ..checkpoint.files import advise
+from ..memory import Batches
+from .calls import StatePassedOn, finish, head_input, record, without_embeddings
 from .modeling_moesvd import MoesvdConfig, check_digests, model_class, native_class
 from .sources import take_dequantizer
 from .stateful import forwards
@@ -96,6 +99,13 @@ def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return f"{path}.{name}" if path else name, lists[name]
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all of it is; without the copies that torch.isfinite makes of a whole tensor."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
 @contextmanager
 def no_loading_bars():
     """transformers draws a bar per call, which is one per layer here."""
@@ -106,6 +116,18 @@ def no_loading_bars():
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def one_tensor_at_a_time():
+    """transformers reads all tensors ahead by threads otherwise: one more layer in memory."""
+    key = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(key) if before is None else os.environ.update({key: before})
 
 
 class StreamedModel:
@@ -190,7 +212,7 @@ class StreamedModel:
         for target, key, file in self.sources:
             if target.startswith(prefixes):
                 wanted.setdefault(file, []).append(key)
-        state = {}
+        state: dict = {}
         handles = [safe_open(self.folder / file, "pt") for file in wanted]
         for handle, keys in zip(handles, wanted.values()):
             state.update({key: handle.get_slice(key) for key in keys})
@@ -200,7 +222,7 @@ class StreamedModel:
             dtype=self.dtype,
             hf_quantizer=self.quantizer,
         )
-        with no_loading_bars():
+        with no_loading_bars(), one_tensor_at_a_time():
             info, _ = convert_and_load_state_dict_in_model(self.model, state, how)
         self.model.requires_grad_(False)
         missing = [key for key in info.missing_keys if key.startswith(prefixes) and not self._tied(key)]
@@ -217,7 +239,7 @@ class StreamedModel:
                 continue
             if tensor.dtype != self.dtypes[key]:  # a plain tensor among quantized ones comes as it is stored
                 tensor.data = tensor.data.to(self.dtypes[key])
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
                 raise ModelError(f"{self.folder}: {key} is not finite at {where}; the checkpoint is damaged")
 
@@ -233,10 +255,21 @@ class StreamedModel:
 
     def load_layer(self, index: int) -> nn.Module:
         self.load(self.layer_names[index] + ".")
+        if index + 1 < len(self.layer_names):
+            self.read_ahead(self.layer_names[index + 1] + ".")
         return self.layers[index]
 
     def drop_layer(self, index: int) -> None:
         self.drop(self.layer_names[index])
+
+    def read_ahead(self, prefix: str) -> None:
+        """Asks the system to read the tensors under the prefix into its cache, while this process computes."""
+        wanted: dict[str, list[str]] = {}
+        for target, key, file in self.sources:
+            if target.startswith(prefix):
+                wanted.setdefault(file, []).append(key)
+        for file, keys in wanted.items():
+            advise(self.folder / file, keys)
 
     def outer_prefixes(self) -> list[str]:
         """Prefixes of everything that is not a decoder layer: embeddings, norms, lm_head, a vision tower."""
@@ -251,20 +284,34 @@ class StreamedModel:
         self.load(*self.outer_prefixes())
         self.model.tie_weights()
 
+    def _embeddings(self) -> tuple[str, str]:
+        """Paths of the input embeddings and of the output head."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        return names[id(self.model.get_input_embeddings())], names[id(self.model.get_output_embeddings())]
+
+    def _load_around(self, without: str) -> None:
+        """All that is not a decoder layer, but the module `without`."""
+        self.load(*(prefix for prefix in self.outer_prefixes() if prefix != f"{without}."))
+
     @torch.no_grad()
-    def walk(self, windows: torch.Tensor, batch_size: int = 8) -> Iterator["LayerVisit"]:
+    def walk(self, windows: torch.Tensor, batch_size: int = 8, scratch: Path | None = None) -> Iterator["LayerVisit"]:
         """Takes token windows (n, length) through the model breadth-first: all batches through one layer,
-        then the next. Yields a visit per layer with its weights in memory; hidden states advance after it."""
-        self.load_outer()
+        then the next. Yields a visit per layer with its weights in memory; hidden states advance after it.
+
+        scratch: folder of the disk that hidden states go to; in memory where it is None. After the walk, `hidden` are
+        those the last layer gave, and neither embeddings nor output head are in memory.
+        """
+        embeddings, head = self._embeddings()
+        self._load_around(head)
         self.batches = windows.to(self.device).split(batch_size)
         try:
-            calls = record(self.model, self.layers, self.batches)
+            hidden, calls = record(self.model, self.layers, self.batches, Batches(scratch, self.device))
         except StatePassedOn:
-            yield from self._walk_with_state()
+            yield from self._walk_with_state(embeddings)
             return
         if idle := [name for name, called in zip(self.layer_names, calls) if not called]:
             raise ModelError(f"{self.folder}: a forward of the model does not call {idle[0]}; it cannot be calibrated")
-        hidden = [args[0] for args, _ in calls[0]]
+        self.drop(embeddings)
         for index in range(len(self.layer_names)):
             layer = self.load_layer(index)
             visit = LayerVisit(index, layer, hidden, calls[index])
@@ -274,13 +321,18 @@ class StreamedModel:
             self.drop_layer(index)
         self.hidden, self.like = hidden, visit.whole[0]
 
-    def _walk_with_state(self) -> Iterator["LayerVisit"]:
-        """The same where layers hand each other more than hidden states."""
+    def _walk_with_state(self, embeddings: str) -> Iterator["LayerVisit"]:
+        """The same where layers hand each other more than hidden states; those stay in memory, with the forwards."""
         self.stateful = True
         for index, standing in forwards(self.model, self.layers, self.batches):
+            if index == 0:  # every forward is past them
+                self.drop(embeddings)
             layer = self.load_layer(index)
             calls = [forward.call or ((), {}) for forward in standing]
-            visit = LayerVisit(index, layer, [args[0] for args, _ in calls], calls)
+            hidden = Batches(None, self.device)
+            for args, _ in calls:
+                hidden.append(args[0])
+            visit = LayerVisit(index, layer, hidden, [(args[1:], kwargs) for args, kwargs in calls], keep=True)
             yield visit
             self.hidden = visit.outputs()
             for forward, out in zip(standing, visit.whole):
@@ -288,41 +340,68 @@ class StreamedModel:
             self.like = visit.whole[0]
             self.drop_layer(index)
 
+    @contextmanager
+    def output(self) -> Iterator[None]:
+        """Within it, after a walk, `head` can be used: the output head is in memory."""
+        embeddings, head = self._embeddings()
+        self.load(f"{embeddings}." if self._tied(f"{head}.weight") else f"{head}.")
+        self.model.tie_weights()
+        try:
+            yield
+        finally:
+            self.drop(embeddings)
+            self.drop(head)
+
     def head(self, hidden: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """Logits (n, length, vocabulary) of token ids `batch` whose last decoder layer gave `hidden`; after a walk."""
-        return finish(self.model, self.layers, hidden, batch, self.like)
+        with without_embeddings(self.model):
+            return finish(self.model, self.layers, hidden, batch, self.like)
 
     def head_input(self, hidden: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """What the output head gets then."""
-        return head_input(self.model, self.layers, hidden, batch, self.like)
+        with without_embeddings(self.model):
+            return head_input(self.model, self.layers, hidden, batch, self.like)
 
     @torch.no_grad()
-    def logits(self, windows: torch.Tensor, batch_size: int = 8) -> Iterator[torch.Tensor]:
+    def logits(self, windows: torch.Tensor, batch_size: int = 8, scratch: Path | None = None) -> Iterator[torch.Tensor]:
         """Logits (batch, length, vocabulary) of each batch, from a walk over all layers."""
-        for _ in self.walk(windows, batch_size):
+        for _ in self.walk(windows, batch_size, scratch):
             pass
-        for hidden, batch in zip(self.hidden, self.batches):
-            yield self.head(hidden, batch)
+        with self.output():
+            for hidden, batch in zip(self.hidden, self.batches):
+                yield self.head(hidden, batch)
 
 
 class LayerVisit:
-    """A decoder layer with its weights, and the inputs that the walk has for it."""
+    """A decoder layer with its weights, and the inputs that the walk has for it.
 
-    def __init__(self, index, layer, hidden, calls):
-        self.index, self.layer, self.hidden, self.calls = index, layer, hidden, calls
-        self.whole: list = []  # what the layer returned, with state if it hands on any
+    calls: per batch, the arguments beside the hidden states; keep: whether all that the layer returns is kept.
+    """
 
-    def outputs(self) -> list[torch.Tensor]:
+    def __init__(self, index: int, layer: nn.Module, hidden: Batches, calls: list, keep: bool = False):
+        self.index, self.layer, self.hidden, self.calls, self.keep = index, layer, hidden, calls, keep
+        self.whole: list = []  # what the layer returned, with state if it hands on any; of the first batch, or of all
+        self._outputs: Batches | None = None
+
+    def outputs(self) -> Batches:
         """Output hidden states of every batch; run once, so that hooks set before see each batch once."""
-        self.whole = self.whole or self._run(self.hidden)
-        return [_hidden(out) for out in self.whole]
+        if self._outputs is None:
+            self._outputs = self.hidden.like()
+            for out in self._run(self.hidden):
+                if self.keep or not self.whole:
+                    self.whole.append(out)
+                self._outputs.append(_hidden(out))
+        return self._outputs
 
-    def run(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+    def run(self, hidden: Batches) -> Batches:
         """Output hidden states of the layer for these input ones, a tensor per batch of the walk."""
-        return [_hidden(out) for out in self._run(hidden)]
+        made = hidden.like()
+        for out in self._run(hidden):
+            made.append(_hidden(out))
+        return made
 
-    def _run(self, hidden: list[torch.Tensor]) -> list:
-        return [self.layer(states, *args[1:], **kwargs) for states, (args, kwargs) in zip(hidden, self.calls)]
+    def _run(self, hidden: Batches) -> Iterator:
+        return (self.layer(states, *args, **kwargs) for states, (args, kwargs) in zip(hidden, self.calls))
 
 
 def _hidden(out):

@@ -1,12 +1,12 @@
 """What a stage is given, and what it gives back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..calibration.metric import blend, coverage
+from ..calibration.metric import Grams, blend, coverage
 from ..calibration.store import Statistics
 from ..decompose.whitening import whitened_error
 from ..model.experts import find_experts, unknown_experts
@@ -50,14 +50,13 @@ class Plan:
     widths: dict = field(default_factory=dict)
 
 
-def expert_grams(statistics: dict, path: str, device, metric=blend) -> dict[str, torch.Tensor]:
-    """Gram matrices (E, in, in) that each projection's errors are judged by; `metric` is `blend` or `shrink`."""
+def expert_grams(statistics: dict, path: str, device, metric=blend) -> dict[str, Grams]:
+    """Gram matrices (in, in), by expert, that a projection's errors are judged by; `metric`: `blend` or `shrink`."""
     tokens = statistics[f"{path}/tokens"]
     try:
-        gram_in, gram_mid = (metric(statistics[f"{path}/{k}"], tokens) for k in ("gram_in", "gram_mid"))
+        gram_in, gram_mid = (Grams(statistics[f"{path}/{k}"], tokens, metric, device) for k in ("gram_in", "gram_mid"))
     except ValueError as error:
         raise StageError(f"{path}: {error}; give more or other calibration text") from error
-    gram_in, gram_mid = gram_in.to(device), gram_mid.to(device)
     return {"gate": gram_in, "up": gram_in, "down": gram_mid}
 
 
@@ -87,12 +86,13 @@ def require_experts(parent: StreamedModel) -> None:
     raise StageError(f"{parent.folder}: a dense model: no layer has experts, there is nothing to compress")
 
 
-def factorized(native, layout: dict, banks: dict[str, torch.Tensor]) -> FactorizedExperts:
-    """The experts module that stands in for `native`, its float banks filled."""
+def factorized(native, layout: dict, banks: Iterable[tuple[str, int | None, torch.Tensor]]) -> FactorizedExperts:
+    """The experts module that stands in for `native`; its float banks come as (name, row or None for all, tensor)."""
     made = FactorizedExperts(native, layout)
     with torch.no_grad():
-        for key, value in banks.items():
-            getattr(made, key).copy_(value)
+        for key, row, value in banks:
+            bank = getattr(made, key)
+            (bank if row is None else bank[row]).copy_(value)
     return made
 
 

@@ -1,5 +1,7 @@
 """Stage `d2`: D2-MoE. The experts of a projection become one base and a low-rank delta each."""
 
+from collections.abc import Iterator
+
 import torch
 
 from ..allocate import level_ranks
@@ -7,6 +9,7 @@ from ..calibration.metric import shrink
 from ..decompose.deltas import merge_base, share_deltas
 from ..decompose.whitening import whitened_svd
 from ..layout import factor_part, layout_of
+from ..lazy import Lazily
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
 from ..model.modeling_moesvd import FactorizedExperts
 from .base import Context, Plan, StageError, errors_of, expert_grams, factorized, require_experts, weak_experts
@@ -53,20 +56,29 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
         grams = expert_grams(statistics, path, context.device, shrink)
         weights, tokens = split_projections(native), statistics[f"{path}/tokens"]
         layout = plan.layout["experts"][full]
-        banks: dict[str, torch.Tensor] = {}
-        for name, (_, deltas) in layout.items():
-            base = _base(context, full, name, weights[name], tokens)
-            rest = weights[name].double() - base
-            if context.options.shared_v:
-                left, right = share_deltas(rest, grams[name], deltas["rank"])
-            else:
-                pairs = [whitened_svd(delta, gram, deltas["rank"]) for delta, gram in zip(rest, grams[name])]
-                left, right = (torch.stack(side) for side in zip(*pairs))
-            banks |= {f"{name}_0_dense": base[None], f"{name}_1_left": left, f"{name}_1_right": right}
+        bases = {name: _base(context, full, name, weights[name], tokens) for name in layout}
+        banks = (
+            (f"{name}_{bank}", row, value)
+            for name, (_, deltas) in layout.items()
+            for bank, row, value in _banks(weights[name], bases[name], grams[name], deltas["rank"], context.options)
+        )
         made = factorized(native, layout, banks)
         layer.set_submodule(path, made)
         report[full] = errors_of(made, weights, grams) | {"weak_experts": weak_experts(statistics, path)}
     return report
+
+
+def _banks(weights, base, grams, rank: int, options) -> Iterator[tuple[str, int | None, torch.Tensor]]:
+    """(bank, row or None for all, tensor) of one projection."""
+    yield "0_dense", 0, base
+    deltas = Lazily(len(weights), lambda expert: weights[expert].double() - base)
+    if options.shared_v:
+        left, right = share_deltas(deltas, grams, rank)
+        yield from (("1_left", None, left), ("1_right", None, right))
+        return
+    for expert, delta in enumerate(deltas):
+        left, right = whitened_svd(delta, grams[expert], rank)
+        yield from (("1_left", expert, left), ("1_right", expert, right))
 
 
 def _base(context: Context, full: str, name: str, weights, tokens) -> torch.Tensor:

@@ -4,11 +4,12 @@ import hashlib
 
 import torch
 
-from ..calibration.metric import blend, shrink
+from ..calibration.metric import blend, shrink, unknown
 from ..calibration.store import linear_gram
 from ..decompose.whitening import whitened_error
 from ..layout import layout_of, projections_of
-from ..model.experts import dense_weights, expert_count, find_experts, find_linears, left_over, shapes_of
+from ..lazy import Lazily, picked
+from ..model.experts import dense_weight, expert_count, find_experts, find_linears, left_over, shapes_of
 from ..model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
 from ..quantize.factors import quantize_factors
 from ..quantize.gptq import PackedMatrix, QuantizeError, gptq, quant_format, round_to_nearest
@@ -76,7 +77,7 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
     for path, experts in list(find_experts(layer)):
         full = f"{name}.{path}"
         # A whole matrix loses little everywhere: its own inputs tell best. Factors have to choose what to keep.
-        metric = shrink if reached(statistics, path) else lambda gram, tokens: gram + torch.eye(gram.shape[-1])
+        metric = shrink if reached(statistics, path) else unknown
         own = expert_grams(statistics, path, context.device, metric)
         factorized = any("left" in part for parts in plan.layout["experts"][full].values() for part in parts)
         blended = expert_grams(statistics, path, context.device, blend) if factorized else own
@@ -128,27 +129,40 @@ def _quantize_linear(context, where, linear, gram, quant):
 
 
 def _quantize_experts(context, full, experts, own, blended, layout):
-    count = expert_count(experts)
-    wanted: dict[str, list] = {name: [None] * count for name in layout}
-    for expert in range(count):
-        for name, weight in dense_weights(experts, expert).items():
-            wanted[name][expert] = weight
+    """The packed experts module, and the errors of its matrices."""
     banks: dict[str, list[PackedMatrix]] = {}
+    wanted = {name: _weights(experts, name) for name in layout}
     for name, parts in layout.items():
         # A part after another one of the same experts (a delta after its base) stands for what that one left over.
-        targets = list(wanted[name])
+        done: list[tuple[dict, dict]] = []
+        targets = _targets(wanted[name], done)
         for i, part in enumerate(parts):
             grams = own if "dense" in part else blended
             made = _quantize_part(context, full, name, i, part, experts, targets, grams[name])
             banks |= {f"{name}_{i}_{bank}": packed for bank, packed in made.items()}
-            later = {e for other in parts[i + 1 :] for e in other["experts"]}
-            for expert in later & set(part["experts"]):
-                at = part["experts"].index(expert)
-                targets[expert] = targets[expert] - _product(part, made, at).to(targets[expert])
+            done.append((part, made))
     module = FactorizedExperts(experts, layout)
     for key, packed in banks.items():
         _fill(module, key, packed, stacked=True)
     return module, errors_of(module, wanted, own)
+
+
+def _weights(experts, name: str) -> Lazily:
+    """Effective weights (out, in) of a projection by expert, float32."""
+    return Lazily(expert_count(experts), lambda e: dense_weight(experts, name, e))
+
+
+def _targets(wanted: Lazily, done: list[tuple[dict, dict]]) -> Lazily:
+    """What the parts that are packed when it is asked for (part, its banks) leave of each expert's weight."""
+
+    def left_over(expert: int) -> torch.Tensor:
+        weight = wanted[expert]
+        for part, made in done:
+            if expert in part["experts"]:
+                weight = weight - _product(part, made, part["experts"].index(expert)).to(weight)
+        return weight
+
+    return Lazily(len(wanted), left_over)
 
 
 def _product(part: dict, made: dict, at: int) -> torch.Tensor:
@@ -171,10 +185,10 @@ def _quantize_part(context, full, name, i, part, experts, targets, grams):
             packed.append(_quantize(context, where, weight, sum(grams[e] for e in sharers), part["quant"]["dense"]))
         return {"dense": packed}
     lefts, rights = quantize_factors(
-        [targets[e] for e in users],
-        [grams[e] for e in users],
-        experts.bank(name, i, "left", torch.float64),
-        experts.bank(name, i, "right", torch.float64),
+        picked(targets, users),
+        picked(grams, users),
+        Lazily(max(part["left"]) + 1, lambda row: experts.bank(name, i, "left", torch.float64, row)),
+        Lazily(max(part["right"]) + 1, lambda row: experts.bank(name, i, "right", torch.float64, row)),
         part["left"],
         part["right"],
         part["quant"],

@@ -1,5 +1,7 @@
 """Stage `svd`: every expert matrix becomes low-rank factors, or stays dense where that is cheaper."""
 
+from collections.abc import Iterator
+
 import torch
 
 from ..allocate import DENSE, allocate, level_ranks, rank_table
@@ -164,26 +166,30 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
         grams = expert_grams(statistics, path, context.device, _metric(context.options))
         weights = split_projections(native)
         frequency = sampling_frequency(statistics[f"{path}/tokens"], context.statistics.windows.numel())
-        layout, banks = plan.layout["experts"][full], {}
-        for name, parts in layout.items():
-            for i, part in enumerate(parts):
-                for bank, value in _banks(part, weights[name], grams[name], frequency, context.options).items():
-                    banks[f"{name}_{i}_{bank}"] = value
+        layout = plan.layout["experts"][full]
+        banks = (
+            (f"{name}_{i}_{bank}", row, value)
+            for name, parts in layout.items()
+            for i, part in enumerate(parts)
+            for bank, row, value in _banks(part, weights[name], grams[name], frequency, context.options)
+        )
         made = factorized(native, layout, banks)
         layer.set_submodule(path, made)
         report[full] = errors_of(made, weights, grams)
     return report
 
 
-def _banks(part, weights, grams, frequency, options) -> dict[str, torch.Tensor]:
-    """Tensors of one part; the left rows of a shared part are set in it."""
+def _banks(part, weights, grams, frequency, options) -> Iterator[tuple[str, int | None, torch.Tensor]]:
+    """(bank, row or None for all, tensor) of one part; the left rows of a shared part are set in it."""
     experts = part["experts"]
     if "dense" in part:
-        return {"dense": weights[experts]}
-    if options.method == "paper":
+        yield from (("dense", row, weights[e]) for row, e in enumerate(experts))
+    elif options.method == "paper":
         make = literal if options.literal else share_and_trim
-        made = make(list(weights), list(grams), frequency, part["rank"], options.keep_u)
+        made = make(list(weights), grams, frequency, part["rank"], options.keep_u)
         part["left"], part["right"] = made.left_rows, made.right_rows
-        return {"left": made.left, "right": made.right}
-    pairs = [whitened_svd(weights[e], grams[e], part["rank"]) for e in experts]
-    return {"left": torch.stack([p[0] for p in pairs]), "right": torch.stack([p[1] for p in pairs])}
+        yield from (("left", None, made.left), ("right", None, made.right))
+    else:
+        for row, e in enumerate(experts):
+            left, right = whitened_svd(weights[e], grams[e], part["rank"])
+            yield from (("left", row, left), ("right", row, right))

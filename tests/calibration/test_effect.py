@@ -34,17 +34,17 @@ def test_it_is_the_divergence_of_a_model_with_that_group_rounded(architecture, m
 def test_the_walk_itself_is_not_changed(make_model):
     streamed = StreamedModel(make_model("mixtral"))
     measure_effects(streamed, WINDOWS, 4)
-    after = torch.cat(streamed.hidden)
+    after = torch.cat(list(streamed.hidden))
     plain = StreamedModel(make_model("mixtral"))
     list(plain.walk(WINDOWS, 4))
-    assert torch.equal(after, torch.cat(plain.hidden))
+    assert torch.equal(after, torch.cat(list(plain.hidden)))
 
 
 def test_only_as_much_text_as_is_needed_is_used(make_model, monkeypatch):
     seen = []
     walk = StreamedModel.walk
     monkeypatch.setattr(
-        StreamedModel, "walk", lambda self, windows, size: seen.append(windows.shape) or walk(self, windows, size)
+        StreamedModel, "walk", lambda self, windows, *rest: seen.append(windows.shape) or walk(self, windows, *rest)
     )
     measure_effects(StreamedModel(make_model("mixtral")), WINDOWS.repeat(300, 1))
     assert seen == [(TOKENS // 32, 32)] and LENGTH == 256

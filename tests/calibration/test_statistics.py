@@ -5,7 +5,7 @@ import torch
 from tiny import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
-from moesvd_quant.calibration.metric import DIAGONAL, FREQUENCY, OWN, POOLED, blend, coverage, shrink
+from moesvd_quant.calibration.metric import DIAGONAL, FREQUENCY, OWN, POOLED, Grams, blend, coverage, shrink
 from moesvd_quant.calibration.statistics import LayerRecorder, outlier_share
 from moesvd_quant.calibration.store import linear_gram
 from moesvd_quant.model.experts import find_experts, split_projections
@@ -20,8 +20,12 @@ def walk(folder):
     for visit in streamed.walk(WINDOWS, 4):
         recorder = LayerRecorder(visit.layer)
         visit.outputs()
-        found.append(recorder.detach() | {f"{k}/alias": v for k, v in recorder.aliases.items()})
-    return found, torch.cat(streamed.hidden)
+        recorder.detach()
+        found.append(recorder.sums | {f"{k}/alias": v for k, v in recorder.aliases.items()})
+        for path, experts in recorder.experts.items():
+            ((_, sums),) = experts.groups()
+            found[-1] |= {f"{path}/{name}": value for name, value in sums.items()}
+    return found, torch.cat(list(streamed.hidden))
 
 
 def native_calls(folder):
@@ -90,14 +94,14 @@ def test_shrink_moves_unseen_experts_to_the_layer_and_leaves_seen_ones():
         x = torch.randn(count, 6, generator=generator, dtype=torch.float64)
         grams.append(x.T @ x)
     gram = torch.stack(grams)
-    shrunk = shrink(gram, tokens)
+    shrunk = torch.stack(list(Grams(gram, tokens, shrink)))
     pooled = gram.sum(0) / tokens.sum()
     assert torch.allclose(shrunk[2], 6 * pooled)  # as if it had seen six tokens of the layer
     assert torch.allclose(shrunk[0], gram[0], rtol=1e-2, atol=20)
     assert torch.linalg.eigvalsh(shrunk).min() > 0
     assert coverage(tokens, 6) == {"none": [2, 3], "few": []}
     with pytest.raises(ValueError, match="no calibration token"):
-        shrink(gram, torch.zeros(4, dtype=torch.long))
+        Grams(gram, torch.zeros(4, dtype=torch.long), shrink)
 
 
 def test_blend_is_the_expected_error_over_three_kinds_of_inputs():
@@ -112,7 +116,7 @@ def test_blend_is_the_expected_error_over_three_kinds_of_inputs():
     everything = torch.cat(inputs)
     shuffled = torch.stack([column[torch.randperm(12000, generator=generator)] for column in everything.T], 1)
     weights = (tokens + 5.0) / (tokens + 5.0).mean()
-    for expert, metric in enumerate(blend(gram, tokens)):
+    for expert, metric in enumerate(Grams(gram, tokens, blend)):
         errors = [float(((x @ delta.T) ** 2).sum(1).mean()) for x in (inputs[expert], everything, shuffled)]
         expected = float(weights[expert]) ** FREQUENCY * (OWN * errors[0] + POOLED * errors[1] + DIAGONAL * errors[2])
         assert float(((delta @ metric) * delta).sum()) == pytest.approx(expected, rel=0.02)
@@ -121,6 +125,6 @@ def test_blend_is_the_expected_error_over_three_kinds_of_inputs():
 
 def test_an_expert_without_tokens_is_judged_like_its_layer():
     gram = torch.stack([torch.eye(3) * 600, torch.zeros(3, 3)])
-    metric = blend(gram, torch.tensor([600, 0]))
+    metric = Grams(gram, torch.tensor([600, 0]), blend)
     assert torch.allclose(metric[1] / metric[1].trace(), torch.eye(3) / 3)
     assert 0 < metric[1].trace() < metric[0].trace()
