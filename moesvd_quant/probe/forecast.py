@@ -13,13 +13,13 @@ from ..decompose.whitening import output_basis
 
 
 def output_energy(delta: torch.Tensor, gram: torch.Tensor) -> float:
-    """tr(delta G delta^T), summed over experts: delta (E, out, in), gram (E, in, in) float64 sums."""
+    """tr(delta G delta^T): what an error (out, in) does to the outputs, over inputs with the sums gram (in, in)."""
     return float(((delta.double() @ gram.double()) * delta.double()).sum())
 
 
-def rounding_energy(weights: torch.Tensor, gram: torch.Tensor) -> float:
-    """Energy of the error that `measure_effects` made in a group, weights (E, out, in), on the inputs of gram."""
-    return output_energy(weights.double() - perturbed(weights).double(), gram)
+def rounding_energy(weight: torch.Tensor, gram: torch.Tensor) -> float:
+    """Energy of the error that `measure_effects` made in a weight (out, in), on the inputs of gram (in, in)."""
+    return output_energy(weight.double() - perturbed(weight).double(), gram)
 
 
 def kept_energy(weight: torch.Tensor, metric: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

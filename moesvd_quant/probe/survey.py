@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,6 +47,15 @@ class _Text:
     kept: dict = field(default_factory=dict)
     totals: dict = field(default_factory=dict)
 
+    def observe(self, key, weights, metrics, grams) -> None:
+        """Adds a group: weights (E, out, in), metrics and grams (in, in) by expert."""
+        self.rounded[key], self.kept[key], self.totals[key] = 0.0, [], []
+        for weight, metric, gram in zip(weights, metrics, grams):
+            gram = gram.to(weight.device)
+            self.rounded[key] += rounding_energy(weight, gram)
+            self.kept[key].append(kept_energy(weight, metric, gram).cpu())
+            self.totals[key].append(output_energy(weight, gram))
+
 
 def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report: Progress) -> Survey:
     """Everything about a model folder: what it is calibrated on decides ranks, `texts` what they are judged on.
@@ -55,8 +65,10 @@ def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report
     found, model = Survey(), StreamedModel(folder, calibration.dtype, calibration.device)
     watched = {}
     for name, statistics in texts.items():
-        say = lambda done, total, name=name: report(f"effects on {name}", done, total)  # noqa: E731
-        watched[name] = _Text(statistics, statistics.effects(say))
+        watched[name] = _Text(statistics, statistics.effects(partial(report, f"effects on {name}")))
+    for name, statistics in {"calibration": calibration, **texts}.items():
+        if statistics.stored:  # several passes read them side by side
+            statistics.ensure(partial(report, f"reading {name}"))
     tables: dict = {}
     count = len(model.layer_names)
     streams = [text.statistics.layers() for text in watched.values()]
@@ -75,12 +87,8 @@ def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report
                 found.layers[full]["projections"][name] |= _whitened(torch.stack(values))
                 tables[full, name] = rank_table(torch.stack(values).numpy(), shapes_of(experts)[name])
                 for text, statistics in zip(watched.values(), others):
-                    gram = statistics[f"{path}/{'gram_mid' if name == 'down' else 'gram_in'}"].to(model.device)
-                    text.rounded[full, name] = rounding_energy(weights, gram)
-                    text.kept[full, name] = [
-                        kept_energy(w, m, g).cpu() for w, m, g in zip(weights, metrics[name], gram)
-                    ]
-                    text.totals[full, name] = [output_energy(w, g) for w, g in zip(weights, gram)]
+                    grams = statistics[f"{path}/{'gram_mid' if name == 'down' else 'gram_in'}"]
+                    text.observe((full, name), weights, metrics[name], grams)
         model.drop_layer(index)
         report("layers", index + 1, count)
     if not tables:
