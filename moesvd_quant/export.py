@@ -9,7 +9,7 @@ import torch
 from .accounting import original_model
 from .checkpoint.files import write_json, write_tensors
 from .checkpoint.finish import carry_files
-from .model.experts import split_projections, weight_parameters
+from .model.experts import split_projections
 from .model.load import load
 from .model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
 from .model.stream import ModelError, StreamedModel
@@ -68,8 +68,10 @@ def _export_dense(model, parent: StreamedModel, out: Path) -> None:
 
 def _fused(module: FactorizedExperts, native, dtype) -> dict[str, torch.Tensor]:
     """The weight parameters of the native experts module, by their names, as its class lays them out."""
-    for parameter in weight_parameters(native):
-        parameter.data = torch.zeros(parameter.shape, dtype=dtype)
+    for name in module.form.parameters(native):
+        owner, _, leaf = name.rpartition(".")
+        empty = torch.zeros(native.get_parameter(name).shape, dtype=dtype)
+        native.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(empty)
     views = split_projections(native)
     with torch.no_grad():
         for name in module.layout:
