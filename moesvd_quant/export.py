@@ -12,6 +12,7 @@ from .checkpoint.finish import carry_files
 from .model.experts import split_projections
 from .model.load import load
 from .model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
+from .model.native_experts import form_of
 from .model.stream import ModelError, StreamedModel
 from .quantize.gptq import PackedMatrix, QuantizeError, to_standard
 
@@ -68,7 +69,8 @@ def _export_dense(model, parent: StreamedModel, out: Path) -> None:
 
 def _fused(module: FactorizedExperts, native, dtype) -> dict[str, torch.Tensor]:
     """The weight parameters of the native experts module, by their names, as its class lays them out."""
-    for name in module.form.parameters(native):
+    names = form_of(native).parameters(native)
+    for name in names:
         owner, _, leaf = name.rpartition(".")
         empty = torch.zeros(native.get_parameter(name).shape, dtype=dtype)
         native.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(empty)
@@ -77,7 +79,7 @@ def _fused(module: FactorizedExperts, native, dtype) -> dict[str, torch.Tensor]:
         for name in module.layout:
             for expert in range(module.experts):
                 views[name][expert].copy_(module.dense(name, expert))
-    return {name: native.get_parameter(name) for name in module.form.parameters(native)}
+    return {name: native.get_parameter(name) for name in names}
 
 
 def _packed_modules(model):
