@@ -31,12 +31,13 @@ def print_survey(survey: Survey, sentences: list[str], console: Console) -> None
         weak = [str(len(layer["coverage"][kind])) for kind in ("none", "few")]
         use.add_row(path, str(layer["experts"]), *busy, *weak, f"{layer['sensitivity']:.4g}")
     console.print(use)
-    costs = Table(title="forecast: perplexity times (recipe svd, 16 bit)")
+    costs = Table(title="perplexity of `svd` in 16 bit, times the original's: rehearsed (in brackets: forecast)")
     costs.add_column("text")
     for ratio in survey.removed:
         costs.add_column(f"{ratio:.0%} removed", justify="right")
-    for text, forecast in survey.forecast.items():
-        costs.add_row(text, *(f"{math.exp(min(nats, 700)):.4g}" for nats in forecast.values()))
+    for text, rehearsed in survey.rehearsal.items():
+        pairs = [(rehearsed[ratio], survey.forecast[text][ratio]) for ratio in rehearsed]
+        costs.add_row(text, *(f"{_times(one)} ({_times(two)})" for one, two in pairs))
     console.print(costs)
     for sentence in sentences:
         console.print(f"- {sentence}", highlight=False)
@@ -87,14 +88,19 @@ def plot_survey(survey: Survey, out: Path) -> list[Path]:
     made.append(_save(figure, out / "experts.png"))
 
     figure, axis = plt.subplots(figsize=(6, 4))
-    for text, forecast in survey.forecast.items():
-        removed = [100 * survey.removed[ratio] for ratio in forecast]
-        axis.semilogy(removed, [max(nats, 1e-6) for nats in forecast.values()], "o-", label=text)
+    for text, rehearsed in survey.rehearsal.items():
+        removed = [100 * survey.removed[ratio] for ratio in rehearsed]
+        (line,) = axis.semilogy(removed, [max(nats, 1e-5) for nats in rehearsed.values()], "o-", label=text)
+        axis.semilogy(removed, [max(n, 1e-5) for n in survey.forecast[text].values()], ":", color=line.get_color())
     axis.set_xlabel("expert parameters removed, %")
-    axis.set_ylabel("forecast rise of log-perplexity, nats")
+    axis.set_ylabel("rise of log-perplexity, nats (dotted: forecast)")
     axis.grid(alpha=0.25)
     axis.legend()
     return [*made, _save(figure, out / "forecast.png")]
+
+
+def _times(nats: float) -> str:
+    return f"{math.exp(min(nats, 700)):.4g}"
 
 
 def _axis(curve: list[float]) -> list[float]:

@@ -18,6 +18,7 @@ from ..model.modeling_moesvd import FactorizedExperts
 from ..model.stream import ModelError, StreamedModel
 from ..stages.base import expert_grams, reached
 from .forecast import kept_energy, log_perplexity, lost_energy, output_energy, rounding_energy
+from .rehearsal import TOKENS, Ranks, rehearse
 from .similarity import deltas, effective_rank, expert_similarity, random_like, spectra
 
 RATIOS = (0.2, 0.4, 0.6, 0.8)
@@ -30,10 +31,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Survey:
-    """layers: figures per experts module; forecast: {text: {ratio: nats}}; removed: {ratio: share really removed}."""
+    """layers: figures per experts module; forecast (closed form) and rehearsal: {text: {ratio: nats}}; removed: {ratio:
+    share really removed}."""
 
     layers: dict[str, dict] = field(default_factory=dict)
     forecast: dict[str, dict[float, float]] = field(default_factory=dict)
+    rehearsal: dict[str, dict[float, float]] = field(default_factory=dict)
     removed: dict[float, float] = field(default_factory=dict)
 
 
@@ -93,15 +96,22 @@ def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report
         report("layers", index + 1, count)
     if not tables:
         raise ModelError(f"{folder}: no experts that text reaches; there is nothing to probe")
-    _forecast(found, tables, watched)
+    ranks = _forecast(found, tables, watched)
+    for done, (name, statistics) in enumerate(texts.items()):
+        streamed = StreamedModel(folder, calibration.dtype, calibration.device)
+        scratch = statistics.scratch((len(RATIOS) + 2) * TOKENS * statistics.sizes.row)
+        found.rehearsal[name] = rehearse(streamed, statistics.windows, calibration, ranks, scratch)
+        report("rehearsals", done + 1, len(texts))
     return found
 
 
-def _forecast(found: Survey, tables: dict, watched: dict[str, _Text]) -> None:
+def _forecast(found: Survey, tables: dict, watched: dict[str, _Text]) -> dict[float, Ranks]:
+    """Fills in the forecasts; the ranks of each ratio."""
+    plans: dict[float, Ranks] = {}
     whole = sum(float(table.costs[-1]) * len(table.errors) for table in tables.values())
     for ratio in RATIOS:
         chosen = allocate(tables, int(whole * (1 - ratio)))
-        ranks = {key: [choice.rank for choice in choices] for key, choices in chosen.items()}
+        plans[ratio] = ranks = {key: [choice.rank for choice in choices] for key, choices in chosen.items()}
         costs = {key: dict(zip(table.choices, table.costs)) for key, table in tables.items()}
         spent = sum(costs[key][choice] for key, choices in chosen.items() for choice in choices)
         found.removed[ratio] = float(1 - spent / whole)
@@ -113,6 +123,7 @@ def _forecast(found: Survey, tables: dict, watched: dict[str, _Text]) -> None:
             lost = {key: lost_energy(text.kept[key], text.totals[key], ranks[key]) for key in tables}
             nats = log_perplexity(lost, text.rounded, text.effects)
             found.forecast.setdefault(name, {})[ratio] = nats
+    return plans
 
 
 def _layer(experts, statistics: dict, path: str, total_tokens: int) -> dict:

@@ -13,7 +13,7 @@ def verdict(survey: Survey) -> list[str]:
 
 
 def _first(survey: Survey) -> dict[float, float]:
-    return next(iter(survey.forecast.values()))
+    return next(iter(survey.rehearsal.values()))
 
 
 def _removal(survey: Survey) -> str:
@@ -28,8 +28,8 @@ def _removal(survey: Survey) -> str:
 
 
 def _texts(survey: Survey) -> str:
-    name, *others = survey.forecast
-    worse = [o for o in others if survey.forecast[o][0.4] > 3 * max(survey.forecast[name][0.4], LITTLE / 10)]
+    name, *others = survey.rehearsal
+    worse = [o for o in others if survey.rehearsal[o][0.4] > 3 * max(survey.rehearsal[name][0.4], LITTLE / 10)]
     if not others:
         return f"Judged on {name} alone: give --text of the kind the model is used for, unlike text loses more."
     if worse:

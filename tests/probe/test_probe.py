@@ -5,15 +5,18 @@ import math
 
 import pytest
 import torch
+from moesvd_quant.evaluation.perplexity import perplexity
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from moesvd_quant import load
 from moesvd_quant.cli.common import app
 from moesvd_quant.model.stream import ModelError
 from moesvd_quant.probe.survey import RATIOS
 from moesvd_quant.probe.texts import probe_folder
 from moesvd_quant.probe.verdict import verdict
 from moesvd_quant.recipe import load_recipe
+from moesvd_quant.runner import Run
 
 
 def look(folder, small, texts=None):
@@ -44,7 +47,8 @@ def test_a_model_of_low_rank_bears_truncation_and_a_random_one_does_not(low_rank
         assert list(found.removed) == list(RATIOS)
         assert all(abs(found.removed[ratio] - ratio) < 0.03 for ratio in RATIOS)
     # 16 of the ranks hold all there is: at 40 % removed nothing is lost.
-    assert abs(low.forecast["calibration"][0.4]) < 1e-4 < random.forecast["calibration"][0.4]
+    for costs in ("forecast", "rehearsal"):
+        assert abs(getattr(low, costs)["calibration"][0.4]) < 1e-4 < getattr(random, costs)["calibration"][0.4]
     gate = next(iter(low.layers.values()))["projections"]["gate"]
     assert gate["effective_rank"]["weights"] < 17 < gate["effective_rank"]["random"]
     assert "Up to" in verdict(low)[0]
@@ -57,12 +61,22 @@ def test_the_verb_writes_figures_and_plots(make_model, small, tmp_path, text):
     assert done.exit_code == 0, done.output
     content = json.loads((tmp_path / "probe.json").read_text())
     assert set(content["forecast"]) == {"calibration", "words"} and len(content["verdict"]) == 6
-    values = [nats for costs in content["forecast"].values() for nats in costs.values()]
-    assert all(math.isfinite(v) and v >= 0 for v in values)
+    assert all(v >= 0 for costs in content["forecast"].values() for v in costs.values())
+    assert all(math.isfinite(v) for costs in content["rehearsal"].values() for v in costs.values())
     assert {p.name for p in tmp_path.glob("*.png")} == {"spectra.png", "experts.png", "forecast.png"}
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0 and "forecast" in shown.output and "sensitivity" in shown.output
     assert json.loads((tmp_path / "probe.json").read_text()) == content
+
+
+def test_the_rehearsal_is_what_the_stage_then_does(make_model, small, tmp_path, text):
+    """Loss of the checkpoint that `svd` writes, on the same tokens."""
+    folder, overrides = make_model("mixtral"), [*small, "svd.ratio=0.4"]
+    run = Run(load_recipe("svd", overrides), folder, tmp_path / "out")
+    (checkpoint,) = run.run()
+    before, after = (perplexity(load(f, torch.float32), run.windows).nll for f in (folder, checkpoint))
+    rehearsed = look(folder, small).rehearsal["calibration"][0.4]
+    assert rehearsed == pytest.approx(after - before, rel=0.02) and rehearsed > 0
 
 
 def test_a_dense_model_is_refused(make_model, small, tmp_path):
