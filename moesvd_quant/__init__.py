@@ -8,11 +8,13 @@ from . import _register as _register
 __version__ = "0.1.0"
 
 
-def load(path, dtype="auto", device="cpu"):
+def load(path, dtype="auto", device="cpu", **placement):
     """Opens any Hugging Face causal model folder, or one of our checkpoints, in evaluation mode.
+
+    `device_map="auto"` (with `max_memory`, `offload_folder`) spreads it over GPUs, main memory and disk.
 
     Raises ModelError (a ValueError) where tensors are missing, unexpected, damaged or of another shape.
     """
     from .model.load import load as _load
 
-    return _load(path, dtype=dtype, device=device)
+    return _load(path, dtype=dtype, device=device, **placement)

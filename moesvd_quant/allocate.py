@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -11,6 +11,9 @@ RANK_STEP = 16
 DENSE = -1  # in place of a rank: the matrix stays whole
 FLOAT = 16  # in place of bits: not quantized
 MAX_RANKS = 4  # distinct choices per layer and projection: each is one tensor and one grouped product
+# Between which the price of a unit of cost is sought (error per unit; at the upper one nothing is worth having).
+PRICES, BISECTIONS = (1e-16, 1.0), 60
+ROUNDS = 3  # which few choices of a group are best depends on the price, and the price on them
 
 
 class Choice(NamedTuple):
@@ -33,6 +36,21 @@ class Table:
     errors: np.ndarray
 
 
+@dataclass(frozen=True)
+class Allocation(Generic[Key]):
+    """choices: of each expert of each group; error: their sum; bound: no allocation within the budget has less, however
+    many distinct choices a group may have."""
+
+    choices: dict[Key, list[Choice]]
+    error: float
+    bound: float
+
+    @property
+    def gap(self) -> float:
+        """How much more error than the bound, as a share of the error."""
+        return max(0.0, 1 - self.bound / self.error) if self.error > 0 else 0.0
+
+
 def useful_ranks(shape: tuple[int, int]) -> list[int]:
     """Multiples of RANK_STEP whose factors hold fewer parameters than the matrix (out, in)."""
     out, in_features = shape
@@ -52,66 +70,157 @@ def rank_table(spectra: np.ndarray, shape: tuple[int, int]) -> Table:
     return Table(choices, costs, errors / total if total > 0 else errors)
 
 
-def allocate(tables: dict[Key, Table], budget: float) -> dict[Key, list[Choice]]:
+def allocate(
+    tables: dict[Key, Table], budget: float, ties: dict[Key, Hashable] | None = None, distinct: int = MAX_RANKS
+) -> Allocation[Key]:
     """A choice for each expert of each group: least summed error at a cost of at most `budget`.
 
-    One price per unit of cost for all matrices of the model, found by bisection; then whatever still fits is spent
-    where it helps most. At most MAX_RANKS distinct choices (besides NOTHING) per group. ValueError below zero.
+    One price per unit of cost for all matrices of the model (the Lagrangian of the budget), found by bisection; then
+    whatever still fits is spent where it helps most. At most `distinct` choices (besides NOTHING) per group.
+    ties: groups with the same value get one width. ValueError where even the cheapest choices cost more.
     """
-    if budget < 0:
-        raise ValueError(f"a budget of {budget:.0f} cannot be met")
+    ties = ties or {}
+    least = least_cost(tables)
+    if budget < least:
+        raise ValueError(f"a budget of {budget:.0f} cannot be met, the least possible is {least:.0f}")
+    everything = {name: np.arange(len(table.choices)) for name, table in tables.items()}
+    low, high, bound = _price(tables, everything, budget)
+    best, least_error = {}, np.inf
+    for _ in range(ROUNDS):
+        few = _restrict(tables, low, ties, distinct)
+        low, high, _ = _price(tables, few, budget)
+        chosen = _choose(tables, few, high)
+        _spend_rest(chosen, tables, few, budget - _spent(chosen, tables), ties, distinct)
+        error = _error(chosen, tables)
+        if error < least_error:
+            best, least_error = chosen, error
+    choices = {name: [tables[name].choices[i] for i in at] for name, at in best.items()}
+    return Allocation(choices, least_error, bound)
 
-    def solve(price):
-        return {name: _choose(table, price) for name, table in tables.items()}
 
-    def spent(chosen):
-        return sum(tables[name].costs[indices].sum() for name, indices in chosen.items())
+def least_cost(tables: dict[Key, Table]) -> float:
+    """What the cheapest choices of all experts cost together."""
+    return float(sum(len(table.errors) * table.costs.min() for table in tables.values()))
 
-    low, high = 1e-16, 1.0  # prices: error per unit of cost; at `high` nothing is worth having
-    best = solve(high)
-    for _ in range(60):
+
+def _price(tables, few, budget: float) -> tuple[float, float, float]:
+    """The prices around which the choice from the columns `few` stops and begins to fit the budget, and the Lagrangian
+    bound: no choice within the budget from these columns has a smaller error."""
+    low, high = PRICES
+    bound = -np.inf
+    for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5
-        chosen = solve(middle)
-        if spent(chosen) > budget:
-            low = middle
-        else:
-            high, best = middle, chosen
-    _spend_rest(best, tables, budget - spent(best))
-    return {name: [tables[name].choices[i] for i in indices] for name, indices in best.items()}
+        spent = error = 0.0
+        for name, table in tables.items():
+            errors, costs = table.errors[:, few[name]], table.costs[few[name]]
+            at = (errors + middle * costs).argmin(1)
+            spent += costs[at].sum()
+            error += errors[np.arange(len(at)), at].sum()
+        bound = max(bound, error + middle * (spent - budget))
+        low, high = (middle, high) if spent > budget else (low, middle)
+    return low, high, float(bound)
 
 
-def _choose(table: Table, price: float) -> np.ndarray:
-    """Choice of each expert at a price, with few distinct ones."""
-    objective = table.errors + price * table.costs
-    chosen = objective.argmin(1)
-    allowed = sorted(set(chosen.tolist()) | {0})
-    while len(allowed) > MAX_RANKS + 1:
-        trials = [[o for o in allowed if o != gone] for gone in allowed[1:]]
-        losses = [objective[:, trial].min(1).sum() for trial in trials]
-        allowed = trials[int(np.argmin(losses))]
-    return np.array(allowed)[objective[:, allowed].argmin(1)]
+def _choose(tables, few, price: float) -> dict:
+    """Column of each expert of each group at a price, from the columns `few`."""
+    return {
+        name: few[name][(table.errors[:, few[name]] + price * table.costs[few[name]]).argmin(1)]
+        for name, table in tables.items()
+    }
 
 
-def _spend_rest(chosen, tables, rest: float) -> None:
-    """Moves single experts to a dearer choice, best gain per cost first, while one is affordable. A choice that
-    its group has not yet is open as long as the group has fewer than MAX_RANKS."""
-    while True:
-        best, where = 0.0, None
-        for name, now in chosen.items():
-            errors, costs = tables[name].errors, tables[name].costs
-            here = set(now.tolist()) | {0}
-            options = np.array(sorted(here) if len(here) > MAX_RANKS else range(len(costs)))
-            extra = costs[options] - costs[now][:, None]
-            gain = errors[np.arange(len(now)), now][:, None] - errors[:, options]
-            rate = np.where((extra > 0) & (extra <= rest), gain / np.maximum(extra, 1), 0)
-            expert, option = np.unravel_index(rate.argmax(), rate.shape)
-            if rate[expert, option] > best:
-                best, where = rate[expert, option], (name, expert, options[option], extra[expert, option])
-        if where is None:
+def _spent(chosen, tables) -> float:
+    return float(sum(tables[name].costs[at].sum() for name, at in chosen.items()))
+
+
+def _error(chosen, tables) -> float:
+    return float(sum(tables[name].errors[np.arange(len(at)), at].sum() for name, at in chosen.items()))
+
+
+def _restrict(tables, price: float, ties, distinct: int) -> dict:
+    """The few columns of each group that serve its experts best at a price; tied groups get those of one width."""
+    found: dict = {}
+    tied: dict[Hashable, list] = {}
+    for name, table in tables.items():
+        tied.setdefault(ties[name], []).append(name) if name in ties else found.update(
+            {name: _few(table, price, distinct)}
+        )
+    for names in tied.values():
+        trials = {}
+        for bits in sorted({choice.bits for name in names for choice in tables[name].choices if choice.rank}):
+            allowed = {name: _columns(tables[name], bits) for name in names}
+            if all(len(columns) for columns in allowed.values()):
+                few = {name: _few(tables[name], price, distinct, allowed[name]) for name in names}
+                trials[bits] = sum(_objective(tables[name], price, at).min(1).sum() for name, at in few.items()), few
+        if not trials:
+            raise ValueError(f"{', '.join(map(str, names))}: no width serves all of them")
+        found |= min(trials.values(), key=lambda trial: trial[0])[1]
+    return found
+
+
+def _columns(table: Table, bits: int) -> np.ndarray:
+    """Choices of one width, and NOTHING."""
+    return np.array([i for i, choice in enumerate(table.choices) if choice.bits == bits or choice.rank == 0], dtype=int)
+
+
+def _objective(table: Table, price: float, columns: np.ndarray) -> np.ndarray:
+    return table.errors[:, columns] + price * table.costs[columns]
+
+
+def _few(table: Table, price: float, distinct: int, columns: np.ndarray | None = None) -> np.ndarray:
+    """At most `distinct` of the columns (and NOTHING, if it is one) whose best per expert sum to the least: added
+    one by one, then exchanged while that helps (the k-median problem's local search)."""
+    columns = np.arange(len(table.choices)) if columns is None else columns
+    if len(columns) <= distinct:
+        return columns
+    objective = _objective(table, price, columns)
+    free = [at for at, column in enumerate(columns) if table.choices[column].rank == 0]
+    held: list[int] = []
+
+    def best_with(others: list[int]) -> tuple[float, int]:
+        start = objective[:, [*free, *others]].min(1) if free or others else np.full(len(objective), np.inf)
+        sums = np.minimum(start[:, None], objective).sum(0)
+        return float(sums.min()), int(sums.argmin())
+
+    for _ in range(distinct):
+        held.append(best_with(held)[1])
+    value, improved = best_with(held)[0], True
+    while improved:
+        improved = False
+        for place in range(distinct):
+            others = held[:place] + held[place + 1 :]
+            trial, at = best_with(others)
+            if trial < value * (1 - 1e-12):
+                value, held, improved = trial, [*others, at], True
+                break
+    return columns[sorted({*free, *held})]
+
+
+def _spend_rest(chosen, tables, few, rest: float, ties, distinct: int) -> None:
+    """Moves single experts to a dearer choice, best gain per cost first, while one is affordable: to one of the columns
+    `few`, or to any where the group has fewer than `distinct` in use and is not tied."""
+
+    def best_move(name):
+        """(gain per cost, expert, column, cost) of the best affordable move in a group."""
+        table, now = tables[name], chosen[name]
+        used = {at for at in now.tolist() if table.choices[at].rank}
+        columns = few[name] if name in ties or len(used) >= distinct else np.arange(len(table.choices))
+        extra = table.costs[columns] - table.costs[now][:, None]
+        gain = table.errors[np.arange(len(now)), now][:, None] - table.errors[:, columns]
+        rate = np.where((extra > 0) & (extra <= rest), gain / np.maximum(extra, 1), 0)
+        expert, at = np.unravel_index(rate.argmax(), rate.shape)
+        return rate[expert, at], int(expert), columns[at], extra[expert, at]
+
+    moves = {name: best_move(name) for name in chosen}
+    while moves:
+        name = max(moves, key=lambda key: moves[key][0])
+        rate, expert, column, extra = moves[name]
+        if rate <= 0:
             return
-        name, expert, option, extra = where
-        chosen[name][expert] = option
-        rest -= extra
+        if extra <= rest:
+            chosen[name][expert] = column
+            rest -= extra
+        moves[name] = best_move(name)
 
 
 def level_ranks(costs: list[int], full: list[int], budget: int) -> list[int]:

@@ -1,16 +1,18 @@
-"""Checkpoints for other software: plain 16-bit weights, or the standard GPTQ format."""
+"""Checkpoints for other software: plain 16-bit weights, or the standard GPTQ format. One layer at a time."""
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 
-from .accounting import original_model
-from .checkpoint.files import write_json, write_tensors
-from .checkpoint.finish import carry_files
+from .accounting import original_model, stored_tensors
+from .checkpoint.files import write_json, write_one_by_one
+from .checkpoint.finish import OUTER_FILE, carry_files, layer_file, write_index
 from .model.experts import split_projections
-from .model.load import load
 from .model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
 from .model.native_experts import form_of
 from .model.stream import ModelError, StreamedModel
@@ -26,13 +28,43 @@ def export_checkpoint(folder: Path, out: Path, to: str) -> None:
     parent = StreamedModel(folder)
     if not hasattr(parent.config, "moesvd"):
         raise ModelError(f"{folder}: is not one of our checkpoints; there is nothing to export")
-    model = load(folder)
     out.mkdir(parents=True, exist_ok=True)
-    if to == "dense":
-        _export_dense(model, parent, out)
-    else:
-        _export_gptq(model, parent, out)
+    native = original_model(parent)
+    quants: dict[str, dict] = {}
+    names: dict[str, str] = {}
+    total = 0
+    for file, prefix in _parts(parent):
+        modules = {path: m for path, m in parent.model.named_modules() if _belongs(path + ".", prefix, parent)}
+        state = {key: tensor for key, tensor in _native_state(parent.model).items() if _belongs(key, prefix, parent)}
+        if to == "dense":
+            tensors = _dense(modules, state, native, parent, prefix)
+        else:
+            tensors = state | _standard(modules, quants)
+        write_one_by_one(out / file, tensors)
+        names |= dict.fromkeys(tensors, file)
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+    write_index(out, names, total)
+    native.config.architectures = [type(native).__name__]
+    native.config.save_pretrained(out)
+    if to == "gptq":
+        quantization = _quantization(quants)
+        write_json(out / "config.json", native.config.to_dict() | {"quantization_config": quantization})
+        write_json(out / "quantize_config.json", quantization)
     carry_files(folder, out)
+
+
+def _parts(parent: StreamedModel) -> Iterator[tuple[str, str | None]]:
+    """(file to write, prefix of a layer or None for all else); each is in memory until the next is asked for."""
+    for index, name in enumerate(parent.layer_names):
+        parent.load_layer(index)
+        yield layer_file(index), name + "."
+        parent.drop_layer(index)
+    parent.load_outer()
+    yield OUTER_FILE, None
+
+
+def _belongs(key: str, prefix: str | None, parent: StreamedModel) -> bool:
+    return key.startswith(prefix) if prefix else not key.startswith(tuple(n + "." for n in parent.layer_names))
 
 
 def _native_state(model) -> dict[str, torch.Tensor]:
@@ -49,43 +81,48 @@ def _native_state(model) -> dict[str, torch.Tensor]:
     return {k: v for k, v in model.state_dict().items() if k not in ours and k not in tied}
 
 
-def _export_dense(model, parent: StreamedModel, out: Path) -> None:
+def _dense(modules: dict, state: dict, native, parent: StreamedModel, prefix: str | None) -> dict[str, torch.Tensor]:
+    """Tensors of a part of the native model, under the names and in the form that its checkpoints have."""
     dtype = parent.stored_dtype
-    native, state = original_model(parent), _native_state(model)
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if isinstance(module, PackedLinear):
             state[f"{path}.weight"] = module.dense_weight().to(dtype)
         if isinstance(module, FactorizedExperts):
             fused = _fused(module, native.get_submodule(path), dtype)
             state |= {f"{path}.{name}": tensor for name, tensor in fused.items()}
-    info = native.load_state_dict(state, strict=False, assign=True)
-    tied = set(getattr(native, "all_tied_weights_keys", None) or {})
-    if lost := [k for k in info.missing_keys if k not in tied] + info.unexpected_keys:
-        raise ModelError(f"{out}: tensors do not fit the native model: {lost[:5]}")
-    native.tie_weights()
-    native.generation_config = model.generation_config
-    native.save_pretrained(out)
+    wanted = {key for key in stored_tensors(native) if _belongs(key, prefix, parent)}
+    if lost := sorted(wanted ^ set(state)):
+        raise ModelError(f"{parent.folder}: tensors do not fit the native model: {lost[:5]}")
+    return revert_weight_conversion(native, state)
 
 
 def _fused(module: FactorizedExperts, native, dtype) -> dict[str, torch.Tensor]:
     """The weight parameters of the native experts module, by their names, as its class lays them out."""
     names = form_of(native).parameters(native)
     for name in names:
-        owner, _, leaf = name.rpartition(".")
-        empty = torch.zeros(native.get_parameter(name).shape, dtype=dtype)
-        native.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(empty)
+        _put(native, name, torch.zeros(native.get_parameter(name).shape, dtype=dtype))
     views = split_projections(native)
     with torch.no_grad():
         for name in module.layout:
             for expert in range(module.experts):
                 views[name][expert].copy_(module.dense(name, expert))
-    return {name: native.get_parameter(name) for name in names}
+    made = {name: native.get_parameter(name).data for name in names}
+    for name, tensor in made.items():
+        _put(native, name, tensor.to("meta"))
+    return made
 
 
-def _packed_modules(model):
+def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _packed_modules(modules: dict):
     """(standard path, packed matrix, bias) of every quantized matrix; ModelError where one is factorized."""
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if isinstance(module, PackedLinear):
+            if module.rank:
+                raise ModelError(f"{path}: has a low-rank term beside its packed weight; export it --to dense")
             get = module._parameters.get
             tensors = {k: get(f"weight_{k}") for k in ("codes", "scales", "zeros") if get(f"weight_{k}") is not None}
             yield path, PackedMatrix(tensors, module.quant, module.in_features), module.bias
@@ -105,19 +142,25 @@ def _packed_modules(model):
                         yield f"{path}.{expert}.{name}_proj", PackedMatrix(tensors, quant, columns), None
 
 
-def _export_gptq(model, parent: StreamedModel, out: Path) -> None:
-    tensors, quants = _native_state(model), {}
-    for path, packed, bias in _packed_modules(model):
+def _standard(modules: dict, quants: dict[str, dict]) -> dict[str, torch.Tensor]:
+    """Tensors of the quantized matrices in the GPTQ format; what each is quantized with is added to `quants`."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path, packed, bias in _packed_modules(modules):
         try:
             made = to_standard(packed, bias)
         except QuantizeError as error:
             raise ModelError(f"{path}: {error}") from error
         tensors |= {f"{path}.{name}": tensor for name, tensor in made.items()}
         quants[path] = packed.quant
+    return tensors
+
+
+def _quantization(quants: dict[str, dict]) -> dict:
+    """The `quantization_config` of a GPTQ checkpoint."""
     size = Counter(q["group_size"] for q in quants.values()).most_common(1)[0][0]
     first = next(iter(quants.values()))
     other = {p: q["group_size"] for p, q in quants.items() if q["group_size"] != size}
-    quantization = {
+    return {
         "bits": first["bits"],
         "group_size": size,
         "sym": first["sym"],
@@ -127,7 +170,3 @@ def _export_gptq(model, parent: StreamedModel, out: Path) -> None:
         "checkpoint_format": "gptq",
         "dynamic": {f"+:^{re.escape(path)}$": {"group_size": s} for path, s in other.items()},
     }
-    config = original_model(parent).config.to_dict() | {"quantization_config": quantization}
-    write_json(out / "config.json", config)
-    write_json(out / "quantize_config.json", quantization)
-    write_tensors(out / "model.safetensors", tensors)

@@ -4,6 +4,7 @@ Limits are of *anonymous* memory: what a process owns and the system cannot read
 part of a result: a run with little memory gives the bits of one with plenty.
 """
 
+import ctypes
 import errno
 import os
 import re
@@ -19,6 +20,7 @@ import torch
 from .budget import UNITS
 from .checkpoint.files import write_at
 
+M_MMAP_THRESHOLD, MAPPED = -3, 2**20  # of glibc's mallopt; bytes
 FULL = "make room, set MOESVD_CACHE to a larger disk, or raise --memory. Nothing that was finished is lost"
 
 
@@ -26,11 +28,11 @@ class MemoryLimitError(ValueError):
     """What cannot fit; the message says what would make it fit."""
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of `16GB`, `512MiB`; ValueError for anything else."""
+def parse_bytes(text: str, what: str = "--memory") -> int:
+    """Bytes of `16GB`, `512MiB`; ValueError, which names `what`, for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
-        raise ValueError(f"--memory {text!r}: write bytes with a unit (16GB, 512MiB)")
+        raise ValueError(f"{what} {text!r}: write bytes with a unit (16GB, 512MiB)")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
@@ -54,11 +56,33 @@ def available_bytes() -> int:
     return min(free, limit - used + int(cache.get("inactive_file", 0)))
 
 
+def _c_library(function: str, *arguments: int) -> None:
+    """Calls a function of the C library where it has one (glibc)."""
+    found = getattr(ctypes.CDLL(None), function, None) if os.name == "posix" else None
+    if found is not None:
+        found(*arguments)
+
+
+def keep_nothing() -> None:
+    """From now on tensors go back to the system when they are freed. The C library would keep those below 32 MB for
+    later, in pieces: a hundred MB and more, of which no forecast could be made."""
+    _c_library("mallopt", M_MMAP_THRESHOLD, MAPPED)
+
+
+def return_freed() -> None:
+    """Gives back what was freed of smaller things."""
+    _c_library("malloc_trim", 0)
+
+
 class Memory:
     """The limit of a process in bytes of anonymous memory; without one, what the machine has free now."""
 
     def __init__(self, limit: int | None = None):
         self.limit = anonymous_bytes() + available_bytes() if limit is None else limit
+
+    def share(self, workers: int) -> "Memory":
+        """What each of several processes may take."""
+        return Memory(self.limit // workers)
 
     def free(self) -> int:
         return self.limit - anonymous_bytes()

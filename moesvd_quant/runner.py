@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,8 +20,11 @@ from .accounting import account
 from .calibration.store import Statistics, fingerprint
 from .checkpoint.files import require_space, write_json, write_text
 from .layout import layout_of
+from .memory import Memory, PeakMeter, keep_nothing
 from .model.modeling_moesvd import MANIFEST
 from .model.stream import StreamedModel
+from .needs import Needs, forecast
+from .parallel import Pool
 from .planning import plan_stages
 from .recipe import Recipe
 from .stages.base import Context, Plan
@@ -35,7 +38,7 @@ class RunError(RuntimeError):
 
 
 def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "gptqmodel", "safetensors")
+    names = ("torch", "transformers", "gptqmodel", "peft", "bitsandbytes", "safetensors")
     return {"moesvd_quant": __version__} | {name: version(name) for name in names}
 
 
@@ -54,7 +57,8 @@ def locked(out: Path):
 class Run:
     """A recipe on a model, with its output folder. `report(what, done, total)` hears of progress."""
 
-    def __init__(self, recipe: Recipe, model: Path, out: Path, device="cpu", report: Report | None = None):
+    def __init__(self, recipe: Recipe, model: Path, out: Path, device="cpu", report: Report | None = None, **how):
+        """how: `memory` (bytes or None), `workers`, `executor`; nothing of it is part of the result."""
         self.recipe, self.model, self.out = recipe, Path(model), Path(out)
         self.device = torch.device(device)
         self.report = report or (lambda what, done, total: None)
@@ -63,7 +67,22 @@ class Run:
         self.meta = StreamedModel(self.model)
         self.model_digest = fingerprint(self.model)
         self.windows = self._windows()
-        self.statistics = Statistics(self.model, self.model_digest, self.windows, self.device)
+        keep_nothing()
+        self.memory = Memory(how.get("memory"))
+        self.pool = Pool(how.get("workers", 1), how.get("executor", "processes"))
+        share = self.memory.share(self.pool.workers)
+        self.statistics = Statistics(self.model, self.model_digest, self.windows, self.device, memory=share)
+        self._training = {index: self._training_windows(s.options) for index, s in self._trainers()}
+
+    def _trainers(self):
+        return [(index, stage) for index, stage in enumerate(self.recipe.stages) if stage.name == "lora"]
+
+    def _length(self, wanted: str | int, key: str) -> int:
+        limit = getattr(self.meta.config, "max_position_embeddings", 2048)
+        length = min(2048, limit) if wanted == "auto" else int(wanted)
+        if length > limit:
+            raise RunError(f"{key} {length} exceeds the {limit} positions of the model")
+        return length
 
     def _windows(self) -> torch.Tensor:
         from transformers import AutoTokenizer
@@ -71,36 +90,56 @@ class Run:
         from .calibration.text import calibration_windows
 
         wanted = self.recipe.calibration
-        limit = getattr(self.meta.config, "max_position_embeddings", 2048)
-        length = min(2048, limit) if wanted.length == "auto" else wanted.length
-        if length > limit:
-            raise RunError(f"calibration.length {length} exceeds the {limit} positions of the model")
+        length = self._length(wanted.length, "calibration.length")
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         return calibration_windows(wanted.dataset, tokenizer, wanted.samples, length, self.recipe.seed)
+
+    def _training_windows(self, options):
+        from transformers import AutoTokenizer
+
+        from .healing.data import refuse_leaks, training_windows
+
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        own = options.dataset == "calibration"
+        source = self.recipe.calibration.dataset if own else options.dataset
+        length = self.windows.shape[1] if options.length == "auto" else self._length(options.length, "lora.length")
+        wanted = options.steps * options.batch
+        made = training_windows(source, tokenizer, wanted, options.validation, length, self.recipe.seed)
+        refuse_leaks(made, self.recipe.evaluate.texts(), tokenizer)
+        return made
+
+    def training(self, index: int):
+        """The windows that a stage trains on; None for one that does not train."""
+        return self._training.get(index)
 
     def key(self, upto: int) -> dict:
         """All that a stage's output depends on; equal keys mean equal files."""
         stages = [{s.name: s.options.model_dump()} for s in self.recipe.stages]
         budget = self.recipe.budget
+        trained = [made.digest for index, made in sorted(self._training.items()) if index <= upto]
         return {
             "model": self.model_digest,
             "statistics": self.statistics.key,
             "stages": stages[: upto + 1],
             "seed": self.recipe.seed,
             # Under a budget the first stage is planned for what the later ones do.
-            "budget": None if budget is None else {"amount": budget, "stages": stages},
+            "budget": None
+            if budget is None
+            else {"amount": budget, "stages": stages, "limits": self.recipe.limits.model_dump()},
             "versions": versions(),
-        }
+        } | ({"training": trained} if trained else {})
 
     def folder(self, index: int) -> Path:
         return self.out / f"{index + 1:02d}-{self.recipe.stages[index].name}"
 
     def run(self) -> list[Path]:
         """Runs all stages; the folders of their checkpoints. Finished stages and layers are not done again."""
-        with locked(self.out):
+        with locked(self.out), closing(self.pool):
             for index in range(len(self.recipe.stages)):
                 self._check_key(self.folder(index), index)
             write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
+            if not self._done(len(self.recipe.stages) - 1):
+                self.needs().require(self.statistics.store)
             self.forecasts = self._forecasts()
             todo = [f for i, f in enumerate(self.forecasts) if not self._done(i)]
             require_space(self.out, sum(f["accounting"]["disk_bytes"] for f in todo))
@@ -110,6 +149,11 @@ class Run:
                     shutil.rmtree(folder, ignore_errors=True)
                 folders = folders[-1:]
             return folders
+
+    def needs(self) -> Needs:
+        """Forecast of memory and disk, beside the checkpoints."""
+        stored = self.statistics
+        return forecast(self.meta, stored.sizes, self.windows.numel(), stored, stored.memory, self.pool.workers)
 
     def work_folder(self, index: int) -> Path:
         digest = hashlib.sha256(json.dumps(self.key(index), sort_keys=True).encode()).hexdigest()
@@ -158,20 +202,21 @@ class Run:
         if self._done(index):
             return folder
         context, module = self.context(index)
-        started = time.time()
+        started, meter = time.time(), PeakMeter()
         work = StageWork(self, index, context, module)
         self._clean(keep=work.folder)
         work.folder.mkdir(exist_ok=True)
-        plan = self.plan(index, context.parent)
+        plan = work.prepare(self.plan(index, context.parent))
         accounting = account(context.parent, plan.layout)
-        work.layers(plan)
-        work.finish(plan, accounting, folder)
+        with meter:
+            work.layers(plan)
+            work.finish(plan, accounting, folder)
         write_json(
             folder / "run.json",
             {
                 "seconds": round(time.time() - started, 2),
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "peak_rss_bytes": _peak_rss(),
+                "anonymous_bytes": {"before": meter.start, "peak": meter.peak},
                 "threads": torch.get_num_threads(),
                 "model": str(self.model),
             },
@@ -185,19 +230,16 @@ class Run:
         module = importlib.import_module(f"moesvd_quant.stages.{stage.name}")
         progress = lambda done, total: self.report(f"{stage.name}: reading the model", done, total)  # noqa: E731
         streamed = StreamedModel(parent, device=self.device)
-        return Context(streamed, self.statistics, stage.options, self.recipe.seed, self.device, progress), module
+        context = Context(streamed, self.statistics, stage.options, self.recipe.seed, self.device, progress)
+        context.pool = self.pool
+        context.training, context.folder, context.report = self.training(index), self.work_folder(index), self.report
+        return context, module
 
     def _clean(self, keep: Path) -> None:
         """Leftovers of runs that were killed and whose key no longer matches."""
         for path in self.out.glob(".work-*"):
             if path != keep and path.name.split("-")[1] == keep.name.split("-")[1]:
                 shutil.rmtree(path)
-
-
-def _peak_rss() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def sync_threads() -> None:

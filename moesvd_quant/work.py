@@ -1,7 +1,9 @@
 """The work of one stage in its own folder: layers one by one, each file whole or absent, then the commit."""
 
+import importlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ CHUNK = 32  # tokens whose predictions are compared at a time
 
 
 class StageWork:
-    """One stage of a run: `layers`, then `finish`; each finds what an earlier process did."""
+    """One stage of a run: `prepare`, `layers`, then `finish`; each finds what an earlier process did."""
 
     def __init__(self, run, index: int, context, module):
         self.run, self.index, self.context, self.module = run, index, context, module
@@ -25,32 +27,19 @@ class StageWork:
         self.folder: Path = run.work_folder(index)
         self.parent: StreamedModel = context.parent
 
-    def note(self, name: str) -> Path:
-        """What was decided and measured while a file was made; written before the file."""
-        return self.folder / f"note-{name}.json"
-
     def layers(self, plan: Plan) -> None:
         count = len(self.parent.layer_names)
         todo = [i for i in range(count) if not (self.folder / finish.layer_file(i)).is_file()]
-        if todo:
-            for index, statistics in enumerate(self.context.statistics.layers(self.context.progress)):
-                if index in todo:
-                    self._layer(index, statistics, plan)
-                self.run.report(f"{self.stage.name}: layers", index + 1, count)
+        report = lambda done, total: self.run.report(f"{self.stage.name}: layers", done, total)  # noqa: E731
+        for _ in self.context.each_layer(partial(make_layer, self.folder, self.stage.name, plan), report, todo):
+            pass
         if not (self.folder / finish.OUTER_FILE).is_file():
             self._outer(plan)
 
-    def _layer(self, index: int, statistics: dict, plan: Plan) -> None:
-        name = self.parent.layer_names[index]
-        layer = self.parent.load_layer(index)
-        report = self.module.run_layer(self.context, index, layer, statistics, plan)
-        layout = {path: parts for path, parts in plan.layout["experts"].items() if path.startswith(name + ".")}
-        seen = verify.outputs(self.parent.model, verify.targets(plan.layout, name + "."))
-        tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-        self._check(name, tensors, report)
-        write_json(self.note(str(index)), {"errors": report, "experts": layout, "outputs": seen})
-        write_tensors(self.folder / finish.layer_file(index), tensors)
-        self.parent.drop_layer(index)
+    def prepare(self, plan: Plan) -> Plan:
+        """What a stage does before it goes through the layers: training, after which its plan may be another."""
+        prepare = getattr(self.module, "prepare", None)
+        return prepare(self.context, plan, self.folder) if prepare else plan
 
     def _outer(self, plan: Plan) -> None:
         self.parent.load_outer()
@@ -61,19 +50,10 @@ class StageWork:
         tensors = {name: tensor for name, tensor in names.items() if tensor.device.type != "meta"}
         if lost := sorted(set(names) - set(tensors)):
             raise StageError(f"{self.parent.folder}: tensors outside the layers were not read: {lost[:5]}")
-        self._check("outer", tensors, report)
+        _check("outer", tensors, report, self.stage.name)
         seen = verify.outputs(model, verify.targets(plan.layout, "lm_head"))
-        write_json(self.note("outer"), {"errors": report, "experts": {}, "outputs": seen})
+        write_json(note_file(self.folder, "outer"), {"errors": report, "experts": {}, "outputs": seen})
         write_tensors(self.folder / finish.OUTER_FILE, tensors)
-
-    def _check(self, name: str, tensors: dict, report: dict) -> None:
-        """StageError where something is not finite."""
-        for key, tensor in tensors.items():
-            if not is_finite(tensor):
-                raise StageError(f"{key}: became not finite in stage {self.stage.name}; this is a defect")
-        for path, value in _errors(report):
-            if not math.isfinite(value):
-                raise StageError(f"{path}: error {value} in stage {self.stage.name}; raise damp or add calibration")
 
     def finish(self, plan: Plan, accounting: Accounting, final: Path) -> None:
         """Index, config, tokenizer, manifest; opens the checkpoint as a user would; commits it."""
@@ -81,7 +61,7 @@ class StageWork:
         errors: dict = {}
         outputs: dict = {}
         for name in notes:
-            note = json.loads(self.note(name).read_text())
+            note = json.loads(note_file(self.folder, name).read_text())
             errors |= note["errors"]
             outputs |= note["outputs"]
             plan.layout["experts"] |= note["experts"]
@@ -103,8 +83,10 @@ class StageWork:
         }
         finish.write_card(self.folder, manifest)
         finish.write_manifest(self.folder, manifest)
+        if conclude := getattr(self.module, "conclude", None):
+            conclude(self.folder)
         for name in notes:
-            self.note(name).unlink()
+            note_file(self.folder, name).unlink()
         commit_folder(self.folder, final)
 
     def _name(self, before: list[str]) -> str:
@@ -129,7 +111,7 @@ class StageWork:
         windows = self.run.windows[:CHECK_WINDOWS, :CHECK_LENGTH]
         dtype, device = self.run.statistics.dtype, self.run.device
         before, after = (
-            torch.cat(list(StreamedModel(folder, dtype, device).logits(windows))).flatten(0, 1)
+            next(StreamedModel(folder, dtype, device).logits(windows, len(windows))).flatten(0, 1)
             for folder in (self.parent.folder, self.folder)
         )
         total = 0.0
@@ -139,6 +121,34 @@ class StageWork:
             p, q = one.double().log_softmax(-1), two.double().log_softmax(-1)
             total += float((p.exp() * (p - q)).sum())
         return {"kl": total / windows.numel(), "tokens": windows.numel()}
+
+
+def note_file(folder: Path, name: str) -> Path:
+    """What was decided and measured while a file was made; written before the file."""
+    return folder / f"note-{name}.json"
+
+
+def make_layer(folder: Path, stage: str, plan: Plan, context, index: int, layer, statistics: dict) -> None:
+    """Turns a loaded layer into the file of a stage's output, and its note, in the work folder."""
+    parent = context.parent
+    name = parent.layer_names[index]
+    report = importlib.import_module(f"moesvd_quant.stages.{stage}").run_layer(context, index, layer, statistics, plan)
+    layout = {path: parts for path, parts in plan.layout["experts"].items() if path.startswith(name + ".")}
+    seen = verify.outputs(parent.model, verify.targets(plan.layout, name + "."))
+    tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+    _check(name, tensors, report, stage)
+    write_json(note_file(folder, str(index)), {"errors": report, "experts": layout, "outputs": seen})
+    write_tensors(folder / finish.layer_file(index), tensors)
+
+
+def _check(name: str, tensors: dict, report: dict, stage: str) -> None:
+    """StageError where something is not finite."""
+    for key, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise StageError(f"{key}: became not finite in stage {stage}; this is a defect")
+    for path, value in _errors(report):
+        if not math.isfinite(value):
+            raise StageError(f"{path}: error {value} in stage {stage}; raise damp or add calibration")
 
 
 def _errors(report, path=""):
@@ -163,4 +173,7 @@ def _label(stage) -> str:
         return f"d2-{options.merge}{round(options.ratio * 100)}"
     if stage.name == "gptq":
         return f"{'rtn' if options.rtn else 'gptq'}{options.bits or ''}"
+    if stage.name == "lora":
+        what = {"adapters": f"lora{options.rank}", "factors": "tuned", "router": "router"}[options.train]
+        return what + {"lm": "", "distill": "-distilled", "layerwise": "-layerwise"}[options.objective]
     return stage.name

@@ -1,11 +1,12 @@
 """Allocation against brute force, and its promises."""
 
+import time
 from itertools import product
 
 import numpy as np
 import pytest
 
-from moesvd_quant.allocate import DENSE, MAX_RANKS, RANK_STEP, allocate, level_ranks, rank_table
+from moesvd_quant.allocate import DENSE, MAX_RANKS, NOTHING, RANK_STEP, Choice, Table, allocate, level_ranks, rank_table
 
 
 def spectra(experts, size, seed, decay):
@@ -21,7 +22,7 @@ class Group:
 
 
 def ranks_of(groups, budget):
-    chosen = allocate({name: group.table for name, group in groups.items()}, budget)
+    chosen = allocate({name: group.table for name, group in groups.items()}, budget).choices
     return {name: [choice.rank for choice in choices] for name, choices in chosen.items()}
 
 
@@ -72,6 +73,74 @@ def test_energy_is_kept_where_it_is():
     ranks = ranks_of({"flat": Group(flat, (64, 64)), "steep": Group(steep, (64, 64))}, 4 * 64 * 64)
     kept = [sum(64 * 64 if r == DENSE else r * 128 for r in ranks[name]) for name in ("flat", "steep")]
     assert kept[0] > kept[1]
+
+
+def tables_of_widths(groups, experts, seed):
+    """Random errors that fall with the width; costs are the widths."""
+    generator = np.random.default_rng(seed)
+    choices = [NOTHING, *(Choice(DENSE, bits) for bits in (2, 3, 4))]
+    costs = np.array([0.0, 2, 3, 4])
+    size = lambda: generator.gamma(1, 1, (experts, 1))  # noqa: E731
+    return {g: Table(choices, costs, size() * np.array([1, 0.2, 0.05, 0.01])) for g in range(groups)}
+
+
+def best_of_all(tables, budget, allowed=lambda columns: True):
+    names = list(tables)
+    counts = [len(tables[name].errors) for name in names]
+    best = np.inf
+    for columns in product(range(4), repeat=sum(counts)):
+        at = np.split(np.array(columns), np.cumsum(counts)[:-1])
+        spent = sum(tables[n].costs[c].sum() for n, c in zip(names, at))
+        if spent <= budget and allowed(at):
+            best = min(best, sum(tables[n].errors[np.arange(len(c)), c].sum() for n, c in zip(names, at)))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_bound_is_below_the_best_and_the_result_near_it(seed):
+    tables, budget = tables_of_widths(3, 2, seed), 13.0
+    made, best = allocate(tables, budget), best_of_all(tables, budget)
+    assert made.bound <= best + 1e-12 <= made.error + 2e-12
+    assert made.error <= 1.15 * best
+    assert made.gap == pytest.approx(1 - made.bound / made.error)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tied_groups_get_one_width(seed):
+    tables, budget = tables_of_widths(2, 3, seed), 14.0
+
+    def one_width(at):
+        return len({int(c) for column in at for c in column} - {0}) <= 1
+
+    made = allocate(tables, budget, {0: "layer", 1: "layer"})
+    widths = {choice.bits for chosen in made.choices.values() for choice in chosen if choice != NOTHING}
+    assert len(widths) == 1
+    assert made.error <= 1.25 * best_of_all(tables, budget, one_width)
+
+
+def test_widths_that_no_tied_group_has_in_common_are_an_error():
+    tables = {
+        name: Table([Choice(DENSE, bits)], np.array([float(bits)]), np.array([[0.1]]))
+        for name, bits in (("a", 2), ("b", 3))
+    }
+    with pytest.raises(ValueError, match="no width serves"):
+        allocate(tables, 10.0, {"a": 0, "b": 0})
+
+
+@pytest.mark.slow
+def test_a_model_of_94_layers_and_128_experts_takes_seconds():
+    generator = np.random.default_rng(0)
+    ranks = range(RANK_STEP, 1105, RANK_STEP)
+    choices = [NOTHING, *(Choice(r, b) for b in (2, 3, 4, 8) for r in (DENSE, *ranks))]
+    sizes = np.array([0, *(b / 8 * (1 if r == DENSE else r / 1117) for b in (2, 3, 4, 8) for r in (DENSE, *ranks))])
+    tables = {}
+    for group in range(94 * 3):
+        decay = np.exp(-generator.gamma(2, 2, (128, 1)) * sizes) * generator.gamma(1, 1, (128, 1))
+        tables[group] = Table(choices, sizes * 1536 * 4096, decay)
+    started = time.process_time()
+    made = allocate(tables, 94 * 3 * 128 * 1536 * 4096 * 2 / 8)
+    assert time.process_time() - started < 30
+    assert made.gap < 0.1
 
 
 def test_a_budget_below_nothing_is_an_error_and_zero_is_legal():

@@ -15,6 +15,7 @@ from ..lazy import Lazily
 OWN, POOLED, DIAGONAL = 0.25, 0.25, 0.5
 # An expert counts by its number of tokens to this power: use matters, but the seldom used must live.
 FREQUENCY = 0.75
+METRIC = f"{OWN}-{POOLED}-{DIAGONAL}-{FREQUENCY}"  # for names of what is kept
 
 
 class Layer(NamedTuple):

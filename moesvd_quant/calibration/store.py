@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ..checkpoint.files import TensorFile, write_json, write_tensors
 from ..decompose.deltas import merge_base
-from ..memory import Memory, Sizes
+from ..memory import Memory, Sizes, parse_bytes
 from ..model.experts import expert_count, find_experts, find_linears, shapes_of
 from ..model.modeling_moesvd import file_digest
 from ..model.stream import StreamedModel
@@ -29,13 +29,17 @@ BATCH_TOKENS = 2048  # part of the result: sums run batch by batch, of at most s
 EFFECT_BATCH = 8  # windows
 EFFECT_COPIES = 3 * LAYERS + 3  # of hidden states
 WALK = ".walk-"  # folders of walks whose statistics are not kept
-CAP_BYTES = 64 * 10**9
 FISHER_SEQUENCES = 1024  # of the calibration windows, as in D2-MoE
 
 
 def cache_root() -> Path:
     """Where statistics are kept: $MOESVD_CACHE, or .cache/moesvd_quant in the home folder."""
     return Path(os.environ.get("MOESVD_CACHE") or Path.home() / ".cache" / "moesvd_quant")
+
+
+def cache_cap() -> int:
+    """Bytes that all statistics may take: $MOESVD_CACHE_SIZE (`200GB`), or 64 GB."""
+    return parse_bytes(os.environ.get("MOESVD_CACHE_SIZE") or "64GB", "MOESVD_CACHE_SIZE")
 
 
 def fingerprint(folder: Path) -> str:
@@ -51,9 +55,9 @@ class Statistics:
     key: digest of all they depend on. Above `cap_bytes` nothing is stored and each pass walks again.
     """
 
-    def __init__(self, folder, model_digest, windows, device="cpu", cap_bytes=CAP_BYTES, root=None, memory=None):
+    def __init__(self, folder, model_digest, windows, device="cpu", cap_bytes=None, root=None, memory=None):
         self.folder, self.windows, self.device = Path(folder), windows, device
-        self.memory = memory or Memory()
+        self.memory, self.model_digest = memory or Memory(), model_digest
         self.dtype = torch.float32 if str(device) == "cpu" else None
         self.batch_size = max(1, BATCH_TOKENS // windows.shape[1])
         described = {
@@ -61,16 +65,23 @@ class Statistics:
             "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
             "shape": list(windows.shape),
             "walk": [WALK_VERSION, BATCH_TOKENS, str(self.dtype), torch.__version__, transformers.__version__],
+            "threads": torch.get_num_threads(),
         }
         self.key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
         self.store = root or cache_root() / "statistics"
         self.root = self.store / self.key[:32]
         meta = StreamedModel(folder, self.dtype)
-        self.count, self.cap_bytes = len(meta.layer_names), cap_bytes
+        self.count, self.cap_bytes = len(meta.layer_names), cap_bytes or cache_cap()
         self.needed = self.forecast(meta)
-        self.stored = self.needed <= cap_bytes
+        self.stored = self.needed <= self.cap_bytes
         self.sizes = Sizes.of(meta, windows, self.batch_size)
         self._own: tempfile.TemporaryDirectory | None = None
+
+    def __reduce__(self):
+        """A worker reads the same store."""
+        return Statistics, (
+            self.folder, self.model_digest, self.windows, self.device, self.cap_bytes, self.store, self.memory
+        )  # fmt: skip
 
     @staticmethod
     def forecast(meta: StreamedModel) -> int:
@@ -96,12 +107,33 @@ class Statistics:
     def layers(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[dict]:
         """Statistics of each layer, {name: tensor}, in order; computed where the store lacks them.
 
-        Tensors are mapped from files. `progress(done, total)` is called while a walk is under way.
+        Tensors are mapped from files. `progress(done, total)` is called while a walk is under way. What is stored is
+        all computed before the first is given, so that the walk's memory is free again.
         """
-        if self.complete():
-            for index in range(self.count):
-                yield self.layer(index)
+        if self.stored:
+            self.ensure(progress)
+            yield from (self.layer(index) for index in range(self.count))
             return
+        for path in self._walk(progress):
+            yield load_file(path)
+            path.unlink()
+
+    def ensure(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Walks where the store is not complete; for workers, who then read layers in any order.
+
+        ValueError where the statistics are too large to be stored.
+        """
+        if not self.stored:
+            raise ValueError(
+                f"several workers share statistics on disk, and these take {self.needed / 1e9:.1f} GB of at most "
+                f"{self.cap_bytes / 1e9:.1f}: set MOESVD_CACHE_SIZE, or use one worker"
+            )
+        if not self.complete():
+            for _ in self._walk(progress):
+                pass
+
+    def _walk(self, progress: Callable[[int, int], None]) -> Iterator[Path]:
+        """The files of all layers, as they are made."""
         with self._folder() as root:
             streamed = StreamedModel(self.folder, self.dtype, self.device)
             for visit in streamed.walk(self.windows, self.batch_size, self.scratch(self._all_hidden(2))):
@@ -110,17 +142,9 @@ class Statistics:
                     self._pass_on(visit)
                 else:
                     self._record(visit, path)
-                yield load_file(path)
-                if not self.stored:
-                    path.unlink()
                 progress(visit.index + 1, self.count)
+                yield path
             self._outer(streamed)
-
-    def ensure(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Walks where the store is not complete; for those who then read layers in any order."""
-        if not self.complete():
-            for _ in self.layers(progress):
-                pass
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
@@ -171,15 +195,12 @@ class Statistics:
 
     def _at_once(self, layer) -> int | None:
         """Experts whose Gram matrices fit beside what a batch needs; None for all."""
-        found = {
-            4 * (hidden**2 + inner**2): expert_count(experts)
-            for _, experts in find_experts(layer)
-            for hidden, inner in [shapes_of(experts)["down"]]
-        }
-        if not found:
+        modules = [experts for _, experts in find_experts(layer)]
+        if not modules:
             return None
-        each, count = max(found), max(found.values())
-        fit = self.memory.at_once(count, len(found) * each, self.sizes.activations)
+        each = sum(4 * (hidden**2 + inner**2) for hidden, inner in (shapes_of(m)["down"] for m in modules))
+        count = max(map(expert_count, modules))
+        fit = self.memory.at_once(count, each, self.sizes.activations)
         return None if fit == count else fit
 
     def _outer(self, streamed: StreamedModel) -> None:
@@ -198,6 +219,15 @@ class Statistics:
             return load_file(self.path("outer"))["gram"]
         return self.outer_gram
 
+    def kept(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """make(), computed once and stored beside the statistics as `name`, which tells all else that it depends on."""
+        path = self.path(name)
+        if self.stored and path.is_file():
+            return load_file(path)
+        made = make()
+        self._write(path, made)
+        return made
+
     def effects(self, progress: Callable[[int, int], None] = lambda done, total: None) -> dict:
         """`measure_effects` of the model on these windows, computed once."""
         path = self.root / "effects.json"
@@ -212,22 +242,23 @@ class Statistics:
             write_json(path, [[*key, value] for key, value in found.items()])
         return found
 
-    def fisher_base(self, full: str, projection: str, progress: Callable[[int, int], None]) -> torch.Tensor:
-        """The base (out, in) of an experts module, merged by Fisher information; computed once for all layers."""
-        path = self._base_file(full)
-        if not path.is_file():
-            self._merge_bases(progress)
-        return load_file(path)[projection]
+    def fisher_base(self, full: str, projection: str) -> torch.Tensor:
+        """The base (out, in) of an experts module, merged by Fisher information; after `merge_bases`."""
+        return load_file(self._base_file(full))[projection]
 
     def _base_file(self, full: str) -> Path:
         if not self.stored and self._own is None:
             self._own = tempfile.TemporaryDirectory(prefix="moesvd-")
         return (self.root if self._own is None else Path(self._own.name)) / f"fisher-{full}.safetensors"
 
-    def _merge_bases(self, progress) -> None:
+    def merge_bases(self, progress: Callable[[int, int], None]) -> None:
+        """One base for each projection of each layer, computed once."""
         streamed = StreamedModel(self.folder, self.dtype, self.device)
         rows = self.windows[:FISHER_SEQUENCES]
         scratch = self.scratch((self.count + 3) * rows.numel() * self.sizes.row + 2 * self.sizes.layer)
+        paths = [f"{n}.{p}" for n, layer in zip(streamed.layer_names, streamed.layers) for p, _ in find_experts(layer)]
+        if all(self._base_file(path).is_file() for path in paths):
+            return
         if self.stored:
             self._make_folder()
         for index, modules in expert_fisher(streamed, rows, progress, scratch):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 NAMES = {
     torch.uint8: "U8",
     torch.int16: "I16",
+    torch.int32: "I32",
     torch.int64: "I64",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
@@ -85,6 +86,13 @@ class TensorFile:
             raise WriteError(f"{self.path}: {self._left} bytes were not written; this is a defect")
         _sync(self._temporary)
         os.replace(self._temporary, self.path)
+
+
+def write_one_by_one(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file of tensors that may be views of each other: none but the one at hand is copied."""
+    with TensorFile(path, {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}) as file:
+        for name, tensor in tensors.items():
+            file.put(name, tensor)
 
 
 def write_at(handle: int, data: memoryview, place: int) -> None:

@@ -2,7 +2,7 @@
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,11 @@ Model = Annotated[str | None, typer.Option("--model", "-m", help="Hugging Face f
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Memory = Annotated[str | None, typer.Option(help="Most anonymous memory to use (16GB); default: what is free.")]
+Workers = Annotated[int, typer.Option(min=1, help="Layers at a time, each in a process of its own.")]
+Executor = Annotated[
+    Literal["processes", "ray"], typer.Option(help="Where workers run: this machine, or the cluster of $RAY_ADDRESS.")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example svd.ratio=0.6.")]
 
 
@@ -70,14 +75,26 @@ def progress_bars(quiet: bool = False):
             bars.stop()
 
 
-def start_run(recipe_name: str, model: str | None, overrides: list[str] | None, out: Path, device: str, report):
+def start_run(
+    recipe_name: str,
+    model: str | None,
+    overrides: list[str] | None,
+    out: Path,
+    device: str,
+    report,
+    memory: str | None = None,
+    workers: int = 1,
+    executor: Literal["processes", "ray"] = "processes",
+):
+    from ..memory import parse_bytes
     from ..recipe import load_recipe
     from ..runner import Run, sync_threads
 
     recipe = load_recipe(recipe_name, overrides or ())
     sync_threads()
     folder = resolve_model(model, recipe)
-    return Run(recipe, folder, out, resolve_device(device), report)
+    limit = None if memory is None else parse_bytes(memory)
+    return Run(recipe, folder, out, resolve_device(device), report, memory=limit, workers=workers, executor=executor)
 
 
 def print_table(records: list[dict], form: str) -> None:

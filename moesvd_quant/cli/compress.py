@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Json, Model, Out, Overrides, app, print_table, progress_bars, resolve_device, start_run
+from .common import (
+    Device,
+    Executor,
+    Json,
+    Memory,
+    Model,
+    Out,
+    Overrides,
+    Workers,
+    app,
+    print_table,
+    progress_bars,
+    resolve_device,
+    start_run,
+)
 
 
 @app.command()
@@ -17,11 +31,14 @@ def run(
     model: Model = None,
     out: Out = Path("out"),
     device: Device = "auto",
+    memory: Memory = None,
+    workers: Workers = 1,
+    executor: Executor = "processes",
     as_json: Json = False,
 ) -> None:
     """Run a recipe: each stage writes a checkpoint under OUT; interrupted, the same command goes on."""
     with progress_bars(as_json) as report:
-        job = start_run(recipe, model, overrides, out, device, report)
+        job = start_run(recipe, model, overrides, out, device, report, memory, workers, executor)
         folders = job.run()
         records = _evaluate_run(job, folders, resolve_device(device), report)
     result = {"checkpoints": [str(f) for f in folders], "evaluation": records}
@@ -37,14 +54,15 @@ def run(
 def _evaluate_run(job, folders: list[Path], device: str, report: Callable) -> list[dict]:
     """Evaluates the original and every checkpoint of a run on the recipe's texts."""
     from ..bench import measured
+    from ..evaluation.record import Wanted
 
-    wanted, records = job.recipe.evaluate, []
-    length = None if wanted.length == "auto" else wanted.length
-    if not wanted.texts():
+    asked, records = job.recipe.evaluate, []
+    if not asked.texts():
         return []
+    wanted = Wanted(asked.texts(), length=None if asked.length == "auto" else asked.length)
     for source, folder in [(job.model, job.out / "00-original"), *((f, f) for f in folders)]:
         say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
-        records.append(measured(source, folder, wanted.texts(), length, device, say))
+        records.append(measured(source, folder, wanted, device, say))
     return records
 
 
@@ -55,16 +73,23 @@ def plan(
     model: Model = None,
     out: Out = Path("out"),
     device: Device = "auto",
+    memory: Memory = None,
+    workers: Workers = 1,
+    executor: Executor = "processes",
     as_json: Json = False,
 ) -> None:
-    """Forecast the bytes of every stage, exactly, and show what goes where; changes no weight."""
+    """Forecast the bytes of every stage, exactly, memory and disk, and show what goes where; changes no weight."""
     from ..planning import plan_stages
 
     with progress_bars(as_json) as report:
-        forecasts = plan_stages(start_run(recipe, model, overrides, out, device, report))
+        job = start_run(recipe, model, overrides, out, device, report, memory, workers, executor)
+        needs = job.needs()
+        forecasts = plan_stages(job)
+        job.pool.close()
     if as_json:
-        print(json.dumps(forecasts))
+        print(json.dumps([forecast | {"needs": needs.to_dict()} for forecast in forecasts]))
         return
+    print(needs.describe())
     for forecast in forecasts:
         account = forecast["accounting"]
         print(

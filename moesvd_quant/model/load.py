@@ -11,8 +11,11 @@ from .sources import dequantizing
 from .stream import ModelError, StreamedModel, class_for, no_loading_bars, read_config, weight_files
 
 
-def load(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu"):
+def load(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu", **placement):
     """Any Hugging Face causal model folder, or one of our checkpoints, in evaluation mode.
+
+    placement: `device_map` ("auto", or where each module goes), `max_memory`, `offload_folder`, as transformers and
+    accelerate have them, in place of `device`: layers that do not fit wait in main memory or on disk.
 
     Raises ModelError where the folder is no model or tensors are missing, unexpected, damaged or misshapen.
     """
@@ -21,10 +24,12 @@ def load(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu
     weight_files(folder)
     try:
         if dequantizing(config) is not None:
+            if placement:
+                raise ModelError(f"{folder}: is quantized as published; device_map works on plain checkpoints and ours")
             return _load_dequantized(folder, dtype, device)
         kind: Any = AutoModelForCausalLM if isinstance(config, MoesvdConfig) else class_for(config)
         with no_loading_bars():
-            model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **placement)
     except (ValueError, RuntimeError, OSError) as error:
         if isinstance(error, ModelError):
             raise
@@ -32,7 +37,7 @@ def load(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu
     for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found := info[name]:
             raise ModelError(f"{folder}: {name.replace('_', ' ')}: {sorted(map(str, found))[:5]}")
-    return model.to(device).eval()
+    return model.eval() if placement.get("device_map") else model.to(device).eval()
 
 
 def _load_dequantized(folder: Path, dtype, device: str):

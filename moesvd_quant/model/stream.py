@@ -31,7 +31,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.files import advise
-from ..memory import Batches
+from ..memory import Batches, return_freed
 from .calls import StatePassedOn, finish, head_input, record, without_embeddings
 from .modeling_moesvd import MoesvdConfig, check_digests, model_class, native_class
 from .sources import take_dequantizer
@@ -148,6 +148,10 @@ class StreamedModel:
         self.sources = self._target_names(weight_files(self.folder))
         self._check_files()
 
+    def __reduce__(self):
+        """A worker opens the folder itself."""
+        return StreamedModel, (self.folder, self.dtype, self.device)
+
     @classmethod
     def described(cls, config, like: "StreamedModel") -> "StreamedModel":
         """A model that is planned and not yet written: it has shapes and no tensors to load."""
@@ -242,6 +246,7 @@ class StreamedModel:
             if not is_finite(tensor):
                 where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
                 raise ModelError(f"{self.folder}: {key} is not finite at {where}; the checkpoint is damaged")
+        return_freed()
 
     def _tied(self, key: str) -> bool:
         return key in (getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -261,6 +266,7 @@ class StreamedModel:
 
     def drop_layer(self, index: int) -> None:
         self.drop(self.layer_names[index])
+        return_freed()
 
     def read_ahead(self, prefix: str) -> None:
         """Asks the system to read the tensors under the prefix into its cache, while this process computes."""
@@ -399,6 +405,11 @@ class LayerVisit:
         for out in self._run(hidden):
             made.append(_hidden(out))
         return made
+
+    def run_batch(self, layer: nn.Module, batch: int) -> torch.Tensor:
+        """What a layer that stands in for this one puts out for one batch of the walk."""
+        args, kwargs = self.calls[batch]
+        return _hidden(layer(self.hidden[batch], *args, **kwargs))
 
     def _run(self, hidden: Batches) -> Iterator:
         return (self.layer(states, *args, **kwargs) for states, (args, kwargs) in zip(hidden, self.calls))

@@ -110,7 +110,7 @@ def _forecast(found: Survey, tables: dict, watched: dict[str, _Text]) -> dict[fl
     plans: dict[float, Ranks] = {}
     whole = sum(float(table.costs[-1]) * len(table.errors) for table in tables.values())
     for ratio in RATIOS:
-        chosen = allocate(tables, int(whole * (1 - ratio)))
+        chosen = allocate(tables, int(whole * (1 - ratio))).choices
         plans[ratio] = ranks = {key: [choice.rank for choice in choices] for key, choices in chosen.items()}
         costs = {key: dict(zip(table.choices, table.costs)) for key, table in tables.items()}
         spent = sum(costs[key][choice] for key, choices in chosen.items() for choice in choices)

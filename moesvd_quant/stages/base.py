@@ -1,7 +1,8 @@
 """What a stage is given, and what it gives back."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from ..decompose.whitening import whitened_error
 from ..model.experts import find_experts, unknown_experts
 from ..model.modeling_moesvd import FactorizedExperts
 from ..model.stream import ModelError, StreamedModel
+from ..parallel import Pool
+from ..recipe import Limits
 
 Progress = Callable[[int, int], None]
+LayerFunction = Callable[..., Any]  # of context, index, layer, its statistics
 
 
 class StageError(ValueError):
@@ -29,13 +33,63 @@ class Context:
     options: Any
     seed: int
     device: torch.device
-    progress: Progress = lambda done, total: None
+    progress: Progress = lambda done, total: None  # of reading the model
     # Of a recipe with a budget: bytes for the routed experts at its end, what the stage before left to this one, the
-    # options of a gptq stage to come, and tables that one plan made and the next may use.
+    # options of a gptq stage to come, tables that one plan made and the next may use, and what to respect. A budget of
+    # zero stands for the least that is possible.
     budget: float | None = None
     widths: dict = field(default_factory=dict)
     gptq: Any = None
     memo: dict = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+    pool: Pool = field(default_factory=Pool)
+    surveyed: Progress = lambda done, total: None  # of planning layer by layer
+    # Of a stage that trains: the windows, where its state lies while it works, and whom to tell of progress.
+    training: Any = None
+    folder: Path = Path()
+    report: Callable[[str, int, int], None] = lambda what, done, total: None
+
+    def each_layer(self, work: LayerFunction, report: Progress, todo: Container[int] | None = None) -> Iterator:
+        """(index, work(context, index, layer, its statistics)) of each layer (of `todo`) of the input checkpoint, as
+        they are done: in order, or in parallel, where `work` has to be a function of a module or a partial of one."""
+        count = len(self.parent.layer_names)
+        wanted = [index for index in range(count) if todo is None or index in todo]
+        if self.pool.parallel:
+            self.statistics.ensure(self.progress)
+            found = self.pool.map(LayerWork(self, work), wanted, self.device)
+        else:
+            found = self._in_order(work, wanted)
+        for done, (index, result) in enumerate(found):
+            yield index, result
+            report(count - len(wanted) + done + 1, count)
+
+    def _in_order(self, work: LayerFunction, wanted: list[int]) -> Iterator:
+        if not wanted:
+            return
+        for index, statistics in enumerate(self.statistics.layers(self.progress)):
+            if index in wanted:
+                layer = self.parent.load_layer(index)
+                yield index, work(self, index, layer, statistics)
+                self.parent.drop_layer(index)
+
+    def __reduce__(self):
+        """For a worker: what it needs to work on a layer, and no more."""
+        return Context, (self.parent, self.statistics, self.options, self.seed, self.device), {"gptq": self.gptq}
+
+
+@dataclass
+class LayerWork:
+    """What is done to a layer, for a worker."""
+
+    context: Context
+    work: LayerFunction
+
+    def __call__(self, index: int) -> Any:
+        layer = self.context.parent.load_layer(index)
+        try:
+            return self.work(self.context, index, layer, self.context.statistics.layer(index))
+        finally:
+            self.context.parent.drop_layer(index)
 
 
 @dataclass

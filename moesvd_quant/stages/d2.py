@@ -1,6 +1,7 @@
 """Stage `d2`: D2-MoE. The experts of a projection become one base and a low-rank delta each."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -48,6 +49,13 @@ def plan(context: Context) -> Plan:
     return Plan(layout, decisions)
 
 
+def prepare(context: Context, plan: Plan, folder: Path) -> Plan:
+    """Bases by Fisher information take a pass of their own over all layers."""
+    if context.options.merge == "fisher":
+        context.statistics.merge_bases(context.progress)
+    return plan
+
+
 def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
     """Replaces the experts of a loaded layer as planned. Returns errors per projection and expert."""
     report = {}
@@ -83,6 +91,6 @@ def _banks(weights, base, grams, rank: int, options) -> Iterator[tuple[str, int 
 
 def _base(context: Context, full: str, name: str, weights, tokens) -> torch.Tensor:
     if context.options.merge == "fisher":
-        return context.statistics.fisher_base(full, name, context.progress).to(weights.device).double()
+        return context.statistics.fisher_base(full, name).to(weights.device).double()
     importance = tokens.double() if context.options.merge == "frequency" else torch.ones(len(weights))
     return merge_base(weights, importance.to(weights.device))

@@ -1,11 +1,12 @@
 """Stage `svd`: every expert matrix becomes low-rank factors, or stays dense where that is cheaper."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from ..allocate import DENSE, allocate, level_ranks, rank_table
-from ..calibration.metric import blend, shrink
+from ..calibration.metric import METRIC, blend, shrink
 from ..calibration.statistics import outlier_share
 from ..decompose.sensitivity import layer_sensitivity, principal_rank, sampling_frequency, select_layers
 from ..decompose.sharing import left_count, literal, share_and_trim
@@ -46,33 +47,41 @@ def plan(context: Context) -> Plan:
 
 def _survey(context: Context) -> tuple[dict[str, dict], dict[str, str]]:
     """Per experts module: shapes, and what the method needs of weights and statistics; and modules that are kept."""
-    parent, options, survey, unreached = context.parent, context.options, {}, {}
-    total_tokens = context.statistics.windows.numel()
-    for index, statistics in enumerate(context.statistics.layers(context.progress)):
-        layer, name = parent.load_layer(index), parent.layer_names[index]
-        for path, experts in find_experts(layer):
-            if isinstance(experts, FactorizedExperts):
-                raise StageError(f"{name}.{path}: is factorized already; stage svd needs an original model")
-            if not reached(statistics, path):
-                unreached[f"{name}.{path}"] = UNREACHED
-                continue
-            entry = {"shapes": shapes_of(experts), "experts": expert_count(experts)}
-            entry["weak"] = weak_experts(statistics, path)
-            if options.method == "global":
-                entry["spectra"] = _spectra(experts, expert_grams(statistics, path, context.device))
-            if options.method == "paper":
-                tokens = statistics[f"{path}/tokens"]
-                entry["frequency"] = sampling_frequency(tokens, total_tokens)
-                outliers = outlier_share(
-                    statistics[f"{path}/magnitudes"], statistics[f"{path}/magnitude_sum"], options.outlier
-                )
-                ranks = _principal_ranks(experts, options.principal_rank)
-                entry["sensitivity"] = layer_sensitivity(entry["frequency"], ranks, outliers)
-            survey[f"{name}.{path}"] = entry
-        parent.drop_layer(index)
+    found = dict(context.each_layer(_survey_layer, context.surveyed))
+    survey = {path: entry for index in sorted(found) for path, entry in found[index].items()}
+    unreached = {path: UNREACHED for path, entry in survey.items() if entry is None}
+    survey = {path: entry for path, entry in survey.items() if entry is not None}
     if not survey:
         raise StageError("no calibration token reached any expert; give other calibration text")
     return survey, unreached
+
+
+def _survey_layer(context: Context, index: int, layer, statistics: dict) -> dict[str, dict | None]:
+    """The same of the experts modules of one layer; None for those that no token reached."""
+    options, name = context.options, context.parent.layer_names[index]
+    found: dict[str, dict | None] = {}
+    for path, experts in find_experts(layer):
+        full = f"{name}.{path}"
+        if isinstance(experts, FactorizedExperts):
+            raise StageError(f"{full}: is factorized already; stage svd needs an original model")
+        if not reached(statistics, path):
+            found[full] = None
+            continue
+        entry: dict = {"shapes": shapes_of(experts), "experts": expert_count(experts)}
+        entry["weak"] = weak_experts(statistics, path)
+        if options.method == "global":
+            kept = f"spectra-{METRIC}-{full}"
+            make = partial(_spectra, experts, statistics, path, context.device)
+            entry["spectra"] = {name: s.numpy() for name, s in context.statistics.kept(kept, make).items()}
+        if options.method == "paper":
+            tokens = statistics[f"{path}/tokens"]
+            entry["frequency"] = sampling_frequency(tokens, context.statistics.windows.numel())
+            magnitudes, total = statistics[f"{path}/magnitudes"], statistics[f"{path}/magnitude_sum"]
+            outliers = outlier_share(magnitudes, total, options.outlier)
+            ranks = _principal_ranks(experts, options.principal_rank)
+            entry["sensitivity"] = layer_sensitivity(entry["frequency"], ranks, outliers)
+        found[full] = entry
+    return found
 
 
 def _metric(options):
@@ -80,9 +89,11 @@ def _metric(options):
     return blend if options.method == "global" else shrink
 
 
-def _spectra(experts, grams):
+def _spectra(experts, statistics: dict, path: str, device) -> dict[str, torch.Tensor]:
+    """Squared whitened singular values (E, k) of each projection."""
+    grams = expert_grams(statistics, path, device)
     return {
-        name: torch.stack([whitened_spectrum(w, g) for w, g in zip(weights, grams[name])]).cpu().numpy()
+        name: torch.stack([whitened_spectrum(w, g) for w, g in zip(weights, grams[name])]).cpu()
         for name, weights in split_projections(experts).items()
     }
 
@@ -101,7 +112,7 @@ def _plan_global(survey, budget, options):
     }
     layout: dict = {}
     decisions: dict = {}
-    for (path, name), chosen in allocate(tables, budget).items():
+    for (path, name), chosen in allocate(tables, budget).choices.items():
         ranks = [choice.rank for choice in chosen]
         layout.setdefault(path, {})[name] = parts_by_rank(ranks)
         decisions.setdefault(path, {}).setdefault("ranks", {})[name] = ["dense" if r == DENSE else r for r in ranks]

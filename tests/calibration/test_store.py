@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from moesvd_quant.calibration.store import Statistics, fingerprint
+from moesvd_quant.memory import Batches, Memory
 from moesvd_quant.model.stream import StreamedModel
+from moesvd_quant.recipe import load_recipe
+from moesvd_quant.runner import Run
+from moesvd_quant.stages import svd
 
 WINDOWS = torch.randint(1, 250, (4, 32), generator=torch.Generator().manual_seed(4))
 
@@ -30,7 +34,13 @@ def test_an_interrupted_walk_goes_on_to_the_same_bits(folder, tmp_path):
     whole = make(folder, tmp_path / "a")
     expected = list(whole.layers())
     part = make(folder, tmp_path / "b")
-    next(part.layers())
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        part.ensure(stop)
+    assert part.path(0).is_file() and not part.complete()
     for a, b in zip(expected, part.layers(), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert torch.equal(whole.outer(), part.outer())
@@ -65,3 +75,41 @@ def test_effects_make_room_as_well(folder, tmp_path):
     second = make(folder, tmp_path, WINDOWS + 1, cap=int(1.5 * first.needed))
     second.effects()  # a budget asks for them before the statistics
     assert not first.root.exists()
+
+
+@pytest.mark.parametrize("architecture,layer", [("mixtral", 1), ("qwen3_moe", 0), ("gpt_oss", 1)])
+def test_few_experts_at_a_time_and_hidden_states_on_disk_give_the_same_bits(
+    make_model, tmp_path, monkeypatch, architecture, layer
+):
+    folder = make_model(architecture)
+    plenty = make(folder, tmp_path / "a")
+    expected = list(plenty.layers())
+    tight = Statistics(folder, fingerprint(folder), WINDOWS, root=tmp_path / "b", memory=Memory(1))
+    files = []
+    kept = Batches.__init__
+    monkeypatch.setattr(Batches, "__init__", lambda self, f=None, d="cpu": files.append(f) or kept(self, f, d))
+    assert tight._at_once(StreamedModel(folder).layers[layer]) == 1
+    for a, b in zip(expected, tight.layers(), strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert files and set(files) == {tmp_path / "b"}  # hidden states, and what later experts get
+    assert {path.suffix for path in (tmp_path / "b").rglob("*") if path.is_file()} == {".safetensors"}
+    assert torch.equal(plenty.outer(), tight.outer())
+    assert plenty.effects() == tight.effects()
+
+
+def test_three_ratios_need_one_walk(make_model, small, tmp_path, monkeypatch):
+    walks = []
+    walk = StreamedModel.walk
+    monkeypatch.setattr(
+        StreamedModel, "walk", lambda self, windows, *rest: walks.append(windows.numel()) or walk(self, windows, *rest)
+    )
+    spectra = []
+    whole_spectrum = svd.whitened_spectrum
+    monkeypatch.setattr(svd, "whitened_spectrum", lambda *pair: spectra.append(1) or whole_spectrum(*pair))
+    for ratio in (0.2, 0.4, 0.6):
+        recipe = load_recipe("svd-gptq4", [*small, "seed=7", f"svd.ratio={ratio}"])
+        job = Run(recipe, make_model("olmoe"), tmp_path / str(ratio))
+        job.run()
+    assert len(spectra) == 2 * 6 * 3  # layers, experts, projections: once
+    whole = job.windows.numel()
+    assert [size for size in walks if size == whole] == [whole]  # the others verify with a few tokens

@@ -1,0 +1,127 @@
+"""What a run will need of memory and disk, from shapes alone, before anything is read or computed.
+
+Peaks are of anonymous memory. Every term is a tensor that the code holds; what a term stands for is beside it.
+"""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from .memory import Memory, MemoryLimitError, Sizes, anonymous_bytes
+from .model.experts import expert_count, find_experts, find_linears, shapes_of
+from .model.stream import StreamedModel
+
+IMPORTS = 160 * 10**6  # libraries that are loaded when they are first used, gptqmodel above all
+HALF, SINGLE, DOUBLE = 2, 4, 8
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes. peak: of anonymous memory of one process, by what it is at the time; least: with everything on disk that
+    can be; limit: what it may take."""
+
+    peak: dict[str, int]
+    least: int
+    limit: int
+    statistics_disk: int
+    hidden_disk: int
+    workers: int
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @property
+    def memory(self) -> int:
+        return max(self.peak.values())
+
+    def describe(self) -> str:
+        phase = max(self.peak, key=self.peak.__getitem__)
+        each = f" in each of {self.workers} workers" if self.workers > 1 else ""
+        return (
+            f"memory: {self.memory / 1e9:.2f} GB at most{each} ({phase}), of {self.limit / 1e9:.2f}; "
+            f"{self.least / 1e9:.2f} would do; disk beside the checkpoints: {self.statistics_disk / 1e9:.2f} GB of "
+            f"statistics, {self.hidden_disk / 1e9:.2f} GB of hidden states while it reads the model"
+        )
+
+    def require(self, cache: Path) -> None:
+        """MemoryLimitError where memory or the cache's disk cannot hold it, with what would make it fit."""
+        if self.least > self.limit:
+            fewer = f", or --workers {max(1, self.limit * self.workers // self.least)}" if self.workers > 1 else ""
+            raise MemoryLimitError(
+                f"memory: {self.least / 1e9:.2f} GB are needed and {self.limit / 1e9:.2f} GB may be taken: the largest "
+                f"layer and one expert's statistics do not fit. Give --memory {_rounded_up(self.least * self.workers)}"
+                f"{fewer}; a smaller calibration.length helps where batches are what is large"
+            )
+        cache.mkdir(parents=True, exist_ok=True)
+        free, needed = shutil.disk_usage(cache).free, self.statistics_disk + self.hidden_disk
+        if needed > free:
+            raise MemoryLimitError(
+                f"{cache}: {needed / 1e9:.2f} GB of statistics and hidden states are to come and {free / 1e9:.2f} GB "
+                "are free; set MOESVD_CACHE to a larger disk, or use fewer calibration.samples"
+            )
+
+
+def forecast(meta: StreamedModel, sizes: Sizes, tokens: int, statistics, memory: Memory, workers: int) -> Needs:
+    """meta: the original model; sizes: of its walk; tokens: of calibration; statistics: their store."""
+    base = anonymous_bytes() + IMPORTS
+    layers = [_layer(layer, sizes) for layer in meta.layers]
+    outer = sum(p.numel() for p in _outer(meta)) * SINGLE
+    grams = max(layer.grams for layer in layers)
+    each = max(layer.each for layer in layers)
+    room = memory.limit - base - max(layer.walked for layer in layers) - sizes.activations
+    at_once = max(each, min(grams, room // each * each)) if each else 0
+    hidden = 2 * tokens * sizes.row
+    in_memory = hidden if room > hidden + sizes.layer else 0
+    stage = max(layer.worked for layer in layers)
+    walked = max(layer.walked for layer in layers)
+    loading = max(layer.loading for layer in layers)
+    peak = {
+        "embeddings": base + outer // 2 + in_memory // 2,
+        "reading the model": base + max(loading, walked + at_once + sizes.activations) + in_memory,
+        "a layer's decomposition and quantization": base + stage,
+        "verification": base + max(loading, outer),
+    }
+    least = {**peak, "reading the model": base + max(loading, walked + each + sizes.activations)}
+    stored = statistics.needed if statistics.stored and not statistics.complete() else 0
+    spilled = 0 if statistics.complete() or in_memory else hidden + (hidden // 2 if at_once < grams else 0)
+    return Needs(peak, max(least.values()), memory.limit, stored, spilled, workers)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    loading: int  # at the highest point of reading it in the walk's precision
+    walked: int  # its weights then, and the Gram matrices of its other linears
+    grams: int  # of all its experts
+    each: int  # of one expert
+    worked: int  # original and factors in the stored precision, and the working set of its largest matrix
+
+
+def _layer(layer: nn.Module, sizes: Sizes) -> _Layer:
+    count = sum(p.numel() for p in layer.parameters())
+    largest = max(p.numel() for p in layer.parameters())
+    linears = sum(SINGLE * linear.in_features**2 for _, linear in find_linears(layer))
+    each = grams = work = 0
+    for _, experts in find_experts(layer):
+        hidden, inner = shapes_of(experts)["down"]
+        one = SINGLE * (hidden**2 + inner**2)
+        each, grams = max(each, one), grams + one * expert_count(experts)
+        work = max(work, *(_working_set(*shape) for shape in shapes_of(experts).values()))
+    item = next(layer.parameters()).dtype.itemsize
+    loading = item * max(count, 2 * largest)  # parts and their whole, side by side
+    return _Layer(loading, item * count + linears, grams, each, 2 * HALF * count + work)
+
+
+def _working_set(out: int, columns: int) -> int:
+    """The pooled Gram matrix, the expert's own with its blend, and both sides of a product in double precision."""
+    return columns**2 * (4 * SINGLE + DOUBLE) + 5 * DOUBLE * out * columns + 4 * DOUBLE * min(out, columns) ** 2
+
+
+def _outer(meta: StreamedModel):
+    inside = {id(p) for p in meta.layers.parameters()}
+    return [p for p in meta.model.parameters() if id(p) not in inside]
+
+
+def _rounded_up(size: int) -> str:
+    return f"{-(-size // 10**8) / 10:.1f}GB"
