@@ -14,6 +14,7 @@ from .checkpoint.files import write_json, write_one_by_one
 from .checkpoint.finish import OUTER_FILE, carry_files, layer_file, write_index
 from .model.experts import split_projections
 from .model.modeling_moesvd import FactorizedExperts, PackedLinear, channel_tensors, part_banks
+from .model.native_experts import form_of
 from .model.stream import ModelError, StreamedModel
 from .quantize.gptq import PackedMatrix, QuantizeError, to_standard
 
@@ -108,7 +109,7 @@ def _require_dense_form(model) -> None:
 
 def _fused(module: FactorizedExperts, native, dtype) -> dict[str, torch.Tensor]:
     """The weight parameters of the native experts module, by their names, as its class lays them out."""
-    names = module.form.parameters(native)
+    names = form_of(native).parameters(native)
     for name in names:
         _put(native, name, torch.zeros(native.get_parameter(name).shape, dtype=dtype))
     views = split_projections(native)
