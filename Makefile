@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo arch-table bench-scale clean
+.PHONY: venv test test-slow lint demo arch-table bench-quality bench-scale bench-healing clean
 
 venv: .venv/.installed
 
@@ -27,6 +27,10 @@ lint: venv
 demo: venv
 	$(BIN)/moesvd demo --out demo-out
 
+# QUALITY: options of moesvd_quant/quality.py, for example --seen wikitext2 --unseen code --calibration mine.txt
+bench-quality: venv
+	$(BIN)/python -m moesvd_quant.quality $(QUALITY)
+
 # Two synthetic models of 6 GB: needs 50 GB of disk and hours.
 bench-scale: venv
 	MOESVD_THREADS=1 $(BIN)/python tests/bench_scale.py --folder bench-scale
@@ -34,5 +38,19 @@ bench-scale: venv
 arch-table: venv
 	$(BIN)/python tests/architecture_table.py docs/architectures.md .arch-table.jsonl
 
+# What healing is worth on every trained model in $(SHARED)/models: hours on two cores; TOKENS= and STRIDE= make it less.
+SHARED ?= ../shared
+TOKENS ?= 1000000
+STRIDE ?= 1
+CORPUS := $(SHARED)/data/corpus
+CALIBRATE := $(CORPUS)/wiki.train.jsonl.gz,$(CORPUS)/books.train.jsonl.gz,$(CORPUS)/dialogue_crd3.train.jsonl.gz
+LM := $(SHARED)/data/eval/lm
+
+bench-healing: venv
+	$(BIN)/python -m moesvd_quant.healing.bench $(patsubst %/config.json,%,$(wildcard $(SHARED)/models/*/config.json)) --out bench-healing \
+	  --calibrate $(CALIBRATE) --train $(LM)/wikitext-2-tokens/wiki.train.tokens.gz,$(CALIBRATE) \
+	  --text wikitext2=$(LM)/wikitext-2-raw/wiki.test.raw.gz --text ptb=$(LM)/ptb/ptb.test.txt.gz \
+	  --text code=$(CORPUS)/code.valid.jsonl.gz --tokens $(TOKENS) --stride $(STRIDE)
+
 clean:
-	rm -rf demo-out .arch-table.jsonl
+	rm -rf demo-out quality-out bench-healing .arch-table.jsonl

@@ -1,6 +1,7 @@
 """Bytes of a model: on disk, resident after load, at the peak of loading and generating."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -33,17 +34,30 @@ def disk_bytes(folder: str | Path) -> dict[str, int]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 tensor = file.get_slice(name)
-                count = 1
-                for size in tensor.get_shape():
-                    count *= size
-                sizes[kind_of(name)] += count * _item_size(tensor.get_dtype())
+                sizes[kind_of(name)] += math.prod(tensor.get_shape()) * _item_size(tensor.get_dtype())
     return {"total": sum(path.stat().st_size for path in files)} | sizes
 
 
 def resident_bytes(model: torch.nn.Module) -> int:
     """Bytes of parameters and buffers, each storage once."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    stored = {t.untyped_storage().data_ptr() or id(t): t.untyped_storage().nbytes() for t in tensors}  # meta: by object
+    return sum(stored.values())
+
+
+def fits(folder: str | Path, device: str = "cpu") -> bool:
+    """Whether the model is likely to fit in what is free now, with a fifth to spare; float32 on a CPU."""
+    import psutil
+
+    if torch.device(device).type == "cuda":
+        return disk_bytes(folder)["total"] < 0.8 * torch.cuda.mem_get_info(device)[0]
+    needed = 0
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for tensor in map(file.get_slice, file.keys()):
+                floating = "F" in tensor.get_dtype()
+                needed += math.prod(tensor.get_shape()) * (4 if floating else _item_size(tensor.get_dtype()))
+    return needed < 0.8 * psutil.virtual_memory().available
 
 
 def peak_bytes(folder: str | Path) -> dict[str, int]:

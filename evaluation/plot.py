@@ -1,4 +1,4 @@
-"""Perplexity against bytes: the picture every method is judged by."""
+"""Perplexity against bytes, the picture every method is judged by; speed over batches and lengths."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,17 @@ def family(name: str) -> str:
 
 
 def plot_bytes(records: list[dict], file: Path) -> None:
-    """PNG with a panel per text: perplexity against MB on disk, both logarithmic; a colour and a line per family."""
+    """The figure of `figure_bytes` as PNG."""
+    import matplotlib.pyplot as plt
+
+    figure = figure_bytes(records)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def figure_bytes(records: list[dict]):
+    """A panel per text: perplexity against MB on disk, both logarithmic; a colour and a line per family."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,7 +39,7 @@ def plot_bytes(records: list[dict], file: Path) -> None:
             points = sorted(
                 (r["memory"]["disk_bytes"] / 1e6, r["perplexity"][text]["ppl"])
                 for r in records
-                if family(r["name"]) == kind and text in r["perplexity"]
+                if family(r["name"]) == kind and "ppl" in r["perplexity"].get(text, {})
             )
             style = (
                 dict(marker="*", markersize=13) if kind == "original" else dict(marker="o" if "svd" in kind else "s")
@@ -50,6 +60,66 @@ def plot_bytes(records: list[dict], file: Path) -> None:
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=min(5, len(labels)), frameon=False)
     figure.tight_layout(rect=(0, 0.04 + 0.025 * ((len(labels) - 1) // 5 + 1), 1, 1))
+    return figure
+
+
+def plot_speed(result: dict, file: Path) -> None:
+    """The paper's Figure 4 as PNG: tokens per second over batch sizes (at the shortest prompt) and over lengths (at the
+    largest batch), with the range over repeats; a row for prefill, one for decode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells = result["cells"]
+    names = list(dict.fromkeys(cell["model"] for cell in cells))
+    fixed = {"batch": min(cell["length"] for cell in cells), "length": max(cell["batch"] for cell in cells)}
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), squeeze=False)
+    for row, phase in zip(axes, ("prefill", "decode")):
+        for axis, (along, other) in zip(row, (("batch", "length"), ("length", "batch"))):
+            for name in names:
+                shown = [c for c in cells if c["model"] == name and c[other] == fixed[along]]
+                rates = [c[phase]["tokens_per_second"] for c in shown]
+                low = [r - c[phase]["min"] for r, c in zip(rates, shown)]
+                high = [c[phase]["max"] - r for r, c in zip(rates, shown)]
+                axis.errorbar([c[along] for c in shown], rates, [low, high], marker="o", capsize=3, label=name)
+            axis.set(
+                xscale="log", yscale="log", xlabel=along, ylabel="tokens/s", title=f"{phase}, {other} {fixed[along]}"
+            )
+            axis.grid(alpha=0.25)
+    axes[0, 0].legend(frameon=False)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def plot_sweep(records: list[dict], file: Path) -> None:
+    """The paper's Figure 6 as PNG: perplexity over the number of calibration windows, a point for each seed and a line
+    through their means; a panel per text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
+    swept = [r for r in records if "sweep" in r]
+    figure, axes = plt.subplots(1, len(texts), figsize=(5 * len(texts), 4), squeeze=False)
+    for axis, text in zip(axes[0], texts):
+        for method in dict.fromkeys(r["sweep"]["method"] for r in swept):
+            points: dict[int, list[float]] = {}
+            for record in swept:
+                if record["sweep"]["method"] == method:
+                    points.setdefault(record["sweep"]["samples"], []).append(record["perplexity"][text]["ppl"])
+            sizes = sorted(points)
+            (line,) = axis.plot(sizes, [sum(points[s]) / len(points[s]) for s in sizes], label=method)
+            axis.scatter(
+                [s for s in sizes for _ in points[s]], [v for s in sizes for v in points[s]], color=line.get_color()
+            )
+        axis.set(title=text, xlabel="calibration windows", ylabel="perplexity", xscale="log")
+        axis.grid(alpha=0.25)
+    axes[0, 0].legend(frameon=False)
+    figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)

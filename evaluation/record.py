@@ -2,83 +2,203 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..checkpoint.files import write_json
-from .memory import disk_bytes, peak_bytes, resident_bytes
-from .perplexity import PROTOCOL, perplexity
+from .flops import flops_per_token
+from .memory import disk_bytes, fits, peak_bytes, resident_bytes
+from .perplexity import PROTOCOLS, Logits, document_perplexity, in_memory, perplexity
+from .zero_shot import task_names
 
-RECORD = "eval.json"
+RECORD, SPEED = "eval.json", "speed.json"
+Report = Callable[[str, int, int], None]  # what, done, total
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure of a model folder."""
+
+    texts: dict[str, str] = field(default_factory=dict)  # {name: source} for perplexity
+    protocols: tuple[str, ...] = ("gptq",)  # of PROTOCOLS
+    length: int | None = None  # tokens per window; None is 2048, or what the model can take
+    batch_size: int | None = None
+    stream: bool | None = None  # one layer in memory at a time; None: where the model does not fit
+    tasks: tuple[str, ...] = ()  # of lm-eval, `zero-shot` for the paper's seven
+    task_data: str | None = None  # folder of local files; None: lm-eval loads from the hub
+    limit: int | None = None  # documents per task
+    peak: bool = False  # memory at the peak of loading and generating, in a fresh process
 
 
 def evaluate(
     folder: str | Path,
-    texts: dict[str, str],
-    length: int | None = None,
+    wanted: Wanted,
     device: str = "cpu",
     name: str | None = None,
-    peak: bool = False,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Report = lambda what, done, total: None,
 ) -> dict:
-    """Perplexity on each text {name: source} and memory of a model folder.
+    """Record of a model folder. Weights are computed with in float32 on CPU and in their own dtype elsewhere.
 
-    length: tokens per window; None is 2048, or what the model can take. Weights are computed with in float32
-    on CPU and in their own dtype elsewhere.
+    ValueError for an unknown protocol, and for tasks on a model that has to stream.
     """
+    from ..calibration.store import fingerprint
+
+    if unknown := sorted(set(wanted.protocols) - set(PROTOCOLS)):
+        raise ValueError(f"protocol {', '.join(unknown)}: is none of {', '.join(PROTOCOLS)}")
+    folder = Path(folder)
+    opened = _open(folder, wanted, device, progress)
+    memory = {"disk": disk_bytes(folder), "disk_bytes": disk_bytes(folder)["total"], "resident_bytes": opened.resident}
+    if wanted.peak:
+        memory |= peak_bytes(folder)
+    about = _about(folder, opened)
+    record = {
+        "name": name or about["name"],
+        "path": folder.name,
+        "fingerprint": fingerprint(folder),
+        "protocol": {
+            "perplexity": {key: PROTOCOLS[key] for key in wanted.protocols},
+            "length": _length(wanted, opened.config),
+            "dtype": str(opened.dtype),
+            "texts": wanted.texts,
+        },
+        "perplexity": {text: _perplexity(opened, wanted, text, progress) for text in wanted.texts},
+        "memory": memory,
+        "accounting": about["accounting"],
+        "flops": flops_per_token(opened.described, _length(wanted, opened.config))
+        | {"context": _length(wanted, opened.config)},
+    }
+    if wanted.tasks:
+        record["zero_shot"] = _zero_shot(opened, wanted)
+    return record
+
+
+@dataclass(frozen=True)
+class _Opened:
+    config: Any
+    tokenizer: Any
+    logits: Logits
+    model: torch.nn.Module | None  # None where it streams
+    described: torch.nn.Module  # the modules, on the meta device where it streams
+    dtype: torch.dtype
+    resident: int  # bytes that its tensors take when loaded
+
+
+def _open(folder: Path, wanted: Wanted, device: str, progress: Report) -> _Opened:
     from transformers import AutoTokenizer
 
     import moesvd_quant
 
-    from ..calibration.text import joiner_of, load_documents, token_windows
+    from ..model.stream import read_config
 
-    folder = Path(folder)
+    config = read_config(folder)
+    dtype = torch.float32 if str(device) == "cpu" else None
+    if wanted.stream if wanted.stream is not None else not fits(folder, device):
+        if wanted.tasks:
+            raise ValueError(f"{folder}: tasks need the whole model in memory; perplexity alone can stream")
+        made = streamed(folder, dtype, device, progress)
+        resident = resident_bytes(streamed(folder, None, device).model)
+        return _Opened(
+            config, AutoTokenizer.from_pretrained(folder), made.logits, None, made.model, made.dtype, resident
+        )
     model = moesvd_quant.load(folder)
     resident = resident_bytes(model)
-    model = model.to(torch.float32) if str(device) == "cpu" else model.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    length = length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
-    measured = {}
-    for text, source in texts.items():
-        windows = token_windows(load_documents(source, "test"), tokenizer, length, joiner_of(source))
-        say = lambda done, total, text=text: progress(f"perplexity on {text}", done, total)  # noqa: E731
-        measured[text] = perplexity(model, windows, progress=say).to_dict()
-    memory = {
-        "disk": disk_bytes(folder),
-        "disk_bytes": disk_bytes(folder)["total"],
-        "resident_bytes": resident,
-    }
-    if peak:
-        memory |= peak_bytes(folder)
-    about = _about(folder, model)
-    return {
-        "name": name or about["name"],
-        "path": folder.name,
-        "protocol": {"perplexity": PROTOCOL, "length": length, "dtype": str(model.dtype), "texts": texts},
-        "perplexity": measured,
-        "memory": memory,
-        "accounting": about["accounting"],
-    }
+    model = model.to(device, dtype)
+    return _Opened(config, AutoTokenizer.from_pretrained(folder), in_memory(model), model, model, model.dtype, resident)
 
 
-def _about(folder: Path, model) -> dict:
+def streamed(folder: Path, dtype: torch.dtype | None, device: str, progress: Report | None = None):
+    """A StreamedModel that reports each layer it reads."""
+    from ..model.stream import StreamedModel
+
+    class Reporting(StreamedModel):
+        def load_layer(self, index: int):
+            if progress:
+                progress("layers", index, len(self.layer_names))
+            return super().load_layer(index)
+
+    return Reporting(folder, dtype, device)
+
+
+def _length(wanted: Wanted, config) -> int:
+    return wanted.length or min(2048, getattr(config, "max_position_embeddings", 2048))
+
+
+def _perplexity(opened: _Opened, wanted: Wanted, text: str, progress: Report) -> dict:
+    from ..calibration.text import joiner_of, load_documents, token_windows
+
+    source = wanted.texts[text]
+    measured: dict = {}
+    say = lambda done, total: progress(f"perplexity on {text}", done, total)  # noqa: E731
+    documents, length = load_documents(source, "test"), _length(wanted, opened.config)
+    if "gptq" in wanted.protocols:
+        windows = token_windows(documents, opened.tokenizer, length, joiner_of(source))
+        measured |= perplexity(opened.logits, windows, wanted.batch_size, say).to_dict()
+    if "lm-eval" in wanted.protocols:
+        whole = wanted.length or getattr(opened.config, "max_position_embeddings", 2048)
+        measured["lm_eval"] = document_perplexity(
+            opened.logits, documents, opened.tokenizer, whole, wanted.batch_size, say
+        )
+    return measured
+
+
+def _zero_shot(opened: _Opened, wanted: Wanted) -> dict:
+    from .zero_shot import zero_shot
+
+    more = {"batch_size": wanted.batch_size} if wanted.batch_size else {}
+    return zero_shot(opened.model, opened.tokenizer, list(wanted.tasks), wanted.task_data, wanted.limit, **more)
+
+
+def _about(folder: Path, opened: _Opened) -> dict:
     manifest = folder / "moesvd.json"
     if manifest.is_file():
         content = json.loads(manifest.read_text())
         if "accounting" in content:
-            keys = ("bits_per_expert_weight", "expert_ratio", "model_ratio")
+            keys = ("bits_per_expert_weight", "expert_ratio", "model_ratio", "params")
             return {"name": content["name"], "accounting": {k: content["accounting"][k] for k in keys}}
-    bits = torch.finfo(model.config.dtype or torch.float32).bits
-    return {
-        "name": "original",
-        "accounting": {"bits_per_expert_weight": float(bits), "expert_ratio": 0.0, "model_ratio": 0.0},
-    }
+    bits = torch.finfo(opened.config.dtype or torch.float32).bits
+    params = sum(parameter.numel() for parameter in opened.described.parameters())
+    account = {"bits_per_expert_weight": float(bits), "expert_ratio": 0.0, "model_ratio": 0.0, "params": params}
+    return {"name": "original", "accounting": account}
+
+
+def same_protocol(record: dict, wanted: Wanted) -> bool:
+    """Whether the record has all that is wanted, measured the same way."""
+    protocol, tasks = record["protocol"], record.get("zero_shot", {})
+    return (
+        all(protocol["texts"].get(name) == source for name, source in wanted.texts.items())
+        and set(wanted.protocols) <= set(protocol["perplexity"])
+        and wanted.length in (None, protocol["length"])
+        and (not wanted.tasks or tasks.get("protocol", {}).get("limit") == wanted.limit)
+        and set(task_names(wanted.tasks)) <= set(tasks.get("tasks", {}))
+        and (not wanted.peak or "peak_rss_bytes" in record["memory"])
+    )
 
 
 def write(record: dict, file: Path) -> None:
+    """Writes a record; what an earlier one says of the same weights by the same protocol stays in it."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_file():
+        record = _joined(json.loads(file.read_text()), record)
     write_json(file, record)
+
+
+def _joined(before: dict, record: dict) -> dict:
+    if before.get("fingerprint") != record["fingerprint"]:
+        return record
+    alike = all(before["protocol"][key] == record["protocol"][key] for key in ("length", "dtype"))
+    joined = before | record | {"memory": before["memory"] | record["memory"]}
+    if not record["perplexity"]:
+        return joined | {key: before[key] for key in ("protocol", "perplexity")}
+    if alike:
+        texts = before["protocol"]["texts"] | record["protocol"]["texts"]
+        named = before["protocol"]["perplexity"] | record["protocol"]["perplexity"]
+        joined["protocol"] = record["protocol"] | {"texts": texts, "perplexity": named}
+        kept = {text: before["perplexity"].get(text, {}) | new for text, new in record["perplexity"].items()}
+        joined["perplexity"] = before["perplexity"] | kept
+    return joined
 
 
 def collect(folders: list[Path]) -> list[dict]:
@@ -88,5 +208,11 @@ def collect(folders: list[Path]) -> list[dict]:
         found = [folder / RECORD] if (folder / RECORD).is_file() else sorted(folder.glob(f"*/{RECORD}"))
         if not found:
             raise ValueError(f"{folder}: no {RECORD} in it or in its sub-folders; run `moesvd eval {folder}` first")
-        records += [json.loads(path.read_text()) for path in found]
+        records += [_with_speed(path) for path in found]
     return list({json.dumps([r["name"], r["perplexity"]]): r for r in records}.values())
+
+
+def _with_speed(path: Path) -> dict:
+    """A record, with what `moesvd speed` measured beside it."""
+    speed = path.with_name(SPEED)
+    return json.loads(path.read_text()) | ({"speed": json.loads(speed.read_text())} if speed.is_file() else {})

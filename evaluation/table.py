@@ -1,11 +1,17 @@
-"""Tables of records, in the spirit of the paper's Table 8: memory and perplexity of each method."""
+"""Tables of records in the layouts of the paper: 2 (all measures), 8 (memory and perplexity), 11 (size and speed),
+12 (over seeds)."""
 
 import csv
 import io
 import json
+import re
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
-FORMATS = ("terminal", "markdown", "csv", "json")
+from .perplexity import relative_change
+from .zero_shot import SEVEN
+
+FORMATS = ("terminal", "markdown", "csv", "json", "latex")
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ def table8(records: list[dict]) -> Table:
     lengths = sorted({r["protocol"]["length"] for r in records})
     peaks = any("peak_rss_bytes" in r["memory"] for r in records)
     rows: list[list[str | float]] = []
-    for record in sorted(records, key=lambda r: (-r["memory"]["disk_bytes"], r["name"])):
+    for record in _by_size(records):
         memory, account = record["memory"], record["accounting"]
         figures = [record["perplexity"].get(text, {}).get("ppl") for text in texts]
         rows.append([
@@ -41,6 +47,151 @@ def table8(records: list[dict]) -> Table:
     ]  # fmt: skip
     windows = ", ".join(map(str, lengths))
     return Table(f"Memory and perplexity (windows of {windows} tokens)", columns, rows)
+
+
+def table2(records: list[dict]) -> Table:
+    """The paper's Table 2: what was removed, tokens per second, perplexities, the seven tasks and their mean."""
+    texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
+    words = [text for text in texts if any("lm_eval" in r["perplexity"].get(text, {}) for r in records)]
+    more = [t for t in dict.fromkeys(t for r in records for t in _tasks(r)) if t not in SEVEN]
+    rows: list[list[str | float]] = []
+    for record in _by_size(records):
+        figures, tasks = record["perplexity"], _tasks(record)
+        accuracies = [tasks[task]["acc"] for task in SEVEN if task in tasks]
+        rows.append([
+            f"{100 * record['accounting']['model_ratio']:.0f}%",
+            record["name"],
+            _runtime(record),
+            *[_figure(figures.get(text, {}).get("ppl")) for text in texts],
+            *[_figure(figures.get(text, {}).get("lm_eval", {}).get("word_ppl")) for text in words],
+            *[_figure(tasks[task]["acc"]) if task in tasks else "-" for task in SEVEN],
+            _figure(fmean(accuracies)) if len(accuracies) == len(SEVEN) else "-",
+            *[_figure(_main(tasks[task])) if task in tasks else "-" for task in more],
+        ])  # fmt: skip
+    columns = [
+        "Ratio", "Method", "Runtime", *[f"{text} \u2193" for text in texts],
+        *[f"{text} (words) \u2193" for text in words],
+        *SEVEN.values(), "Average \u2191", *more,
+    ]  # fmt: skip
+    limits = {r["zero_shot"]["protocol"]["limit"] for r in records if "zero_shot" in r} - {None}
+    note = f"; tasks: the first {', '.join(map(str, sorted(limits)))} documents of each" if limits else ""
+    return Table(
+        f"Ratio: share of all parameters removed; Runtime: tokens per second when decoding{note}", columns, rows
+    )
+
+
+def table11(records: list[dict]) -> Table:
+    """The paper's Table 11: parameters, floating-point operations and tokens per second, a column for each model."""
+    ordered = _by_size(records)
+    sizes = [r["accounting"]["params"] for r in ordered]
+    flops = [r["flops"]["total"] * r["flops"]["context"] for r in ordered]
+    rows: list[list[str | float]] = [
+        ["Model-size", *[_count(size) for size in sizes]],
+        ["bits/expert weight", *[round(r["accounting"]["bits_per_expert_weight"], 3) for r in ordered]],
+        ["FLOPs", *[f"{value:.3g}" for value in flops]],
+        ["FLOPs/token", *[f"{r['flops']['total']:.3g}" for r in ordered]],
+        ["Runtime", *[_runtime(r) for r in ordered]],
+    ]
+    contexts = sorted({r["flops"]["context"] for r in ordered})
+    title = f"FLOPs: of a sequence of {', '.join(map(str, contexts))} tokens; Runtime: tokens per second when decoding"
+    return Table(title, ["", *[r["name"] for r in ordered]], rows)
+
+
+def table12(records: list[dict]) -> Table:
+    """The paper's Table 12: each method's figures over its seeds, as mean, spread (standard deviation), range.
+
+    A record's `sweep` {"method", "seed", "samples"} says what it belongs to.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        sweep = record.get("sweep", {"method": record["name"], "samples": "-"})
+        groups.setdefault((sweep["method"], sweep["samples"]), []).append(record)
+    texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
+    tasks = [task for task in SEVEN if any(task in _tasks(r) for r in records)]
+    rows: list[list[str | float]] = []
+    for (method, samples), members in groups.items():
+        measured = [[r["perplexity"][t]["ppl"] for r in members if t in r["perplexity"]] for t in texts]
+        measured += [[_tasks(r)[t]["acc"] for r in members if t in _tasks(r)] for t in tasks]
+        rows.append([method, samples, len(members), *map(_spread, measured)])
+    columns = ["method", "calibration windows", "runs", *texts, *[SEVEN[task] for task in tasks]]
+    return Table("Mean \u00b1 standard deviation over seeds (smallest to largest)", columns, rows)
+
+
+TABLES = {"2": table2, "8": table8, "11": table11, "12": table12}
+
+
+def changes(records: list[dict]) -> dict[tuple[str, str], dict]:
+    """{(name, text): change of perplexity against the original, with its interval} where both were measured."""
+    original = next((r for r in records if r["name"] == "original"), None)
+    found: dict[tuple[str, str], dict] = {}
+    if original is None:
+        return found
+    for record in records:
+        for text, figures in record["perplexity"].items():
+            base = original["perplexity"].get(text, {})
+            if record is not original and "window_nll" in figures and "window_nll" in base:
+                found[record["name"], text] = relative_change(figures["window_nll"], base["window_nll"])
+    return found
+
+
+def speed_table(result: dict) -> Table:
+    """A row per model, batch and length: tokens per second (smallest to largest), how much faster than the first model
+    as a whole and in its experts, and the share of what the machine would allow."""
+    rows: list[list[str | float]] = []
+    for cell in result["cells"]:
+        row: list[str | float] = [cell["model"], cell["batch"], cell["length"]]
+        for phase in ("prefill", "decode"):
+            figures = cell[phase]
+            rate, low, high = (float(f"{figures[key]:.3g}") for key in ("tokens_per_second", "min", "max"))
+            share = f"{figures['tokens_per_second'] / figures['roofline']:.0%}"
+            row += [
+                f"{rate:g} ({low:g}..{high:g})",
+                round(figures["speedup"], 2),
+                round(figures["experts_speedup"], 2),
+                share,
+            ]
+        rows.append(row)
+    columns = ["model", "batch", "length"]
+    columns += [f"{p} {what}" for p in ("prefill", "decode") for what in ("tokens/s", "x", "experts x", "of roofline")]
+    machine = result["machine"]
+    title = (
+        f"{machine['device']}, {machine['dtype'].removeprefix('torch.')}, {machine['flops'] / 1e9:.0f} GFLOP/s, "
+        f"{machine['bandwidth'] / 1e9:.1f} GB/s"
+    )
+    return Table(title, columns, rows)
+
+
+def _by_size(records: list[dict]) -> list[dict]:
+    return sorted(records, key=lambda r: (-r["memory"]["disk_bytes"], r["name"]))
+
+
+def _tasks(record: dict) -> dict:
+    return record.get("zero_shot", {}).get("tasks", {})
+
+
+def _main(figures: dict) -> float | None:
+    """The first metric of a task: accuracy, or the perplexity per word."""
+    return next((figures[key] for key in ("acc", "word_perplexity", "exact_match") if key in figures), None)
+
+
+def _runtime(record: dict) -> str | float:
+    """Tokens per second when decoding at the largest batch that was timed."""
+    cells = record.get("speed", {}).get("cells", [])
+    return _figure(max(cells, key=lambda c: c["batch"])["decode"]["tokens_per_second"]) if cells else "-"
+
+
+def _figure(value: float | None) -> str | float:
+    return "-" if value is None else float(f"{value:.4g}")
+
+
+def _count(size: int) -> str:
+    return next(f"{size / unit:.3g}{name}" for name, unit in (("B", 1e9), ("M", 1e6), ("", 1)) if size >= unit)
+
+
+def _spread(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.5g}" if values else "-"
+    return f"{fmean(values):.5g} \u00b1 {stdev(values):.2g} ({min(values):.5g} to {max(values):.5g})"
 
 
 def _peak(memory: dict) -> int | None:
@@ -66,7 +217,19 @@ def render(table: Table, form: str = "terminal") -> str:
         return text.getvalue()
     if form == "json":
         return json.dumps([dict(zip(table.columns, row)) for row in table.rows], indent=1) + "\n"
+    if form == "latex":
+        return _latex(table)
     raise ValueError(f"{form!r} is none of {', '.join(FORMATS)}")
+
+
+def _latex(table: Table) -> str:
+    """With the commands of the package booktabs."""
+    special = {"\u2193": r"$\downarrow$", "\u2191": r"$\uparrow$", "\u00b1": r"$\pm$"}
+    special |= {c: "\\" + c for c in "%_&#$"} | {"@": "{@}"}
+    cell = lambda value: re.sub("|".join(map(re.escape, special)), lambda m: special[m[0]], str(value))  # noqa: E731
+    line = lambda row: " & ".join(map(cell, row)) + r" \\"  # noqa: E731
+    head = ["\\begin{tabular}{l" + "r" * (len(table.columns) - 1) + "}", r"\toprule", line(table.columns), r"\midrule"]
+    return "\n".join([*head, *map(line, table.rows), r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 def _terminal(table: Table) -> str:

@@ -19,6 +19,7 @@ class Accounting:
 
     disk_bytes: int  # of all safetensors files, headers included
     tensor_bytes: int
+    resident_bytes: int  # tensors and buffers when loaded
     expert_bytes: int  # of the routed experts' tensors: codes, scales, zeros, factors
     expert_params: int  # stored routed-expert parameters, packed ones counted as weights
     original_bytes: int
@@ -102,9 +103,13 @@ def account(parent: StreamedModel, layout: dict) -> Accounting:
     original_params = sum(t.numel() for t in everything.values())
     params = original_params - original_weights + weights
     files = by_file(planned, parent.layer_names)
+    tensor_bytes = sum(t.numel() * t.element_size() for ts in files.values() for t in ts.values())
+    stored = stored_tensors(planned)
+    buffers = sum(b.numel() * b.element_size() for name, b in planned.named_buffers() if name not in stored)
     return Accounting(
         disk_bytes=sum(file_bytes(tensors) for tensors in files.values()),
-        tensor_bytes=sum(t.numel() * t.element_size() for ts in files.values() for t in ts.values()),
+        tensor_bytes=tensor_bytes,
+        resident_bytes=tensor_bytes + buffers,
         expert_bytes=size,
         expert_params=weights,
         original_bytes=layout.get("source_bytes") or sum(t.numel() * t.element_size() for t in everything.values()),

@@ -70,30 +70,37 @@ def rank_table(spectra: np.ndarray, shape: tuple[int, int]) -> Table:
     return Table(choices, costs, errors / total if total > 0 else errors)
 
 
-def allocate(tables: dict[Key, Table], budget: float, ties: dict[Key, Hashable] | None = None) -> Allocation[Key]:
+def allocate(
+    tables: dict[Key, Table], budget: float, ties: dict[Key, Hashable] | None = None, distinct: int = MAX_RANKS
+) -> Allocation[Key]:
     """A choice for each expert of each group: least summed error at a cost of at most `budget`.
 
     One price per unit of cost for all matrices of the model (the Lagrangian of the budget), found by bisection; then
-    whatever still fits is spent where it helps most. At most MAX_RANKS distinct choices (besides NOTHING) per group.
+    whatever still fits is spent where it helps most. At most `distinct` choices (besides NOTHING) per group.
     ties: groups with the same value get one width. ValueError where even the cheapest choices cost more.
     """
     ties = ties or {}
-    least = sum(len(table.errors) * table.costs.min() for table in tables.values())
+    least = least_cost(tables)
     if budget < least:
         raise ValueError(f"a budget of {budget:.0f} cannot be met, the least possible is {least:.0f}")
     everything = {name: np.arange(len(table.choices)) for name, table in tables.items()}
     low, high, bound = _price(tables, everything, budget)
     best, least_error = {}, np.inf
     for _ in range(ROUNDS):
-        few = _restrict(tables, low, ties)
+        few = _restrict(tables, low, ties, distinct)
         low, high, _ = _price(tables, few, budget)
         chosen = _choose(tables, few, high)
-        _spend_rest(chosen, tables, few, budget - _spent(chosen, tables), ties)
+        _spend_rest(chosen, tables, few, budget - _spent(chosen, tables), ties, distinct)
         error = _error(chosen, tables)
         if error < least_error:
             best, least_error = chosen, error
     choices = {name: [tables[name].choices[i] for i in at] for name, at in best.items()}
     return Allocation(choices, least_error, bound)
+
+
+def least_cost(tables: dict[Key, Table]) -> float:
+    """What the cheapest choices of all experts cost together."""
+    return float(sum(len(table.errors) * table.costs.min() for table in tables.values()))
 
 
 def _price(tables, few, budget: float) -> tuple[float, float, float]:
@@ -130,18 +137,20 @@ def _error(chosen, tables) -> float:
     return float(sum(tables[name].errors[np.arange(len(at)), at].sum() for name, at in chosen.items()))
 
 
-def _restrict(tables, price: float, ties) -> dict:
+def _restrict(tables, price: float, ties, distinct: int) -> dict:
     """The few columns of each group that serve its experts best at a price; tied groups get those of one width."""
     found: dict = {}
     tied: dict[Hashable, list] = {}
     for name, table in tables.items():
-        tied.setdefault(ties[name], []).append(name) if name in ties else found.update({name: _few(table, price)})
+        tied.setdefault(ties[name], []).append(name) if name in ties else found.update(
+            {name: _few(table, price, distinct)}
+        )
     for names in tied.values():
         trials = {}
         for bits in sorted({choice.bits for name in names for choice in tables[name].choices if choice.rank}):
             allowed = {name: _columns(tables[name], bits) for name in names}
             if all(len(columns) for columns in allowed.values()):
-                few = {name: _few(tables[name], price, allowed[name]) for name in names}
+                few = {name: _few(tables[name], price, distinct, allowed[name]) for name in names}
                 trials[bits] = sum(_objective(tables[name], price, at).min(1).sum() for name, at in few.items()), few
         if not trials:
             raise ValueError(f"{', '.join(map(str, names))}: no width serves all of them")
@@ -158,10 +167,12 @@ def _objective(table: Table, price: float, columns: np.ndarray) -> np.ndarray:
     return table.errors[:, columns] + price * table.costs[columns]
 
 
-def _few(table: Table, price: float, columns: np.ndarray | None = None) -> np.ndarray:
-    """At most MAX_RANKS of the columns (and NOTHING, if it is one) whose best per expert sum to the least: added one by
-    one, then exchanged while that helps (the k-median problem's local search)."""
+def _few(table: Table, price: float, distinct: int, columns: np.ndarray | None = None) -> np.ndarray:
+    """At most `distinct` of the columns (and NOTHING, if it is one) whose best per expert sum to the least: added
+    one by one, then exchanged while that helps (the k-median problem's local search)."""
     columns = np.arange(len(table.choices)) if columns is None else columns
+    if len(columns) <= distinct:
+        return columns
     objective = _objective(table, price, columns)
     free = [at for at, column in enumerate(columns) if table.choices[column].rank == 0]
     held: list[int] = []
@@ -171,12 +182,12 @@ def _few(table: Table, price: float, columns: np.ndarray | None = None) -> np.nd
         sums = np.minimum(start[:, None], objective).sum(0)
         return float(sums.min()), int(sums.argmin())
 
-    for _ in range(MAX_RANKS):
+    for _ in range(distinct):
         held.append(best_with(held)[1])
     value, improved = best_with(held)[0], True
     while improved:
         improved = False
-        for place in range(MAX_RANKS):
+        for place in range(distinct):
             others = held[:place] + held[place + 1 :]
             trial, at = best_with(others)
             if trial < value * (1 - 1e-12):
@@ -185,15 +196,15 @@ def _few(table: Table, price: float, columns: np.ndarray | None = None) -> np.nd
     return columns[sorted({*free, *held})]
 
 
-def _spend_rest(chosen, tables, few, rest: float, ties) -> None:
+def _spend_rest(chosen, tables, few, rest: float, ties, distinct: int) -> None:
     """Moves single experts to a dearer choice, best gain per cost first, while one is affordable: to one of the columns
-    `few`, or to any where the group has fewer than MAX_RANKS in use and is not tied."""
+    `few`, or to any where the group has fewer than `distinct` in use and is not tied."""
 
     def best_move(name):
         """(gain per cost, expert, column, cost) of the best affordable move in a group."""
         table, now = tables[name], chosen[name]
         used = {at for at in now.tolist() if table.choices[at].rank}
-        columns = few[name] if name in ties or len(used) >= MAX_RANKS else np.arange(len(table.choices))
+        columns = few[name] if name in ties or len(used) >= distinct else np.arange(len(table.choices))
         extra = table.costs[columns] - table.costs[now][:, None]
         gain = table.errors[np.arange(len(now)), now][:, None] - table.errors[:, columns]
         rate = np.where((extra > 0) & (extra <= rest), gain / np.maximum(extra, 1), 0)

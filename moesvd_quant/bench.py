@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .evaluation.plot import plot_bytes
-from .evaluation.record import RECORD, evaluate, write
+from .evaluation.record import RECORD, Wanted, evaluate, same_protocol, write
 from .evaluation.table import Table, render, table8
-from .recipe import load_recipe
+from .recipe import Evaluate, load_recipe
 from .runner import Run
 
 Report = Callable[[str, int, int], None]
@@ -28,12 +28,15 @@ def compare(
     Writes OUT/table8.md, .csv, .json and OUT/perplexity-against-bytes.png. Recipes are loaded before any runs;
     finished runs and records by the same protocol stay. Returns the records and their table.
     """
-    wanted = [load_recipe(name, [*overrides, "evaluate.perplexity=[]", "keep=last"]) for name in recipes]
-    records = [measured(model, out / "00-original", texts, length, device)]
+    measure = Wanted(texts, length=length)
+    loaded = [load_recipe(name, [*overrides, "evaluate.perplexity=[]", "keep=last"]) for name in recipes]
+    evaluated = Evaluate(perplexity=texts, length=length or "auto")  # a stage that trains refuses these as its text
+    wanted = [recipe.model_copy(update={"evaluate": evaluated}) for recipe in loaded]
+    records = [measured(model, out / "00-original", measure, device)]
     for done, recipe in enumerate(wanted):
         report("recipes", done, len(wanted))
         folder = Run(recipe, model, out / recipe.name.replace("/", "-"), device, report).run()[-1]
-        records.append(measured(folder, folder, texts, length, device))
+        records.append(measured(folder, folder, measure, device))
     report("recipes", len(wanted), len(wanted))
     table = table8(records)
     for form, ending in (("markdown", "md"), ("csv", "csv"), ("json", "json")):
@@ -42,15 +45,13 @@ def compare(
     return records, table
 
 
-def measured(
-    source: Path, folder: Path, texts: dict[str, str], length: int | None, device: str, report: Report | None = None
-) -> dict:
+def measured(source: Path, folder: Path, wanted: Wanted, device: str = "cpu", report: Report | None = None) -> dict:
     """The record of a model in `folder`: the one that is there if it was made by the same protocol, else a new one."""
     file = folder / RECORD
     if file.is_file():
         found = json.loads(file.read_text())
-        if found["protocol"]["texts"] == texts and length in (None, found["protocol"]["length"]):
+        if same_protocol(found, wanted):
             return found
-    record = evaluate(source, texts, length, device, progress=report or (lambda what, done, total: None))
+    record = evaluate(source, wanted, device, progress=report or (lambda what, done, total: None))
     write(record, file)
     return record

@@ -120,6 +120,8 @@ def _packed_modules(modules: dict):
     """(standard path, packed matrix, bias) of every quantized matrix; ModelError where one is factorized."""
     for path, module in modules.items():
         if isinstance(module, PackedLinear):
+            if module.rank:
+                raise ModelError(f"{path}: has a low-rank term beside its packed weight; export it --to dense")
             get = module._parameters.get
             tensors = {k: get(f"weight_{k}") for k in ("codes", "scales", "zeros") if get(f"weight_{k}") is not None}
             yield path, PackedMatrix(tensors, module.quant, module.in_features), module.bias

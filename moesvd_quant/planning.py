@@ -3,8 +3,10 @@
 import importlib
 from functools import partial
 
+import torch
+
 from .accounting import account, planned_model
-from .budget import parse_budget
+from .budget import kv_cache_bytes, parse_budget
 from .layout import layout_of
 from .model.stream import StreamedModel
 from .stages.base import Context, StageError
@@ -23,20 +25,33 @@ def plan_stages(run) -> list[dict]:
     if budget.unit == "bpw":
         weights = account(run.meta, layout_of(run.meta)).original_expert_params
         return _plan_all(run, budget.amount * weights / 8, memo)
-    experts = _plan_all(run, 0.0, memo)[-1]["accounting"]
-    if experts["disk_bytes"] > budget.amount:
+    limits = run.recipe.limits
+    counted = "disk_bytes" if limits.of == "disk" else "resident_bytes"
+    amount = budget.amount - _reserve(run)
+    least = _plan_all(run, 0.0, memo)[-1]["accounting"]
+    if least[counted] > amount:
         raise StageError(
-            f"budget: {run.recipe.budget} cannot be met: without any expert the files take "
-            f"{experts['disk_bytes'] / 1e6:.3f} MB"
+            f"budget: {run.recipe.budget} cannot be met: the smallest possible is "
+            f"{(least[counted] + budget.amount - amount) / 1e6:.3f} MB"
+            + (f", {_reserve(run) / 1e6:.3f} of them for keys and values" if limits.kv_cache else "")
         )
-    share = budget.amount - experts["disk_bytes"]
+    share = least["expert_bytes"] + amount - least[counted]
     for _ in range(8):  # names of tensors take bytes too: how many is known when the plan is made
         forecasts = _plan_all(run, share, memo)
-        excess = forecasts[-1]["accounting"]["disk_bytes"] - budget.amount
+        excess = forecasts[-1]["accounting"][counted] - amount
         if excess <= 0:
             return forecasts
         share -= excess
     raise StageError(f"budget: {run.recipe.budget} could not be met exactly; give a few bytes more or less")
+
+
+def _reserve(run) -> int:
+    """Bytes of the budget that are left to keys and values."""
+    cache = run.recipe.limits.kv_cache
+    if cache is None:
+        return 0
+    item = (run.meta.config.dtype or torch.float32).itemsize
+    return kv_cache_bytes(run.meta.config.get_text_config(), cache.context, cache.batch, item)
 
 
 def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
@@ -50,7 +65,17 @@ def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
             parent = StreamedModel.described(planned_model(run.meta, forecasts[-1]["layout"]).config, run.meta)
         progress = lambda done, total: run.report("reading the model", done, total)  # noqa: E731
         context = Context(
-            parent, run.statistics, stage.options, run.recipe.seed, run.device, progress, budget, widths, gptq, memo
+            parent,
+            run.statistics,
+            stage.options,
+            run.recipe.seed,
+            run.device,
+            progress,
+            budget,
+            widths,
+            gptq,
+            memo,
+            run.recipe.limits,
         )
         context.pool = run.pool
         context.surveyed = partial(run.report, f"{stage.name}: planning")

@@ -65,6 +65,31 @@ class Evaluate(_Part):
         return value
 
 
+class KvCache(_Part):
+    context: Annotated[int, Field(gt=0, description="tokens of a sequence")]
+    batch: Annotated[int, Field(gt=0, description="sequences at a time")] = 1
+
+
+class Limits(_Part):
+    """What a budget counts, and what its allocation must respect. Patterns match `model.layers.3.mlp.experts.down`."""
+
+    of: Literal["disk", "resident"] = Field("disk", description="a budget in bytes: of all files, or when loaded")
+    kv_cache: KvCache | None = Field(None, description="bytes of the budget that are left to keys and values")
+    widths: list[int] | None = Field(None, description="the only widths there are kernels for")
+    one_width_per_layer: bool = Field(False, description="all experts of a layer in one width, as kernels want it")
+    keep: list[str] = Field(default_factory=list, description="patterns of matrices that stay as they are")
+    min_bits: dict[str, Literal[2, 3, 4, 8, 16]] = Field(
+        default_factory=dict, description="pattern: fewest bits of the matrices it matches"
+    )
+
+    @field_validator("widths")
+    @classmethod
+    def _widths(cls, value):
+        if value is not None and (not value or set(value) - {2, 3, 4, 8, 16}):
+            raise ValueError("give some of 2, 3, 4, 8, 16")
+        return value
+
+
 class Stage(_Part):
     name: str
     options: SerializeAsAny[StageOptions]
@@ -81,6 +106,7 @@ class Recipe(_Part):
     evaluate: Evaluate = Evaluate()
     keep: Literal["all", "last"] = "all"
     budget: str | None = None  # what decides where stages leave ratio or bits open; see budget.py
+    limits: Limits = Limits()
 
     @field_validator("budget")
     @classmethod
@@ -102,6 +128,7 @@ class Recipe(_Part):
             "calibration": self.calibration.model_dump(),
             "stages": [{s.name: s.options.model_dump()} for s in self.stages],
             "budget": self.budget,
+            "limits": self.limits.model_dump(),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -178,9 +205,29 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         problems.append(
             f"{place(('budget',))}: budget: nothing is left for it to decide; leave svd.ratio or gptq.bits out"
         )
+    if recipe is not None and recipe.limits != Limits():
+        problems += [f"{place(('limits',))}: {problem}" for problem in _limit_problems(recipe)]
     if problems:
         raise RecipeError("\n".join(problems))
     return recipe
+
+
+def _limit_problems(recipe: Recipe) -> list[str]:
+    """What limits ask for that there is nothing to apply to."""
+    if recipe.budget is None:
+        return ["limits: only with a budget (20GB, 1.5bpw)"]
+    limits, problems = recipe.limits, []
+    if parse_budget(recipe.budget).unit == "bpw" and (limits.of != "disk" or limits.kv_cache):
+        problems.append("limits.of, limits.kv_cache: only with a budget in bytes, not in bits per weight")
+    if limits.widths is not None:
+        problems += [
+            f"limits.min_bits.{pattern}: {bits} is more than any of limits.widths {limits.widths}"
+            for pattern, bits in limits.min_bits.items()
+            if bits > max(limits.widths)
+        ]
+        if any(s.name == "gptq" and not s.options.is_open() for s in recipe.stages):
+            problems.append("limits.widths: gptq.bits is given; leave it open, or the widths out")
+    return problems
 
 
 def _stages(content: dict, place, problems: list[str]) -> tuple[Stage, ...]:

@@ -38,7 +38,7 @@ class RunError(RuntimeError):
 
 
 def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "gptqmodel", "safetensors")
+    names = ("torch", "transformers", "gptqmodel", "peft", "bitsandbytes", "safetensors")
     return {"moesvd_quant": __version__} | {name: version(name) for name in names}
 
 
@@ -72,6 +72,17 @@ class Run:
         self.pool = Pool(how.get("workers", 1), how.get("executor", "processes"))
         share = self.memory.share(self.pool.workers)
         self.statistics = Statistics(self.model, self.model_digest, self.windows, self.device, memory=share)
+        self._training = {index: self._training_windows(s.options) for index, s in self._trainers()}
+
+    def _trainers(self):
+        return [(index, stage) for index, stage in enumerate(self.recipe.stages) if stage.name == "lora"]
+
+    def _length(self, wanted: str | int, key: str) -> int:
+        limit = getattr(self.meta.config, "max_position_embeddings", 2048)
+        length = min(2048, limit) if wanted == "auto" else int(wanted)
+        if length > limit:
+            raise RunError(f"{key} {length} exceeds the {limit} positions of the model")
+        return length
 
     def _windows(self) -> torch.Tensor:
         from transformers import AutoTokenizer
@@ -79,26 +90,44 @@ class Run:
         from .calibration.text import calibration_windows
 
         wanted = self.recipe.calibration
-        limit = getattr(self.meta.config, "max_position_embeddings", 2048)
-        length = min(2048, limit) if wanted.length == "auto" else wanted.length
-        if length > limit:
-            raise RunError(f"calibration.length {length} exceeds the {limit} positions of the model")
+        length = self._length(wanted.length, "calibration.length")
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         return calibration_windows(wanted.dataset, tokenizer, wanted.samples, length, self.recipe.seed)
+
+    def _training_windows(self, options):
+        from transformers import AutoTokenizer
+
+        from .healing.data import refuse_leaks, training_windows
+
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        own = options.dataset == "calibration"
+        source = self.recipe.calibration.dataset if own else options.dataset
+        length = self.windows.shape[1] if options.length == "auto" else self._length(options.length, "lora.length")
+        wanted = options.steps * options.batch
+        made = training_windows(source, tokenizer, wanted, options.validation, length, self.recipe.seed)
+        refuse_leaks(made, self.recipe.evaluate.texts(), tokenizer)
+        return made
+
+    def training(self, index: int):
+        """The windows that a stage trains on; None for one that does not train."""
+        return self._training.get(index)
 
     def key(self, upto: int) -> dict:
         """All that a stage's output depends on; equal keys mean equal files."""
         stages = [{s.name: s.options.model_dump()} for s in self.recipe.stages]
         budget = self.recipe.budget
+        trained = [made.digest for index, made in sorted(self._training.items()) if index <= upto]
         return {
             "model": self.model_digest,
             "statistics": self.statistics.key,
             "stages": stages[: upto + 1],
             "seed": self.recipe.seed,
             # Under a budget the first stage is planned for what the later ones do.
-            "budget": None if budget is None else {"amount": budget, "stages": stages},
+            "budget": None
+            if budget is None
+            else {"amount": budget, "stages": stages, "limits": self.recipe.limits.model_dump()},
             "versions": versions(),
-        }
+        } | ({"training": trained} if trained else {})
 
     def folder(self, index: int) -> Path:
         return self.out / f"{index + 1:02d}-{self.recipe.stages[index].name}"
@@ -203,6 +232,7 @@ class Run:
         streamed = StreamedModel(parent, device=self.device)
         context = Context(streamed, self.statistics, stage.options, self.recipe.seed, self.device, progress)
         context.pool = self.pool
+        context.training, context.folder, context.report = self.training(index), self.work_folder(index), self.report
         return context, module
 
     def _clean(self, keep: Path) -> None:

@@ -19,7 +19,7 @@ CHUNK = 32  # tokens whose predictions are compared at a time
 
 
 class StageWork:
-    """One stage of a run: `layers`, then `finish`; each finds what an earlier process did."""
+    """One stage of a run: `prepare`, `layers`, then `finish`; each finds what an earlier process did."""
 
     def __init__(self, run, index: int, context, module):
         self.run, self.index, self.context, self.module = run, index, context, module
@@ -83,6 +83,8 @@ class StageWork:
         }
         finish.write_card(self.folder, manifest)
         finish.write_manifest(self.folder, manifest)
+        if conclude := getattr(self.module, "conclude", None):
+            conclude(self.folder)
         for name in notes:
             note_file(self.folder, name).unlink()
         commit_folder(self.folder, final)
@@ -171,4 +173,7 @@ def _label(stage) -> str:
         return f"d2-{options.merge}{round(options.ratio * 100)}"
     if stage.name == "gptq":
         return f"{'rtn' if options.rtn else 'gptq'}{options.bits or ''}"
+    if stage.name == "lora":
+        what = {"adapters": f"lora{options.rank}", "factors": "tuned", "router": "router"}[options.train]
+        return what + {"lm": "", "distill": "-distilled", "layerwise": "-layerwise"}[options.objective]
     return stage.name

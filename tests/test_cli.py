@@ -33,7 +33,7 @@ def test_help_answers_at_once():
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         times.append(time.perf_counter() - started)
     assert min(times) < 0.5, times
-    for verb in ("run", "plan", "validate", "ls", "cp", "eval", "table", "export", "demo"):
+    for verb in ("run", "plan", "validate", "ls", "cp", "eval", "table", "speed", "report", "export", "demo"):
         assert f" {verb} " in done.stdout
 
 
@@ -83,7 +83,7 @@ def test_plan_run_eval_table_export(call, make_model, tmp_path, small, text):
         (["run", "svd", "--model", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
         (["run", "svd"], "no model: give --model FOLDER"),
         (["eval", "/nowhere"], "/nowhere: no such folder"),
-        (["table", "7", "."], "only table 8"),
+        (["table", "7", "."], "table 7: is none of 2, 8, 11, 12"),
         (["validate", "/tmp"], "no moesvd.json"),
     ],
 )

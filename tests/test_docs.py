@@ -24,14 +24,18 @@ def test_every_command_of_the_readme_runs(make_model, tmp_path, monkeypatch, cap
     draw = random.Random(0)
     for name, count in (("mine.txt", 350_000), ("held-out.txt", 3000)):
         Path(name).write_text("".join(draw.choices("abc def ghi", k=count)))
-    assert len(commands()) == 9
+    assert len(commands()) == 11
     for command in commands():
         command = [str(make_model("mixtral")) if part == "MODEL" else part for part in command]
         monkeypatch.setattr("sys.argv", ["moesvd", *command])
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert not stop.value.code, (command, capsys.readouterr().err)
-    assert Path("out/plot.png").is_file() and Path("plain/model.safetensors").is_file()
+    assert (
+        Path("out/plot.png").is_file()
+        and Path("out/report.html").is_file()
+        and Path("plain/model.safetensors").is_file()
+    )
 
 
 def test_the_recipe_and_every_named_one_are_valid(tmp_path):

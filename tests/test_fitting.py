@@ -53,7 +53,7 @@ def test_bytes_on_disk_are_met(recipe, make_model, tmp_path, small):
 
 def test_an_impossible_budget_is_refused_with_the_smallest(make_model, tmp_path, small):
     run = make("fit", make_model("mixtral", torch.bfloat16), tmp_path, small, "budget=20KB")
-    with pytest.raises(StageError, match=r"budget: 20KB cannot be met: without any expert the files take 0\.\d+ MB"):
+    with pytest.raises(StageError, match=r"budget: 20KB cannot be met: the smallest possible is 0\.\d+ MB"):
         plan_stages(run)
 
 
@@ -93,3 +93,62 @@ def test_fit_beats_one_width_at_equal_bytes_on_the_reference_model(tmp_path):
     for text in TEXTS:
         assert found["svd-gptq@2.28bpw"][text] < found["gptq2"][text]
         assert found["svd-gptq@3.32bpw"][text] < found["gptq3"][text]
+
+
+def layout_bits(stages, name=""):
+    """Bits of each bank of the last stage's experts whose name contains `name`; 16 where it is floating point."""
+    found = {}
+    for path, projections in stages[-1]["layout"]["experts"].items():
+        for projection, parts in projections.items():
+            if name in f"{path}.{projection}":
+                banks = [(p, bank) for p in parts for bank in ("dense", "left", "right") if bank in p]
+                found[f"{path}.{projection}"] = [p["quant"].get(bank, {"bits": 16})["bits"] for p, bank in banks]
+    return found
+
+
+def test_limits_are_respected(make_model, tmp_path, small):
+    folder = make_model("mixtral", torch.bfloat16)
+    limits = ["limits.widths=[3,4]", "limits.one_width_per_layer=true", "limits.min_bits={'*.down': 4}"]
+    plan = plan_stages(make("fit", folder, tmp_path, small, "budget=3bpw", *limits))
+    for layer in range(2):
+        widths = {bits for found in layout_bits(plan, f"layers.{layer}.").values() for bits in found}
+        assert widths == {4}  # one width, and down has at least four
+    kept = plan_stages(make("fit", folder, tmp_path, small, "budget=9bpw", "limits.keep=['*.layers.0.*.up']"))
+    assert all(set(bits) == {16} for bits in layout_bits(kept, "layers.0.mlp.experts.up").values())
+    assert any(set(bits) != {16} for bits in layout_bits(kept, "layers.1.").values())
+    with pytest.raises(StageError, match="the least possible is"):
+        plan_stages(make("fit", folder, tmp_path, small, "budget=1bpw", "limits.keep=['*.up']"))
+
+
+def test_what_a_budget_leaves_in_16_bit_stays_as_it_is_and_is_named(make_model, tmp_path, small):
+    folder = make_model("mixtral", torch.bfloat16)
+    last = make("gptq-fit", folder, tmp_path, small, "budget=7bpw", "limits.keep=['*.layers.1.*.gate']").run()[-1]
+    original, made = (moesvd_quant.load(f).get_submodule("model.layers.1.mlp.experts") for f in (folder, last))
+    gate = original.gate_up_proj.chunk(2, 1)[0]
+    assert torch.equal(torch.stack([made.dense("gate", e, gate.dtype) for e in range(4)]), gate)
+    kept = json.loads((last / "moesvd.json").read_text())["decisions"]["kept in 16 bit"]
+    assert "model.layers.1.mlp.experts.gate" in kept
+
+
+def test_a_budget_of_loaded_bytes_with_room_for_keys_and_values(make_model, tmp_path, small):
+    from moesvd_quant.evaluation.memory import resident_bytes
+
+    from moesvd_quant.budget import kv_cache_bytes
+
+    folder = make_model("mixtral", torch.bfloat16)
+    limits = ["limits.of=resident", "limits.kv_cache={context: 64, batch: 2}"]
+    last = make("gptq-fit", folder, tmp_path, small, "budget=170KB", *limits).run()[-1]
+    model = moesvd_quant.load(last)
+    cache = kv_cache_bytes(model.config, 64, 2, 2)
+    assert cache == 2 * 2 * 2 * 16 * 64 * 2 * 2  # layers, keys and values, heads, head size, tokens, sequences, bytes
+    assert 0.98 * 170e3 <= resident_bytes(model) + cache <= 170e3
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v2", "gpt_oss"])
+def test_keys_and_values_take_what_transformers_caches(architecture, make_model):
+    from moesvd_quant.budget import kv_cache_bytes
+
+    model = moesvd_quant.load(make_model(architecture))
+    cache = model(torch.zeros(2, 100, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert kv_cache_bytes(model.config, 100, 2, 4) == pytest.approx(held, rel=0.02)

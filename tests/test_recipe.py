@@ -74,7 +74,7 @@ def test_no_budgets(text):
         ("stages:\n - gptq: {bits: 4}\n - svd: {ratio: 0.4}", ["mine.yaml:3: stages[1].svd: cannot come after gptq"]),
         ("stages: [{svd: {ratio: 0.4, keep_u: 2}}]", ["keep_u: only with method: paper"]),
         ("stages: [{gptq: {bits: 4, group_size: 12}}]", ["12 is not a positive multiple of 8"]),
-        ("stages: []", ["mine.yaml:1: stages: give at least one of svd, d2, gptq"]),
+        ("stages: []", ["mine.yaml:1: stages: give at least one of svd, d2, lora, gptq"]),
         ("stages: [svd\n", ["mine.yaml:2:"]),
         ("seed: 1\nseed: 2\nstages: [svd]", ["mine.yaml:2: key 'seed' stands here twice"]),
         ("- svd", ["a recipe is a mapping"]),

@@ -68,7 +68,7 @@ def documents(source: str, split: str = "train") -> Iterator[str]:
     elif source in HUB:
         yield from _hub(source, split)
     elif Path(source).exists():
-        for file in _files(Path(source)):
+        for file in text_files(Path(source)):
             yield from _local(file)
     else:
         names = ", ".join(["demo", "demo-code", "mixture", *HUB])
@@ -88,7 +88,7 @@ def joiner_of(source: str) -> str:
 def token_windows(texts: Iterable[str], tokenizer, length: int, joiner: str = "\n\n") -> torch.Tensor:
     """Non-overlapping windows (n, length) int64 of the whole text: documents joined and tokenised without special
     tokens; the last, short window is dropped. TextError where there is not one."""
-    ids = _encode(tokenizer, joiner.join(texts))
+    ids = encode(tokenizer, joiner.join(texts))
     count = len(ids) // length
     if count == 0:
         raise TextError(
@@ -118,7 +118,7 @@ def _sample(source, tokenizer, wanted, length, generator):
     order = torch.randperm(len(texts), generator=generator).tolist()
     ids: list[int] = []
     for index in order:
-        ids += _encode(tokenizer, texts[index] + "\n\n")
+        ids += encode(tokenizer, texts[index] + "\n\n")
         if len(ids) >= 4 * wanted * length:
             break
     count = len(ids) // length
@@ -131,11 +131,12 @@ def _sample(source, tokenizer, wanted, length, generator):
     return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)[places]
 
 
-def _encode(tokenizer, text: str) -> list[int]:
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids without special tokens."""
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
-def _files(path: Path) -> list[Path]:
+def text_files(path: Path) -> list[Path]:
     """A file, or the readable files of a folder in order of name."""
     if path.is_file():
         if _ending(path) is None:
@@ -152,22 +153,23 @@ def _ending(path: Path) -> str | None:
     return next((end for end in (*PLAIN, *TABULAR) if name.endswith(end)), None)
 
 
-def _local(path: Path) -> Iterator[str]:
+def local_rows(path: Path) -> Iterator[dict]:
+    """Rows of a text or table file, streamed; a plain file is one row `text`, line ends kept."""
     from datasets import load_dataset
 
-    # A plain file is one document, line ends kept.
     kind = TABULAR.get(_ending(path) or "", "text")
     more = {"sample_by": "document"} if kind == "text" else {}
     try:
-        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True, **more)
-        for row in rows:
-            if "text" not in row:
-                raise TextError(f"{path}: has no column 'text'; it has {', '.join(row)}")
-            yield row["text"]
-    except TextError:
-        raise
+        yield from load_dataset(kind, data_files=str(path), split="train", streaming=True, **more)
     except Exception as error:  # datasets wraps every parser's own errors
         raise TextError(f"{path}: cannot be read: {error}") from error
+
+
+def _local(path: Path) -> Iterator[str]:
+    for row in local_rows(path):
+        if "text" not in row:
+            raise TextError(f"{path}: has no column 'text'; it has {', '.join(row)}")
+        yield row["text"]
 
 
 def _hub(name: str, split: str) -> Iterator[str]:

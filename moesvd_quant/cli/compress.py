@@ -54,14 +54,15 @@ def run(
 def _evaluate_run(job, folders: list[Path], device: str, report: Callable) -> list[dict]:
     """Evaluates the original and every checkpoint of a run on the recipe's texts."""
     from ..bench import measured
+    from ..evaluation.record import Wanted
 
-    wanted, records = job.recipe.evaluate, []
-    length = None if wanted.length == "auto" else wanted.length
-    if not wanted.texts():
+    asked, records = job.recipe.evaluate, []
+    if not asked.texts():
         return []
+    wanted = Wanted(asked.texts(), length=None if asked.length == "auto" else asked.length)
     for source, folder in [(job.model, job.out / "00-original"), *((f, f) for f in folders)]:
         say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
-        records.append(measured(source, folder, wanted.texts(), length, device, say))
+        records.append(measured(source, folder, wanted, device, say))
     return records
 
 

@@ -1,4 +1,4 @@
-"""Verbs that measure and compare: eval, table, bench, demo."""
+"""Verbs that measure and compare: eval, table, speed, report, bench, demo."""
 
 import json
 import sys
@@ -14,22 +14,35 @@ from .common import Device, Json, Model, Out, app, print_table, progress_bars, r
 def evaluate_verb(
     folders: Annotated[list[Path], typer.Argument(help="Model folders, ours or any.")],
     text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    protocol: Annotated[list[str] | None, typer.Option(help="gptq (default), lm-eval; repeat it.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="One layer in memory; default: where it does not fit.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, by commas; zero-shot: the paper's seven.")
+    ] = None,
+    task_data: Annotated[Path | None, typer.Option(help="Folder of local task files; else from the hub.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows, or requests of tasks, at a time.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the records; default: beside the weights.")] = None,
     peak: Annotated[bool, typer.Option(help="Also measure peak memory in a fresh process.")] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Perplexity and memory of model folders; writes eval.json and prints a table."""
-    from ..evaluation.record import RECORD, evaluate, write
+    """Perplexity, zero-shot accuracy and memory of model folders; writes eval.json and prints a table."""
+    from ..evaluation.record import RECORD, Wanted, evaluate, write
     from ..recipe import named_texts
 
-    named = named_texts(text or ["wikitext2"])
+    texts = named_texts(text or ([] if tasks else ["wikitext2"]))
+    named = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
+    data = None if task_data is None else str(task_data)
+    wanted = Wanted(texts, tuple(protocol or ["gptq"]), length, batch, stream, named, data, limit, peak)
     records = []
     with progress_bars(as_json) as report:
         for folder in folders:
             say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
-            record = evaluate(resolve_model(str(folder)), named, length, resolve_device(device), None, peak, say)
+            record = evaluate(resolve_model(str(folder)), wanted, resolve_device(device), None, say)
             write(record, (out / folder.name if out else folder) / RECORD)
             records.append(record)
     print(json.dumps(records)) if as_json else print_table(records, "terminal")
@@ -37,18 +50,19 @@ def evaluate_verb(
 
 @app.command()
 def table(
-    number: Annotated[str, typer.Argument(help="Table of the paper: 8.")],
+    number: Annotated[str, typer.Argument(help="Table of the paper: 2, 8, 11 or 12.")],
     folders: Annotated[list[Path], typer.Argument(help="Folders with eval.json, or of runs.")],
-    form: Annotated[str, typer.Option("--format", help="terminal, markdown, csv or json.")] = "terminal",
+    form: Annotated[str, typer.Option("--format", help="terminal, markdown, csv, json or latex.")] = "terminal",
     plot: Annotated[Path | None, typer.Option(help="Also draw perplexity against bytes into this PNG.")] = None,
 ) -> None:
-    """The paper's Table 8 of any checkpoints that were evaluated."""
+    """A table of the paper, of any checkpoints that were evaluated."""
     from ..evaluation.record import collect
+    from ..evaluation.table import TABLES, render
 
-    if number != "8":
-        raise ValueError(f"table {number}: only table 8 is there")
+    if number not in TABLES:
+        raise ValueError(f"table {number}: is none of {', '.join(TABLES)}")
     records = collect(folders)
-    print_table(records, form)
+    print(render(TABLES[number](records), form), end="")
     if plot:
         from ..evaluation.plot import plot_bytes
 
@@ -57,11 +71,61 @@ def table(
 
 
 @app.command()
+def speed(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Models side by side; the first is compared with. A config is enough.")
+    ],
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Also the first one factorized by so much, random weights.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1,4,16",
+    length: Annotated[str, typer.Option(help="Prompt lengths, by commas.")] = "32,128",
+    tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Rounds in which each model has its turn.")] = 7,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the paper's Figure 4 into this PNG.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Prefill and decode tokens per second, models alternating; writes speed.json beside weights."""
+    from ..evaluation.speed import run_speed
+    from ..evaluation.table import render, speed_table
+    from ..runner import sync_threads
+
+    sync_threads()
+    found = [resolve_model(str(folder)) for folder in folders]
+    with progress_bars(as_json) as report:
+        result = run_speed(
+            found, ratio or [], _numbers(batch), _numbers(length), tokens, repeats, resolve_device(device), report
+        )
+    print(json.dumps(result) if as_json else render(speed_table(result)), end="")
+    if plot:
+        from ..evaluation.plot import plot_speed
+
+        plot_speed(result, plot)
+        print(f"plot: {plot}", file=sys.stderr)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Output folder of a run, or one of our checkpoints.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML file; default: FOLDER/report.html.")] = None,
+) -> None:
+    """One HTML page of a run that needs no other file: recipe, decisions layer by layer, memory, cost, time."""
+    from ..evaluation.report import write_report
+
+    file = out or folder / "report.html"
+    write_report(folder, file)
+    print(file)
+
+
+@app.command()
 def bench(
     recipes: Annotated[list[str], typer.Argument(help="Recipes to compare, then key=value overrides for all.")],
     model: Model = None,
     text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Repeat with these seeds, by commas: mean and spread.")] = None,
+    samples: Annotated[str | None, typer.Option(help="And with these numbers of calibration windows.")] = None,
     out: Out = Path("bench"),
     device: Device = "auto",
     as_json: Json = False,
@@ -73,10 +137,19 @@ def bench(
 
     sync_threads()
     names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
-    texts, folder = named_texts(text or ["wikitext2"]), resolve_model(model)
+    texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
     with progress_bars(as_json) as report:
-        result = compare(folder, names, out, texts, length, overrides, resolve_device(device), report)
-    _print_comparison(*result, out, as_json)
+        if seeds or samples:
+            from ..evaluation.record import Wanted
+            from ..sweep import sweep
+
+            wanted = Wanted(texts, length=length)
+            records, found = sweep(
+                folder, names, out, wanted, _numbers(seeds or "0"), _numbers(samples), overrides, where, report
+            )
+        else:
+            records, found = compare(folder, names, out, texts, length, overrides, where, report)
+    _print_comparison(records, found, out, as_json)
 
 
 @app.command()
@@ -89,6 +162,14 @@ def demo(out: Out = Path("demo-out"), as_json: Json = False) -> None:
     _print_comparison(*result, out, as_json)
 
 
+def _numbers(given: str | None) -> list[int]:
+    """Whole numbers by commas; ValueError names what is none."""
+    try:
+        return [int(part) for part in given.split(",")] if given else []
+    except ValueError:
+        raise ValueError(f"{given}: is no list of whole numbers like 1,2,3") from None
+
+
 def _print_comparison(records: list[dict], compared, out: Path, as_json: bool) -> None:
     from ..evaluation.table import render
 
@@ -96,4 +177,5 @@ def _print_comparison(records: list[dict], compared, out: Path, as_json: bool) -
         print(json.dumps(records))
         return
     print(render(compared), end="")
-    print(f"checkpoints: {out}/*/0*-*\ntable: {out}/table8.md, .csv, .json\nplot: {out}/perplexity-against-bytes.png")
+    written = " ".join(str(path) for path in sorted([*out.glob("table*.*"), *out.glob("*.png")]))
+    print(f"checkpoints: {out}/*/0*-*\ntable and plot: {written}")

@@ -113,36 +113,51 @@ class Packed(nn.Module):
 
     def weight_rows(self, name: str, quant: dict | None, columns: int, dtype: torch.dtype, row: int | None):
         """Bank `name` (row None) or one row of it, dequantized into `dtype` where it is packed."""
-        get = self._parameters.get
         if quant is None:
-            bank = get(name)
+            bank = getattr(self, name)  # an adapter may stand in front of the parameter
             return (bank if row is None else bank[row]).to(dtype)
-        codes, scales, zeros = (get(f"{name}_{kind}") for kind in ("codes", "scales", "zeros"))
+        codes, scales, zeros = (self._parameters.get(f"{name}_{kind}") for kind in ("codes", "scales", "zeros"))
         if row is not None:
             codes, scales, zeros = codes[row], scales[row], None if zeros is None else zeros[row]
         return dequantize(codes, scales, zeros, quant, columns, dtype)
 
 
 class PackedLinear(Packed):
-    """nn.Linear with a packed weight (out, in) and an optional float bias. `weight` serves modules that multiply with
-    it themselves."""
+    """nn.Linear with a packed weight (out, in), an optional float bias, and where `quant` names a rank a float
+    low-rank term beside the weight: left (out, rank) @ right (rank, in). `weight` serves modules that
+    multiply with it themselves."""
 
     def __init__(self, in_features, out_features, bias, quant, dtype=None, device=None):
         super().__init__()
         self.in_features, self.out_features, self.quant = in_features, out_features, quant
         self.add_bank("weight", (out_features, in_features), quant, dtype, device)
+        if self.rank:
+            self.add_bank("left", (out_features, self.rank), None, dtype, device)
+            self.add_bank("right", (self.rank, in_features), None, dtype, device)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)  # follows casts
 
-    def dense_weight(self, dtype=torch.float32):
+    @property
+    def rank(self) -> int:
+        return self.quant.get("rank", 0)
+
+    def packed_weight(self, dtype=torch.float32):
         return self.weight_rows("weight", self.quant, self.in_features, dtype, None)
 
     @property
     def weight(self):
         return self.dense_weight(self.like.dtype)
 
+    def dense_weight(self, dtype=torch.float32):
+        """Effective weight (out, in)."""
+        weight = self.packed_weight(dtype)
+        return weight + self.left.to(dtype) @ self.right.to(dtype) if self.rank else weight
+
     def forward(self, x):
-        return F.linear(x, self.dense_weight(x.dtype), self.bias)
+        y = F.linear(x, self.packed_weight(x.dtype), self.bias)
+        if not self.rank:
+            return y
+        return y + F.linear(F.linear(x, self.right.to(x.dtype)), self.left.to(x.dtype))
 
 
 class FactorizedExperts(Packed):
@@ -166,8 +181,9 @@ class FactorizedExperts(Packed):
         for name, other in native.named_parameters(recurse=False):  # biases
             if name.partition("_codes")[0].partition("_scales")[0].partition("_zeros")[0] not in weights:
                 self.register_parameter(name, other)
+        self.is_transposed = False  # banks are (rows, out, in), whatever the native weights were; peft asks
         self.layout = layout
-        self._maps: dict[tuple, torch.Tensor] = {}
+        self._maps: dict[tuple, Any] = {}
         kind = next(p for p in native.parameters() if p.is_floating_point())
         for key, shape, quant in self.banks():
             self.add_bank(key, shape, quant, kind.dtype, kind.device)
@@ -219,20 +235,70 @@ class FactorizedExperts(Packed):
         count, out, _ = part_banks(part, *self.shapes[projection])[bank]
         if count == 1:
             return F.linear(x, self.bank(projection, i, bank, x.dtype, 0))
-        order = torch.argsort(rows, stable=True)
+        order = None if self.owns_rows(part, bank) else torch.argsort(rows, stable=True)
+        x = x if order is None else x[order]
         sizes = torch.bincount(rows, minlength=count)
-        x = x[order]
-        if part["quant"].get(bank) is None:
+        if part["quant"].get(bank) is None and x.device.type != "cpu":
             weight = self.bank(projection, i, bank, x.dtype)
             y = F.grouped_mm(x, weight.transpose(1, 2), offs=sizes.cumsum(0).int())
-        else:  # one expert's weight is dequantized at a time
+        else:  # one expert's weight is dequantized at a time; on a CPU this is as fast as the grouped product
             chunks = [
                 F.linear(chunk, self.bank(projection, i, bank, x.dtype, row))
                 for row, chunk in enumerate(x.split(sizes.tolist()))
                 if len(chunk)
             ]
             y = torch.cat(chunks) if chunks else x.new_zeros(0, out)
-        return torch.empty_like(y).index_copy(0, order, y)
+        return y if order is None else torch.empty_like(y).index_copy(0, order, y)
+
+    def owns_rows(self, part, bank):
+        """Whether each expert has a row of its own, in order: pairs sorted by expert are then sorted by row."""
+        experts = part["experts"]
+        return part[bank] == list(range(len(experts))) and experts == sorted(experts)
+
+    def steps(self, device_type):
+        """{projection: for each expert its terms}, a term being the banks to multiply with, one after the other, as
+        arguments of `weight_rows`; None where a bank is shared, or grouped products serve better. Made once."""
+        key = "steps", device_type
+        if key not in self._maps:
+            parts = [part for parts in self.layout.values() for part in parts]
+            banks = [(part, bank) for part in parts for bank in ("dense", "right", "left") if bank in part]
+            alone = all(self.owns_rows(*at) and (device_type == "cpu" or at[1] in at[0]["quant"]) for at in banks)
+            served = alone and not any(map(self.shared_input, parts))
+            self._maps[key] = {name: self._terms(name) for name in self.layout} if served else None
+        return self._maps[key]
+
+    def _terms(self, projection):
+        terms: list[list] = [[] for _ in range(self.experts)]
+        for i, part in enumerate(self.layout[projection]):
+            shapes = part_banks(part, *self.shapes[projection])
+            for row, expert in enumerate(part["experts"]):
+                banks = [bank for bank in ("dense", "right", "left") if bank in part]
+                at = [(f"{projection}_{i}_{bank}", part["quant"].get(bank), shapes[bank][-1]) for bank in banks]
+                terms[expert].append([(*where, row) for where in at])
+        return terms
+
+    def by_expert(self, x, token, ids, steps):
+        """x (tokens, in) -> (pairs, in), pairs sorted by expert: each expert from gate to down at once, so that what
+        lies between stays in the cache, and one packed weight at a time is dequantized."""
+        sizes = torch.bincount(ids, minlength=self.experts).tolist()
+        done = []
+        for expert, (at, own) in enumerate(zip(token.split(sizes), ids.split(sizes))):
+            if len(at):
+                hidden = x[at]
+                pairs = {k: self.multiply(hidden, k, steps[k][expert]) for k in ("gate", "up") if k in steps}
+                self.add_bias(pairs, own)
+                done.append(self.multiply(self.activate(pairs), "down", steps["down"][expert]))
+        return torch.cat(done) if done else x.new_zeros(0, self.shapes["down"][0])
+
+    def multiply(self, x, projection, terms):
+        """x (n, in) -> (n, out) by the effective weight of one expert, factor by factor."""
+        y = None
+        for banks in terms:
+            h = x
+            for name, quant, columns, row in banks:
+                h = F.linear(h, self.weight_rows(name, quant, columns, x.dtype, row))
+            y = h if y is None else y + h
+        return x.new_zeros(len(x), self.shapes[projection][0]) if y is None else y
 
     def shared_input(self, part):
         """The bank that every token meets whatever its expert, first: a base, or a right factor."""
@@ -242,7 +308,7 @@ class FactorizedExperts(Packed):
 
     def project(self, x, token, ids, projection):
         """x (tokens, in) -> (pairs, out) for the (token, expert) pairs; shared banks see each token once."""
-        y = x.new_zeros(len(ids), self.shapes[projection][0])
+        y = None
         for i, part in enumerate(self.layout[projection]):
             first, last = ("dense", None) if "dense" in part else ("right", "left")
             rows = self.row_map(projection, i, first, x.device)[ids]
@@ -255,8 +321,10 @@ class FactorizedExperts(Packed):
             if last:
                 rows = self.row_map(projection, i, last, x.device)[ids]
                 h = self.bank_matmul(h, rows if chosen is None else rows[chosen], projection, i, last)
-            y = y + h if chosen is None else y.index_add(0, chosen, h)
-        return y
+            if chosen is not None:
+                h = h.new_zeros(len(ids), h.shape[1]).index_copy(0, chosen, h)
+            y = h if y is None else y + h
+        return x.new_zeros(len(ids), self.shapes[projection][0]) if y is None else y
 
     def activate(self, pairs):
         """Gate and up (or up alone) -> the input of down, by the native class's own gate."""
@@ -264,6 +332,9 @@ class FactorizedExperts(Packed):
             up = pairs["up"]
             return self.act_fn(up)
         both = (pairs["gate"], pairs["up"])
+        gate = getattr(self.native_class, "_apply_gate", None)
+        if gate is None or gate.__name__ == "_default_apply_gate":  # it would chunk what is joined here
+            return self.act_fn(pairs["gate"]) * pairs["up"]
         joint = torch.cat(both, -1) if self.is_concatenated else torch.stack(both, -1).flatten(-2)
         return apply_gate(self, self.native_class, joint)
 
@@ -291,11 +362,14 @@ class FactorizedExperts(Packed):
         return self._compute(x, token, ids)
 
     def _compute(self, x, token, ids):
-        names = [name for name in ("gate", "up") if name in self.shapes]
-        pairs = {name: self.project(x, token, ids, name) for name in names}
-        self.add_bias(pairs, ids)
-        inner = self.activate(pairs)
-        y = self.project(inner, torch.arange(len(ids), device=ids.device), ids, "down")
+        if steps := self.steps(x.device.type):
+            y = self.by_expert(x, token, ids, steps)
+        else:
+            names = [name for name in ("gate", "up") if name in self.shapes]
+            pairs = {name: self.project(x, token, ids, name) for name in names}
+            self.add_bias(pairs, ids)
+            inner = self.activate(pairs)
+            y = self.project(inner, torch.arange(len(ids), device=ids.device), ids, "down")
         if self.has_bias:
             y = y + self.down_proj_bias[ids]
         return self.post_expert_norm(y) if self.has_post_expert_norm else y

@@ -406,6 +406,11 @@ class LayerVisit:
             made.append(_hidden(out))
         return made
 
+    def run_batch(self, layer: nn.Module, batch: int) -> torch.Tensor:
+        """What a layer that stands in for this one puts out for one batch of the walk."""
+        args, kwargs = self.calls[batch]
+        return _hidden(layer(self.hidden[batch], *args, **kwargs))
+
     def _run(self, hidden: Batches) -> Iterator:
         return (self.layer(states, *args, **kwargs) for states, (args, kwargs) in zip(hidden, self.calls))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..model.experts import find_experts, unknown_experts
 from ..model.modeling_moesvd import FactorizedExperts
 from ..model.stream import ModelError, StreamedModel
 from ..parallel import Pool
+from ..recipe import Limits
 
 Progress = Callable[[int, int], None]
 LayerFunction = Callable[..., Any]  # of context, index, layer, its statistics
@@ -33,13 +35,19 @@ class Context:
     device: torch.device
     progress: Progress = lambda done, total: None  # of reading the model
     # Of a recipe with a budget: bytes for the routed experts at its end, what the stage before left to this one, the
-    # options of a gptq stage to come, and tables that one plan made and the next may use.
+    # options of a gptq stage to come, tables that one plan made and the next may use, and what to respect. A budget of
+    # zero stands for the least that is possible.
     budget: float | None = None
     widths: dict = field(default_factory=dict)
     gptq: Any = None
     memo: dict = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
     pool: Pool = field(default_factory=Pool)
     surveyed: Progress = lambda done, total: None  # of planning layer by layer
+    # Of a stage that trains: the windows, where its state lies while it works, and whom to tell of progress.
+    training: Any = None
+    folder: Path = Path()
+    report: Callable[[str, int, int], None] = lambda what, done, total: None
 
     def each_layer(self, work: LayerFunction, report: Progress, todo: Container[int] | None = None) -> Iterator:
         """(index, work(context, index, layer, its statistics)) of each layer (of `todo`) of the input checkpoint, as

@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 
+from ..allocate import FLOAT
 from ..calibration.metric import blend, shrink, unknown
 from ..calibration.store import linear_gram
 from ..decompose.whitening import whitened_error
@@ -46,6 +47,10 @@ def plan(context: Context) -> Plan:
         if "lm_head.weight" in (getattr(parent.model, "all_tied_weights_keys", None) or {}):
             raise StageError("lm_head: is tied to the embeddings of this model and cannot be quantized alone")
         layout["linears"]["lm_head"] = _quant(options, head.in_features, "lm_head")
+    for full, projections in widths.items():
+        for name, bits in projections.items():
+            if FLOAT in bits:
+                kept[f"{full}.{name}"] = "the budget left some of its experts as they are"
     if kept:
         made.decisions["kept in 16 bit"] = kept
     return made
@@ -65,6 +70,8 @@ def _pack_experts(layout: dict, shapes: dict, full: str, options, widths: dict |
             if part["quant"]:
                 raise StageError(f"{full}.{name}: is quantized already")
             bits = widths[name][i] if widths else None
+            if bits == FLOAT:  # the budget left it as it is
+                continue
             part["quant"] = {
                 bank: _quant(options, shape[-1], f"{full}.{name}", bank == "left", bits)
                 for bank, shape in part_banks(part, *shapes[name]).items()
@@ -137,6 +144,8 @@ def _quantize_experts(context, full, experts, own, blended, layout):
         done: list[tuple[dict, dict]] = []
         targets = _targets(wanted[name], done)
         for i, part in enumerate(parts):
+            if not part["quant"]:
+                continue
             grams = own if "dense" in part else blended
             made = _quantize_part(context, full, name, i, part, experts, targets, grams[name])
             banks |= {f"{name}_{i}_{bank}": packed for bank, packed in made.items()}
@@ -144,7 +153,26 @@ def _quantize_experts(context, full, experts, own, blended, layout):
     module = FactorizedExperts(experts, layout)
     for key, packed in banks.items():
         _fill(module, key, packed, stacked=True)
+    _keep_floats(module, experts)
     return module, errors_of(module, wanted, own)
+
+
+def _keep_floats(module: FactorizedExperts, experts) -> None:
+    """Fills the parts that the plan leaves in floating point with what they hold already."""
+    for name, parts in module.layout.items():
+        for i, part in enumerate(parts):
+            if part["quant"]:
+                continue
+            for bank in part_banks(part, *module.shapes[name]):
+                tensor = getattr(module, f"{name}_{i}_{bank}")
+                with torch.no_grad():
+                    for expert, row in zip(part["experts"], part[bank]):
+                        held = isinstance(experts, FactorizedExperts)
+                        tensor[row] = (
+                            experts.bank(name, i, bank, tensor.dtype, row)
+                            if held
+                            else dense_weight(experts, name, expert, tensor.dtype)
+                        )
 
 
 def _weights(experts, name: str) -> Lazily:

@@ -90,3 +90,41 @@ class GptqOptions(StageOptions):
         if value != "auto" and (value <= 0 or value % 8):
             raise ValueError(f"{value} is not a positive multiple of 8")
         return value
+
+
+class LoraOptions(StageOptions):
+    train: Literal["adapters", "factors", "router"] = Field(
+        "adapters",
+        description="adapters: LoRA, merged afterwards, or kept as a low-rank term where weights are packed; factors: "
+        "the 16-bit factors themselves; router: the routers alone",
+    )
+    objective: Literal["lm", "distill", "layerwise"] = Field(
+        "lm",
+        description="lm: next token; distill: the original's predictions (KL divergence); layerwise: each layer's "
+        "output in the original, one layer of each model in memory",
+    )
+    rank: Annotated[int, Field(ge=8, multiple_of=8)] = Field(16, description="rank of the adapters, a multiple of 8")
+    attention: bool = Field(True, description="attention, shared-expert and dense-layer linears as well")
+    in_turn: bool = Field(False, description="left factors in the first half of the steps, right ones in the second")
+    frozen: Literal["stored", "nf4"] = Field("stored", description="what is not trained meanwhile: as stored, or NF4")
+    dataset: str = Field("calibration", description="text or instruction data; calibration: the recipe's own")
+    length: Literal["auto"] | Annotated[int, Field(ge=16)] = Field("auto", description="tokens per window")
+    steps: Annotated[int, Field(gt=0)] = Field(500, description="optimizer steps; layerwise: of each layer")
+    batch: Annotated[int, Field(gt=0)] = Field(16, description="windows per step")
+    microbatch: Annotated[int, Field(gt=0)] = Field(4, description="windows at once; the rest is accumulated")
+    lr: Annotated[float, Field(gt=0)] = Field(5e-4, description="peak of the cosine schedule")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of the steps with a rising rate")
+    validation: Annotated[int, Field(gt=0)] = Field(64, description="windows held out to judge by")
+    validate_every: Annotated[int, Field(gt=0)] = Field(50, description="steps between validations, and saves")
+    patience: Annotated[int, Field(gt=0)] = Field(5, description="validations without gain before training stops")
+    checkpointing: bool = Field(True, description="recompute activations: less memory, a third more time")
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.batch % self.microbatch:
+            raise ValueError(f"batch: {self.batch} is not a multiple of microbatch {self.microbatch}")
+        if self.in_turn and self.train == "router":
+            raise ValueError("in_turn: a router has no left and right factor; use train: adapters or factors")
+        if self.frozen == "nf4" and self.train != "adapters":
+            raise ValueError("frozen: nf4 needs train: adapters; what is quantized cannot be trained itself")
+        return self

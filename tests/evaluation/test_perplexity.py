@@ -4,16 +4,21 @@ import csv
 import io
 import json
 import math
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from moesvd_quant.evaluation.memory import disk_bytes, peak_bytes, resident_bytes
-from moesvd_quant.evaluation.perplexity import perplexity
+from moesvd_quant.evaluation.perplexity import document_perplexity, in_memory, perplexity, relative_change
 from moesvd_quant.evaluation.plot import family, plot_bytes
-from moesvd_quant.evaluation.record import collect, evaluate, write
+from moesvd_quant.evaluation.record import Wanted, collect, evaluate, same_protocol, streamed, write
 from moesvd_quant.evaluation.table import render, table8
 from tiny import tiny_model
+
+from moesvd_quant import load
 
 WINDOWS = torch.randint(1, 250, (5, 32), generator=torch.Generator().manual_seed(3))
 
@@ -25,18 +30,64 @@ class Uniform(torch.nn.Linear):
         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 320))
 
 
-def test_it_is_the_exponential_of_the_models_own_loss():
-    model = tiny_model("mixtral")
+def few_lines(folder, windows):
+    """The definition, written down again: nats per predicted token, from transformers alone."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        losses = [float(model(window[None], labels=window[None]).loss) for window in WINDOWS]
-    found = perplexity(model, WINDOWS)
-    assert found.ppl == pytest.approx(math.exp(sum(losses) / 5), rel=1e-5)
+        return sum(float(model(w[None], labels=w[None]).loss) for w in windows) / len(windows)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, None])
+@pytest.mark.parametrize("how", ["in memory", "streaming"])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_it_is_the_exponential_of_the_models_own_loss(make_model, architecture, how, batch_size):
+    folder = make_model(architecture)
+    logits = in_memory(load(folder)) if how == "in memory" else streamed(folder, torch.float32, "cpu").logits
+    found = perplexity(logits, WINDOWS, batch_size)
+    assert found.ppl == pytest.approx(math.exp(few_lines(folder, WINDOWS)), rel=1e-5)
     assert (found.tokens, found.windows, found.length) == (5 * 31, 5, 32)
-    assert perplexity(model, WINDOWS, batch_size=2).nll == pytest.approx(found.nll, rel=1e-6)
+    assert sum(found.window_nll) / 5 == pytest.approx(found.nll)
 
 
 def test_a_model_that_knows_nothing_has_the_size_of_the_vocabulary():
-    assert perplexity(Uniform(1, 1), WINDOWS).ppl == pytest.approx(320)
+    found = perplexity(in_memory(Uniform(1, 1)), WINDOWS)
+    assert found.ppl == pytest.approx(320) and found.interval == pytest.approx((320, 320))
+    assert perplexity(in_memory(Uniform(1, 1)), WINDOWS[:1]).interval is None
+
+
+def test_the_interval_is_that_of_the_mean_loss():
+    """Against the normal approximation, which is right for many windows."""
+    windows = torch.randint(1, 250, (200, 8), generator=torch.Generator().manual_seed(0))
+    found = perplexity(in_memory(tiny_model("mixtral")), windows)
+    each = np.array(found.window_nll)
+    error = 1.96 * each.std(ddof=1) / math.sqrt(200)
+    assert np.log(found.interval) == pytest.approx([each.mean() - error, each.mean() + error], abs=0.15 * error)
+
+
+def test_a_change_is_judged_window_by_window():
+    draw = np.random.default_rng(0)
+    hard = draw.normal(4, 1, 300)  # windows differ much, the models little
+    found = relative_change((hard + 0.01 + draw.normal(0, 0.005, 300)).tolist(), hard.tolist())
+    assert 0.009 < found["low"] < found["change"] < found["high"] < 0.011
+    with pytest.raises(ValueError, match="same protocol"):
+        relative_change([1.0], [1.0, 2.0])
+
+
+def test_documents_are_rolled_as_lm_eval_rolls_them(make_model):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    folder = make_model("mixtral")
+    draw = random.Random(0)
+    texts = [" ".join("".join(draw.choices("abcdefgh", k=3)) for _ in range(40)) + " ", "ghi jkl mno", "x"]
+    model, tokenizer = load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=48, batch_size=2)
+    asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    total = -sum(lm.loglikelihood_rolling(asked, disable_tqdm=True))
+    found = document_perplexity(streamed(folder, torch.float32, "cpu").logits, texts, tokenizer, 48, 2)
+    assert found["byte_ppl"] == pytest.approx(math.exp(total / (160 + 11 + 1)), rel=1e-5)
+    assert found["word_ppl"] == pytest.approx(math.exp(total / (41 + 3 + 1)), rel=1e-5)  # a trailing blank counts one
+    assert found["bits_per_byte"] == pytest.approx(math.log2(found["byte_ppl"]))
 
 
 def test_a_loss_that_is_not_finite_names_its_window():
@@ -44,7 +95,7 @@ def test_a_loss_that_is_not_finite_names_its_window():
     with torch.no_grad():
         model.model.embed_tokens.weight[WINDOWS[3, 5]] = float("nan")
     with pytest.raises(ValueError, match=r"window \d: the loss is nan"):
-        perplexity(model, WINDOWS)
+        perplexity(in_memory(model), WINDOWS)
 
 
 def test_memory_counts_every_tensor_once(make_model):
@@ -71,15 +122,53 @@ def test_peak_is_measured_in_a_process_of_its_own(make_model):
 
 
 def test_record_holds_what_was_measured_and_how(make_model, text):
-    record = evaluate(make_model("mixtral"), {"words": str(text)}, 64)
+    record = evaluate(make_model("mixtral"), Wanted({"words": str(text)}, length=64))
     assert record["name"] == "original" and record["accounting"]["bits_per_expert_weight"] == 32
     assert record["protocol"]["length"] == 64 and record["protocol"]["texts"] == {"words": str(text)}
     assert record["perplexity"]["words"]["ppl"] > 1
+    with pytest.raises(ValueError, match="protocol gptq2: is none of gptq, lm-eval"):
+        evaluate(make_model("mixtral"), Wanted({"words": str(text)}, ("gptq2",)))
+
+
+def test_what_does_not_fit_streams_and_says_the_same(make_model, text, monkeypatch):
+    folder, wanted = make_model("mixtral"), Wanted({"words": str(text)}, ("gptq", "lm-eval"), length=64)
+    whole = evaluate(folder, wanted)
+    seen = []
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**5))
+    monkeypatch.setattr("moesvd_quant.load", None)  # it would be called to open the model whole
+    parts = evaluate(folder, wanted, progress=lambda what, done, total: seen.append(what))
+    for figures in ("ppl", "lm_eval"):
+        assert parts["perplexity"]["words"][figures] == pytest.approx(whole["perplexity"]["words"][figures], rel=1e-5)
+    assert parts["memory"] == whole["memory"] and "layers" in seen
+    with pytest.raises(ValueError, match="tasks need the whole model"):
+        evaluate(folder, Wanted(tasks=("piqa",)))
+
+
+def test_a_record_keeps_what_was_measured_before_of_the_same_weights(tmp_path):
+    def record(texts, length=64, fingerprint="a", **more):
+        protocol = {"perplexity": {"gptq": "..."}, "length": length, "dtype": "f", "texts": {t: t for t in texts}}
+        figures = {t: {"ppl": length} for t in texts}
+        return {"fingerprint": fingerprint, "protocol": protocol, "perplexity": figures, "memory": {"a": 1}} | more
+
+    def after(*records):
+        for made in records:
+            write(made, tmp_path / "eval.json")
+        return json.loads((tmp_path / "eval.json").read_text())
+
+    zero_shot = {"tasks": {"piqa": {}}, "protocol": {"limit": None}}
+    joined = after(record(["x"]), record(["y"]), record([], zero_shot=zero_shot))
+    assert set(joined["perplexity"]) == set(joined["protocol"]["texts"]) == {"x", "y"} and "zero_shot" in joined
+    assert same_protocol(joined, Wanted({"x": "x"}, tasks=("piqa",))) and same_protocol(joined, Wanted({}, length=64))
+    for other in (Wanted({"z": "z"}), Wanted({"x": "x"}, length=32), Wanted(tasks=("zero-shot",)), Wanted(peak=True),
+                  Wanted(tasks=("piqa",), limit=3), Wanted({"x": "x"}, ("lm-eval",))):  # fmt: skip
+        assert not same_protocol(joined, other)
+    assert set(after(record(["z"], 32))["perplexity"]) == {"z"}  # figures by two protocols do not mix
+    assert "zero_shot" not in after(record(["z"], 32, "other weights"))
 
 
 RECORDS = [
     {
-        "name": name, "path": name, "protocol": {"length": 64}, "perplexity": {"a": {"ppl": ppl}},
+        "name": name, "path": name, "fingerprint": name, "protocol": {"length": 64}, "perplexity": {"a": {"ppl": ppl}},
         "memory": {"disk_bytes": size, "resident_bytes": size},
         "accounting": {"bits_per_expert_weight": 4.25, "expert_ratio": 0.4, "model_ratio": 0.3},
     }
@@ -95,7 +184,7 @@ def test_table_8_is_sorted_by_bytes_in_every_form():
     assert json.loads(render(table, "json"))[2]["a"] == 63.0
     assert "| gptq3 | 3.0 |" in render(table, "markdown") and "gptq3" in render(table)
     with pytest.raises(ValueError, match="none of terminal"):
-        render(table, "latex")
+        render(table, "html")
 
 
 def test_records_are_collected_from_folders_and_runs(tmp_path):

@@ -1,0 +1,103 @@
+"""Local files of the seven zero-shot tasks and of WikiText-2, in the columns that lm-eval's own tasks have.
+
+The folder is $MOESVD_TASK_DATA, or `data` of the metadata (`lm_eval run --metadata '{"data": "FOLDER"}'`, `moesvd eval
+--task-data FOLDER`). It is searched for the names the data are published under, .gz or not, in sub-folders too.
+"""
+
+import gzip
+import json
+import os
+import re
+from pathlib import Path
+
+from datasets import Dataset
+
+
+def _read(folder: str | None, *names: str) -> str:
+    """Text of the first file that has one of the names; FileNotFoundError says what was looked for."""
+    root = folder or os.environ.get("MOESVD_TASK_DATA")
+    if not root:
+        raise FileNotFoundError("no folder of task data: set MOESVD_TASK_DATA, or give --task-data FOLDER")
+    for name in names:
+        parent, _, file = name.rpartition("/")
+        for path in sorted(Path(root).rglob(f"{file}*")):
+            if path.name in (file, file + ".gz") and path.parent.name in (parent, parent or path.parent.name):
+                raw = path.read_bytes()
+                return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+    raise FileNotFoundError(f"{root}: has none of {', '.join(names)} (or .gz) in it")
+
+
+def _lines(folder, *names) -> list[dict]:
+    return [json.loads(line) for line in _read(folder, *names).splitlines() if line.strip()]
+
+
+def _questions(rows: list[dict]) -> Dataset:
+    """Layout of AI2: question.stem, question.choices [{text, label}], answerKey."""
+    return Dataset.from_list([
+        {
+            "question": row["question"]["stem"],
+            "question_stem": row["question"]["stem"],
+            "choices": {key: [c[key] for c in row["question"]["choices"]] for key in ("text", "label")},
+            "answerKey": row["answerKey"],
+        }
+        for row in rows
+    ])  # fmt: skip
+
+
+def openbookqa(data=None, **_) -> dict:
+    return {"test": _questions(_lines(data, "openbookqa/test.jsonl"))}
+
+
+def arc_easy(data=None, **_) -> dict:
+    return {"test": _questions(_lines(data, "ARC-Easy-Test.jsonl"))}
+
+
+def arc_challenge(data=None, **_) -> dict:
+    return {"test": _questions(_lines(data, "ARC-Challenge-Test.jsonl"))}
+
+
+def winogrande(data=None, **_) -> dict:
+    return {"validation": Dataset.from_list(_lines(data, "winogrande/dev.jsonl"))}
+
+
+def piqa(data=None, **_) -> dict:
+    rows = _lines(data, "piqa/valid.jsonl")
+    labels = [int(line) for line in _read(data, "piqa/valid-labels.lst").split()]
+    if len(rows) != len(labels):
+        raise ValueError(f"piqa: {len(rows)} questions and {len(labels)} labels")
+    return {"validation": Dataset.from_list([row | {"label": label} for row, label in zip(rows, labels)])}
+
+
+def mathqa(data=None, **_) -> dict:
+    return {"test": Dataset.from_list(json.loads(_read(data, "mathqa/test.json")))}
+
+
+def hellaswag(data=None, **_) -> dict:
+    """The published layout, or one that was cleaned before and whose context is one piece."""
+    return {
+        "validation": Dataset.from_list(
+            [_split(row) for row in _lines(data, "hellaswag_val.jsonl", "hellaswag/val.jsonl")]
+        )
+    }
+
+
+def _split(row: dict) -> dict:
+    """ctx_a and ctx_b of a context: ctx_b is the sentence that the endings go on with, if one was begun."""
+    if "ctx_b" not in row:
+        begun = re.search(r"(?<=[.?!]) ([^A-Z.?!][^.?!]*)$", row["ctx"])
+        row = row | {"ctx_a": row["ctx"][: begun.start()] if begun else row["ctx"], "ctx_b": begun[1] if begun else ""}
+    return {key: row[key] for key in ("activity_label", "ctx_a", "ctx_b", "endings")} | {"label": int(row["label"])}
+
+
+def wikitext(data=None, **_) -> dict:
+    """Articles of WikiText-2, split where the published document-level version splits: at their titles."""
+    pages: list[str] = []
+    lines: list[str] = []
+    for line in _read(data, "wiki.test.raw").split("\n"):
+        title = line.replace("= = =", "===").replace("= =", "==").strip()
+        if title.startswith("= ") and title.endswith(" ="):
+            pages.append("\n".join(lines))
+            lines = []
+        lines.append(line)
+    pages.append("\n".join(lines))
+    return {"test": Dataset.from_list([{"page": page} for page in pages if page.strip()])}

@@ -1,0 +1,90 @@
+"""Zero-shot accuracy by lm-eval, through its own model and task interfaces."""
+
+import logging
+import os
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+
+# The seven tasks of the paper (Table 2) in its order and with its abbreviations; `zero-shot` stands for all.
+SEVEN = {
+    "openbookqa": "Openb.",
+    "arc_easy": "ARC_e",
+    "winogrande": "WinoG.",
+    "hellaswag": "HellaS.",
+    "arc_challenge": "ARC_c",
+    "piqa": "PIQA",
+    "mathqa": "MathQA",
+}
+LOCAL = (*SEVEN, "wikitext")  # tasks that have a YAML for local files here
+FOLDER = Path(__file__).parent / "tasks"
+
+
+class TaskError(ValueError):
+    """A task that is unknown, or whose data cannot be had."""
+
+
+def task_names(wanted: Iterable[str]) -> list[str]:
+    """`zero-shot` is the seven tasks; any other name is lm-eval's."""
+    return list(dict.fromkeys(name for given in wanted for name in (SEVEN if given == "zero-shot" else (given,))))
+
+
+def zero_shot(
+    model, tokenizer, tasks: list[str], data: str | None = None, limit: int | None = None, batch_size: int = 16
+) -> dict:
+    """{"tasks": {name: {"acc", "acc_norm", "acc_stderr", ..., "n"}}, "mean": of acc, "protocol": how it was made}.
+
+    model, tokenizer: of transformers, in evaluation mode; tasks: names of lm-eval, or `zero-shot`. data: folder of
+    local files ($MOESVD_TASK_DATA by default); without one lm-eval loads its own from the hub. limit: the first so
+    many documents of each task. TaskError where a task is unknown or its data cannot be had.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    names = task_names(tasks)
+    data = data or os.environ.get("MOESVD_TASK_DATA")
+    known = {name: f"{name}_local" if data and name in LOCAL else name for name in names}
+    manager = TaskManager(include_path=str(FOLDER), metadata={"data": data} if data else {})
+    if unknown := [name for name in known.values() if name not in manager.all_tasks]:
+        raise TaskError(
+            f"{', '.join(unknown)}: no task of lm-eval; give zero-shot, {', '.join(LOCAL)}, or see `lm_eval ls`"
+        )
+    for name in ("lm_eval", "lm-eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        found = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(known.values()),
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+        )
+    except (OSError, ValueError) as error:
+        hint = "" if data else "; without network give --task-data FOLDER with local files"
+        raise TaskError(f"zero-shot: {error}{hint}") from error
+    measured = {name: _figures(found, key) for name, key in known.items()}
+    accuracies = [figures["acc"] for figures in measured.values() if "acc" in figures]
+    return {
+        "tasks": measured,
+        "mean": fmean(accuracies) if accuracies else None,
+        "protocol": {
+            "lm_eval": version("lm_eval"),
+            "data": "local files" if data else "hub",
+            "few_shot": 0,
+            "limit": limit,
+            "batch_size": batch_size,
+            "dtype": str(model.dtype),
+        },
+    }
+
+
+def _figures(found: dict, key: str) -> dict:
+    """Metrics of a task without lm-eval's filter name: {"acc": ..., "n": documents}."""
+    metrics = {
+        name.removesuffix(",none"): value for name, value in found["results"][key].items() if name.endswith(",none")
+    }
+    return {name: value for name, value in metrics.items() if isinstance(value, float)} | {
+        "n": found["n-samples"][key]["effective"]
+    }

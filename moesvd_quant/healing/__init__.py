@@ -1,0 +1,1 @@
+"""Healing: what a compressed checkpoint lost is trained back (stage `lora`)."""

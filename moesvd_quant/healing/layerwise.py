@@ -1,0 +1,106 @@
+"""Healing layer by layer: each layer of the compressed model learns its original's output, one layer of each in memory.
+
+The compressed layer is given what the healed layers before it put out, so that it also mends their errors.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+from ..checkpoint.files import write_tensors
+from ..model.stream import LayerVisit, StreamedModel
+from .adapters import Adapters, Trained, Updates, float_targets, lora_config
+from .losses import output_error
+from .nf4 import freeze_in_nf4
+from .shipped import BATCH, heal_layer, layer_seed
+from .terms import into_layout
+
+
+def heal_layerwise(context, layout: dict, folder: Path) -> tuple[Updates, list[dict], Adapters]:
+    """The updates of all layers, the log {"phase": layer, "step", "loss"}, the adapters; a finished layer is kept in
+    `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype, windows = context.statistics.dtype, context.training.train
+    original = StreamedModel(context.statistics.folder, dtype, context.device)
+    streamed = StreamedModel(context.parent.folder, dtype, context.device)
+    add: dict[str, torch.Tensor] = {}
+    put: dict[str, torch.Tensor] = {}
+    history: list[dict] = []
+    adapters: dict[str, torch.Tensor] = {}
+    linears: list[str] = []
+    banks: list[str] = []
+    for wanted, visit in zip(original.walk(windows, BATCH), streamed.walk(windows, BATCH)):
+        index, name = visit.index, streamed.layer_names[visit.index]
+        file = folder / f"layer-{index:05d}.safetensors"
+        targets = wanted.outputs()
+        original.drop_layer(index)
+        if not file.is_file():
+            trained, losses = _heal_layer(context, streamed, visit, targets, layout)
+            write_tensors(folder / f"adapter-{index:05d}.safetensors", trained.peft_tensors(name + "."))
+            updates = trained.updates(name + ".")
+            Updates(updates.add, updates.put | {"losses": losses}).write(file)
+            del trained
+            streamed.load_layer(index)
+        updates = Updates.of(load_file(file))
+        losses = updates.put.pop("losses")
+        adapters |= load_file(folder / f"adapter-{index:05d}.safetensors")
+        history += [{"phase": index, "step": step + 1, "loss": float(loss)} for step, loss in enumerate(losses)]
+        heal_layer(streamed, index, visit.layer, layout, updates, context.seed)
+        if context.options.train == "adapters":
+            found = float_targets(visit.layer, [""], context.options.attention)
+            linears, banks = (had + [f"{name}.{path}" for path in paths] for had, paths in zip((linears, banks), found))
+        add, put = add | updates.add, put | updates.put
+        context.report("lora: layers", index + 1, len(streamed.layer_names))
+    config = lora_config(context.options.rank, linears, banks) if adapters else None
+    return Updates(add, put), history, Adapters(config, adapters)
+
+
+def _heal_layer(context, streamed: StreamedModel, visit: LayerVisit, targets: list, layout: dict):
+    """What was trained of one layer, and the loss of every step. A copy is trained; the streamed layer is empty
+    afterwards."""
+    options, index = context.options, visit.index
+    name, seed, layer = streamed.layer_names[index], layer_seed(context.seed, index), copy.deepcopy(visit.layer)
+    streamed.drop_layer(index)
+    new = into_layout(layer, name, layout, streamed.dtype, seed)
+    if options.frozen == "nf4":
+        freeze_in_nf4(layer, *float_targets(layer, [""], options.attention))
+    trained = Trained(layer, [""], options, new, seed)
+    sides = ["left", "right"] if options.in_turn else ["both"]
+    losses = []
+    for phase, side in enumerate(sides):
+        steps = options.steps // len(sides) + (phase < options.steps % len(sides))
+        losses += _train(layer, trained, side, visit, targets, options, steps, seed + phase)
+    return trained, torch.tensor(losses)
+
+
+def _train(layer: nn.Module, trained: Trained, side: str, visit, targets, options, steps: int, seed: int):
+    parameters = list(trained.tensors(side).values())
+    for parameter in trained.tensors().values():
+        parameter.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(options.warmup * steps), steps)
+    generator, losses = torch.Generator().manual_seed(seed), []
+    order: list[int] = []
+    per_step = max(1, options.batch // BATCH)
+    for _ in range(steps):
+        total = 0.0
+        for _ in range(per_step):
+            if not order:
+                order = torch.randperm(len(targets), generator=generator).tolist()
+            batch = order.pop()
+            with torch.enable_grad():
+                loss = output_error(visit.run_batch(layer, batch), targets[batch]) / per_step
+                loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses

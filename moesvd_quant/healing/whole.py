@@ -1,0 +1,50 @@
+"""Healing of the whole model at once, by next-token loss or by the original's predictions."""
+
+from pathlib import Path
+
+from torch import nn
+
+from ..model.load import load
+from ..model.stream import StreamedModel
+from .adapters import Adapters, Trained, Updates, float_targets
+from .nf4 import freeze_in_nf4
+from .shipped import layer_seed
+from .terms import into_layout
+from .trainer import Loss, distill_loss, lm_loss, train
+
+
+def planned(streamed: StreamedModel, layout: dict, options, seed: int) -> tuple[nn.Module, list[str]]:
+    """The parent with all layers in memory, brought into `layout`, in NF4 if so wanted (layer by layer, so that it is
+    never whole in 16 bit); and the names of its new parameters."""
+    streamed.load_outer()
+    new = []
+    for index, name in enumerate(streamed.layer_names):
+        layer = streamed.load_layer(index)
+        made = into_layout(layer, name, layout, streamed.dtype, layer_seed(seed, index))
+        new += [f"{name}.{path}" for path in made]
+        if options.frozen == "nf4":
+            freeze_in_nf4(layer, *float_targets(layer, [""], options.attention))
+    return streamed.model, new
+
+
+def heal_whole(context, layout: dict, folder: Path) -> tuple[Updates, list[dict], Adapters]:
+    """Trains as the stage's options say, with its state in `folder`: the updates, the log, the adapters."""
+    options, dtype = context.options, context.statistics.dtype
+    streamed = StreamedModel(context.parent.folder, dtype, context.device)
+    model, new = planned(streamed, layout, options, context.seed)
+    trained = Trained(model, streamed.layer_names, options, new, context.seed)
+    loss: Loss = lm_loss
+    if options.objective == "distill":
+        teacher = load(context.statistics.folder, dtype or "auto", str(context.device))
+        loss = distill_loss(teacher.requires_grad_(False))
+    sides = ["left", "right"] if options.in_turn else ["both"]
+    history: list[dict] = []
+    for phase, side in enumerate(sides):
+        steps = options.steps // len(sides) + (phase < options.steps % len(sides))
+        say = lambda done, total, side=side: context.report(f"lora: training {side}", done, total)  # noqa: E731
+        tensors = trained.tensors(side)
+        log = train(
+            model, tensors, loss, options, context.training, steps, folder / side, context.device, context.seed, say
+        )
+        history += [entry | {"phase": phase} for entry in log]
+    return trained.updates(), history, Adapters(trained.config, trained.peft_tensors())

@@ -1,0 +1,214 @@
+"""What is claimed of perplexity against bytes, measured in one table with its baselines: `make bench-quality`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, geometric_mean, stdev
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from .accounting import account
+from .allocate import MAX_RANKS, RANK_STEP, allocate
+from .bench import compare
+from .cli.common import progress_bars, resolve_device, resolve_model
+from .decompose.whitening import output_basis, whitened_error, whitened_svd
+from .evaluation.table import Table, render
+from .layout import layout_of
+from .model.experts import dense_weight, expert_count, find_experts, shapes_of
+from .quantize.factors import quantize_factors
+from .quantize.gptq import gptq, quant_format
+from .recipe import load_recipe, named_texts
+from .runner import Run, sync_threads
+from .stages.allocation import WIDTHS, choice_tables
+from .stages.base import Context, expert_grams
+from .stages.options import GptqOptions
+
+RATIOS = (0.2, 0.4, 0.6)
+BUDGETS = (3.32, 2.28, 1.5, 1.0)  # bits per original expert weight; the first two are those of 3 and of 2 bit GPTQ
+SEEDS = (1, 2)  # of the calibration, besides 0
+RESEEDED = ("gptq2", "fit@2.28", "fit@1.5", "gptq-fit@1.5")
+EQUAL = 0.002  # nats per token below which a difference says nothing, whatever the seeds say
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A claim: `figure` is to be at most `limit`."""
+
+    claim: str
+    figure: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        return self.figure <= self.limit
+
+
+def percent(ratio: float) -> int:
+    return round(100 * ratio)
+
+
+def recipes() -> dict[str, tuple[str, list[str]]]:
+    """{name of a run: (shipped recipe, overrides)}."""
+    made = {}
+    for ratio in RATIOS:
+        for name, recipe in (("svd", "svd"), ("svd-llm", "svd-llm"), ("d2", "d2-paper")):
+            made[f"{name}{percent(ratio)}"] = recipe, [f"{'d2' if name == 'd2' else 'svd'}.ratio={ratio}"]
+    made |= {"gptq3": ("gptq3", []), "gptq2": ("gptq2", [])}
+    for bits in BUDGETS:
+        made |= {f"{name}@{bits}": (name, [f"budget={bits}bpw"]) for name in ("fit", "gptq-fit")}
+    for seed in SEEDS:
+        made |= {f"{name}~{seed}": (made[name][0], [*made[name][1], f"seed={seed}"]) for name in RESEEDED}
+    return made
+
+
+class Increases:
+    """Increase in log-perplexity over the original, in nats per token, by run and text."""
+
+    def __init__(self, records: dict[str, dict], seen: Sequence[str], unseen: Sequence[str]):
+        self.seen, self.unseen = list(seen), list(unseen)
+        nll = {name: {text: found["nll"] for text, found in r["perplexity"].items()} for name, r in records.items()}
+        self._nll, self._original = nll, nll["original"]
+
+    def on(self, name: str, texts: Sequence[str]) -> float:
+        """The mean over some texts."""
+        return fmean(self._nll[name][text] - self._original[text] for text in texts)
+
+    def spread(self, texts: Sequence[str]) -> float:
+        """The largest standard deviation over calibration seeds among the runs that were repeated."""
+        runs = ([name, *(f"{name}~{seed}" for seed in SEEDS)] for name in RESEEDED)
+        return max(stdev(self.on(run, texts) for run in names) for names in runs)
+
+    def over(self, name: str, base: str, texts: Sequence[str]) -> float:
+        """Quotient of the increases of two runs; differences that count as equal give at most 1."""
+        mine, other = self.on(name, texts), self.on(base, texts)
+        equal = abs(mine - other) <= max(EQUAL, 2 * self.spread(texts))
+        quotient = mine / other if other > 0 else math.inf
+        return min(1.0, quotient) if equal else quotient
+
+
+def bars_of(found: Increases) -> list[Bar]:
+    """The claims that perplexities decide."""
+    bars = []
+    for ratio in RATIOS:
+        for kind, texts in (("calibrated", found.seen), ("uncalibrated", found.unseen)):
+            for base in ("svd-llm", "d2"):
+                claim = f"svd, {ratio:.0%} removed, against {base}, {kind} text"
+                bars.append(Bar(claim, found.over(f"svd{percent(ratio)}", f"{base}{percent(ratio)}", texts), 1 / 3))
+    for bits, limit in zip(BUDGETS[1:], (0.3, 0.8, 2.0)):
+        figure = found.over(f"fit@{bits}", "gptq2", found.seen)
+        bars.append(Bar(f"fit at {bits} bits against 2 bit GPTQ", figure, limit))
+    for bits in BUDGETS:
+        figure = found.over(f"fit@{bits}", f"gptq-fit@{bits}", found.seen)
+        bars.append(Bar(f"fit at {bits} bits against widths allocated alone", figure, 1.0 if bits > 1.5 else 0.6))
+    for bits, base in zip(BUDGETS, ("gptq3", "gptq2")):
+        for text in found.unseen:
+            claim = f"fit at {bits} bits against {base}, uncalibrated {text}"
+            bars.append(Bar(claim, found.over(f"fit@{bits}", base, [text]), 1.0))
+    return bars
+
+
+def rank_bars(job: Run) -> list[Bar]:
+    """Few distinct choices in a group keep nearly all that free ones gain over a single one, by forecast errors."""
+    parent, options = job.meta, {stage.name: stage.options for stage in job.recipe.stages}
+    gptq = options["gptq"]
+    context = Context(parent, job.statistics, options["svd"], job.recipe.seed, job.device, gptq=gptq)
+    tables, _ = choice_tables(context, WIDTHS, ranks=True)
+    weights = account(parent, layout_of(parent)).original_expert_params
+    bars = []
+    for bits in BUDGETS:
+        one, few = (allocate(tables, bits * weights / 8, distinct=n).error for n in (1, MAX_RANKS))
+        free = allocate(tables, bits * weights / 8, distinct=10**6).error
+        bars.append(Bar(f"gain lost by {MAX_RANKS} distinct ranks, {bits} bits", (few - free) / (one - free), 0.1))
+    return bars
+
+
+def factor_bar(job: Run, ratio: float = 0.4, bits: Literal[2, 3, 4] = 3) -> Bar:
+    """Error of quantized factors beyond truncation, as a geometric mean over matrices, relative to quantizing U Sigma
+    and V as a singular value decomposition gives them."""
+    quotients = []
+    for index, found in enumerate(job.statistics.layers()):
+        layer = job.meta.load_layer(index)
+        for path, experts in find_experts(layer):
+            grams = expert_grams(found, path, job.device)
+            for name, (out, in_features) in shapes_of(experts).items():
+                rank = round((1 - ratio) * out * in_features / (out + in_features) / RANK_STEP) * RANK_STEP
+                for expert in range(expert_count(experts)):
+                    weight = dense_weight(experts, name, expert)
+                    quotients.append(excess_quotient(weight, grams[name][expert], rank, bits))
+        job.meta.drop_layer(index)
+    return Bar(f"{bits} bit factors, error beyond truncation, against U Sigma and V", geometric_mean(quotients), 0.6)
+
+
+def excess_quotient(weight: torch.Tensor, gram: torch.Tensor, rank: int, bits: Literal[2, 3, 4]) -> float:
+    """Of one matrix (out, in) and the Gram matrix (in, in) of its inputs."""
+    options = GptqOptions(bits=bits)
+    quant = {
+        "right": quant_format(options, weight.shape[1], False, bits),
+        "left": quant_format(options, rank, True, bits),
+    }
+    quantizer = lambda matrix, inputs, how: gptq(matrix.float(), inputs, how, options.damp)  # noqa: E731
+    left, right = whitened_svd(weight, gram, rank)
+    (mine,), (rights,) = quantize_factors([weight], [gram], [left], [right], [0], [0], quant, quantizer, 0)
+    basis = output_basis(weight, gram, rank)
+    plain = basis.T @ weight.double()
+    sigma = (plain @ gram.double() * plain).sum(1).sqrt()
+    v = plain / sigma[:, None]
+    naive = quantizer(basis * sigma, v @ gram.double() @ v.T, quant["left"]).dense()
+    naive = naive @ quantizer(v, gram, quant["right"]).dense()
+    truncated = whitened_error(weight, left @ right, gram)
+    return (whitened_error(weight, mine.dense() @ rights.dense(), gram) - truncated) / (
+        whitened_error(weight, naive, gram) - truncated
+    )
+
+
+def verdict(bars: list[Bar]) -> Table:
+    rows: list[list[str | float]] = [
+        [bar.claim, round(bar.figure, 3), round(bar.limit, 3), "met" if bar.met else "missed"] for bar in bars
+    ]
+    return Table("Bars: increase in log-perplexity relative to a baseline", ["claim", "figure", "at most", ""], rows)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Hugging Face folder, hub name, or `reference`.")] = "reference",
+    seen: Annotated[list[str] | None, typer.Option(help="Text of the calibrated kind; repeat it.")] = None,
+    unseen: Annotated[list[str] | None, typer.Option(help="Text unlike the calibration; repeat it.")] = None,
+    calibration: Annotated[str, typer.Option(help="Calibration texts, joined by commas.")] = "mixture",
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 256,
+    length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("quality-out"),
+    device: str = "auto",
+) -> None:
+    """Every run, one table, one plot, and whether each bar is met. What is finished stays; a second call goes on."""
+    sync_threads()
+    texts, apart = named_texts(seen or ["wikitext2", "ptb"]), named_texts(unseen or ["code"])
+    given = [f"calibration.dataset={calibration}", f"calibration.samples={samples}"]
+    given.append(f"calibration.length={length or 'auto'}")
+    files = {}
+    for name, (recipe, overrides) in recipes().items():
+        files[name] = out / "recipes" / f"{name}.yaml"
+        files[name].parent.mkdir(parents=True, exist_ok=True)
+        files[name].write_text(load_recipe(recipe, [*given, *overrides]).to_yaml())
+    folder = resolve_model(model)
+    with progress_bars() as report:
+        paths = [str(file) for file in files.values()]
+        everything = texts | apart
+        records, _ = compare(folder, paths, out, everything, length, (), resolve_device(device), report)
+    named = dict(zip(["original", *files], records))
+    job = Run(load_recipe(str(files["fit@1.5"])), folder, out / "tables", resolve_device(device))
+    bars = verdict([*bars_of(Increases(named, list(texts), list(apart))), *rank_bars(job), factor_bar(job)])
+    figures = Table("", ["run", "disk MB", "bits/expert weight", *everything], [_row(*item) for item in named.items()])
+    text = f"{render(figures, 'markdown')}\n{bars.title}\n\n{render(bars, 'markdown')}"
+    (out / "quality.md").write_text(text)
+    print(text, end="")
+
+
+def _row(name: str, record: dict) -> list[str | float]:
+    size, bits = record["memory"]["disk_bytes"] / 1e6, record["accounting"]["bits_per_expert_weight"]
+    return [name, round(size, 3), round(bits, 3), *(round(f["ppl"], 3) for f in record["perplexity"].values())]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,115 @@
+"""Stage `lora`: what compression lost is trained back, and merged; beside packed weights it stays a low-rank term."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from ..checkpoint.files import write_json
+from ..healing.adapters import Updates, save_peft
+from ..healing.layerwise import heal_layerwise
+from ..healing.record import write_curve
+from ..healing.shipped import heal_layer, validation_loss
+from ..healing.terms import TermError, healed_layout, is_packed
+from ..healing.whole import heal_whole
+from ..layout import layout_of
+from ..model.stream import StreamedModel
+from .base import Context, Plan, StageError, require_experts
+
+STATE, RESULT, RECORD, ADAPTER = "training", "updates.safetensors", "healing.json", "adapter"
+OBJECTIVE = {"lm": "loss, nats per token", "distill": "KL, nats per token", "layerwise": "relative output error"}
+
+
+def plan(context: Context) -> Plan:
+    """The parent's layout; beside what is packed, where adapters are trained, a low-rank term."""
+    require_experts(context.parent)
+    options = context.options
+    packed = is_packed(layout_of(context.parent))
+    if packed and options.train == "factors":
+        raise StageError("lora.train: factors: this checkpoint's are packed; use adapters, or heal before gptq")
+    if packed and options.frozen == "nf4":
+        raise StageError("lora.frozen: nf4: this checkpoint is packed already; leave it out")
+    _require_original(context)
+    try:
+        layout = healed_layout(context.parent, options.rank, options.train == "adapters", options.attention)
+    except TermError as error:
+        raise StageError(str(error)) from error
+    return Plan(layout, widths=context.widths)
+
+
+def _require_original(context: Context) -> None:
+    """StageError where the model to learn from is the very one to heal."""
+    if context.options.objective == "lm":
+        return
+    original = layout_of(StreamedModel(context.statistics.folder))
+    if original["experts"] or is_packed(original):
+        raise StageError(
+            f"lora.objective: {context.options.objective} learns from the original, and {context.statistics.folder} is "
+            "compressed already; run the whole recipe on the original model, or use objective: lm"
+        )
+
+
+def prepare(context: Context, planned: Plan, folder: Path) -> Plan:
+    """Trains, once; state and result lie in folder/training. The plan is the input's own where healing did not help."""
+    record = folder / RECORD
+    if not record.is_file():
+        _heal(context, planned, folder)
+    outcome = json.loads(record.read_text())
+    if outcome["healed"]:
+        return Plan(planned.layout, {"healing": outcome})
+    return Plan(healed_layout(context.parent, 0, False, False), {"healing": outcome})
+
+
+def _heal(context: Context, planned: Plan, folder: Path) -> None:
+    options, state = context.options, folder / STATE
+    if options.objective != "lm" and context.parent.folder == context.statistics.folder:
+        raise StageError(
+            f"lora.objective: {options.objective}: nothing is compressed yet; put lora after svd, d2 or gptq"
+        )
+    state.mkdir(exist_ok=True)
+    validation, dtype = context.training.validation, context.statistics.dtype
+    updates, history, adapters = (heal_layerwise if options.objective == "layerwise" else heal_whole)(
+        context, planned.layout, state
+    )
+    updates.write(state / RESULT)
+
+    def loss(heal) -> float:
+        return validation_loss(StreamedModel(context.parent.folder, dtype, context.device), validation, heal)
+
+    before = loss(None)
+    streamed = StreamedModel(context.parent.folder, dtype, context.device)
+    heal = lambda index, layer: heal_layer(streamed, index, layer, planned.layout, updates, context.seed)  # noqa: E731
+    after = validation_loss(streamed, validation, heal)
+    if not math.isfinite(after):
+        raise StageError(f"lora: the healed model's validation loss is {after}; lower lora.lr")
+    write_curve(folder, history, OBJECTIVE[options.objective])
+    if adapters.config is not None and after < before:
+        save_peft(folder / ADAPTER, adapters.config, adapters.tensors, context.parent.folder.name)
+    outcome = {
+        "healed": after < before,
+        "validation_perplexity_before": math.exp(before),
+        "validation_perplexity_after": math.exp(after),
+        "validation_tokens": validation.numel(),
+        "training_tokens": options.batch * context.training.train.shape[1] * sum("loss" in e for e in history),
+        "distinct_training_tokens": context.training.train.numel(),
+        "trained_parameters": sum(t.numel() for t in (*updates.add.values(), *updates.put.values())),
+    }
+    if after >= before:
+        outcome["why_not"] = "the healed weights, as they would ship, are not better on held-out text: the input stays"
+    write_json(folder / RECORD, outcome)
+
+
+def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
+    """Merges what was trained into a loaded layer, or leaves it as it is."""
+    updates = Updates({}, {})
+    if plan.decisions["healing"]["healed"]:
+        updates = Updates.of(load_file(context.folder / STATE / RESULT))
+    heal_layer(context.parent, index, layer, plan.layout, updates, context.seed)
+    return {}
+
+
+def conclude(folder: Path) -> None:
+    """Optimizer states and all else that served training stay out of the checkpoint."""
+    shutil.rmtree(folder / STATE, ignore_errors=True)

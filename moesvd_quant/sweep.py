@@ -1,0 +1,57 @@
+"""Recipes over seeds and calibration sizes (Table 12 and Figure 6 of the paper): how much of a result is luck."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .bench import Report, measured
+from .evaluation.plot import plot_sweep
+from .evaluation.record import RECORD, Wanted, write
+from .evaluation.table import Table, render, table12
+from .recipe import load_recipe
+from .runner import Run
+
+
+def sweep(
+    model: Path,
+    recipes: Sequence[str],
+    out: Path,
+    wanted: Wanted,
+    seeds: Sequence[int],
+    samples: Sequence[int] = (),
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    report: Report = lambda what, done, total: None,
+) -> tuple[list[dict], Table]:
+    """Runs each recipe with every seed and number of calibration windows (default: the recipe's own) under
+    OUT/RECIPE-samplesN-seedS, and measures the results and the original.
+
+    Writes OUT/table12.md, .csv, .json and OUT/perplexity-against-samples.png. All recipes are loaded before any runs;
+    finished runs and records by the same protocol stay. Returns the records and their table.
+    """
+    runs = []
+    for name in recipes:
+        for count in samples or [load_recipe(name, overrides).calibration.samples]:
+            for seed in seeds:
+                given = [
+                    *overrides,
+                    f"calibration.samples={count}",
+                    f"seed={seed}",
+                    "evaluate.perplexity=[]",
+                    "keep=last",
+                ]
+                runs.append((load_recipe(name, given), out / f"{name.replace('/', '-')}-samples{count}-seed{seed}"))
+    records = [measured(model, out / "00-original", wanted, device)]
+    for done, (recipe, folder) in enumerate(runs):
+        report("runs", done, len(runs))
+        checkpoint = Run(recipe, model, folder, device, report).run()[-1]
+        record = measured(checkpoint, checkpoint, wanted, device)
+        swept = {"method": record["name"], "seed": recipe.seed, "samples": recipe.calibration.samples}
+        records.append(record | {"sweep": swept})
+        write(records[-1], checkpoint / RECORD)
+    report("runs", len(runs), len(runs))
+    table = table12(records)
+    for form, ending in (("markdown", "md"), ("csv", "csv"), ("json", "json")):
+        (out / f"table12.{ending}").write_text(render(table, form))
+    if wanted.texts:
+        plot_sweep(records, out / "perplexity-against-samples.png")
+    return records, table

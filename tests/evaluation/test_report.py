@@ -1,0 +1,90 @@
+"""The report is one file, says what the checkpoint is, and its figures agree with the accounting."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from moesvd_quant.evaluation.record import RECORD, Wanted, evaluate, write
+from moesvd_quant.evaluation.report import _stage, expert_bits, write_report
+
+from moesvd_quant.recipe import load_recipe
+from moesvd_quant.runner import Run
+
+VOID = {"meta", "img", "br", "link"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close; collects texts and what is loaded from elsewhere."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.open, self.texts, self.sources = [], [], []
+        self.feed(content)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for key, value in attributes if key in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def run(make_model, text, tmp_path_factory):
+    """A run of MoE-SVD and GPTQ with evaluations, and a healing curve beside its last stage."""
+    out = tmp_path_factory.mktemp("report")
+    small = [f"calibration.dataset={text}", "calibration.samples=24", "calibration.length=64", "evaluate.perplexity=[]"]
+    recipe = load_recipe("moe-svd-paper-gptq4", small)
+    folders = Run(recipe, make_model("mixtral"), out).run()
+    for source, folder in [(make_model("mixtral"), out / "00-original"), *((f, f) for f in folders)]:
+        write(evaluate(source, Wanted({"words": str(text)}, length=64)), folder / RECORD)
+    (folders[-1] / "loss.csv").write_text("step,loss,validation_perplexity\n1,3.0,\n2,2.5,12.0\n3,2.2,\n")
+    return out
+
+
+def test_it_is_one_file_that_loads_nothing(run, tmp_path):
+    write_report(run, tmp_path / "x.html")
+    page = Page((tmp_path / "x.html").read_text())
+    assert len(page.sources) == 6 and all(s.startswith("data:image/svg+xml;base64,") for s in page.sources)
+    for source in page.sources:
+        drawn = base64.b64decode(source.partition(",")[2])
+        assert ElementTree.fromstring(drawn).tag.endswith("svg")
+        assert not re.search(rb"(href|src)=\"(https?:|/)", drawn)
+    said = " ".join(" ".join(page.texts).split())
+    titles = ("Perplexity against bytes", "Healing of", "Layer sensitivity", "Calibration coverage", "peak memory")
+    for wanted in ("moe-svd-paper40-gptq4", "method: paper", "paired bootstrap", *titles):
+        assert wanted in said, wanted
+    again = tmp_path / "y.html"
+    write_report(run, again)
+    assert again.read_bytes() == (tmp_path / "x.html").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["01-svd", "02-gptq"])
+def test_bits_of_the_experts_add_up_to_the_accounting(run, stage):
+    found = _stage(run / stage)
+    bits = sum(
+        expert_bits(parts, found.shapes[name], found.experts, found.bits).sum()
+        * found.shapes[name][0]
+        * found.shapes[name][1]
+        for projections in found.layout["experts"].values()
+        for name, parts in projections.items()
+    )
+    assert bits == pytest.approx(8 * found.manifest["accounting"]["expert_bytes"])
+
+
+def test_what_was_not_measured_is_said(run, make_model, tmp_path):
+    import shutil
+
+    shutil.copytree(run / "02-gptq", tmp_path / "alone", ignore=shutil.ignore_patterns(RECORD, "run.json", "loss.csv"))
+    write_report(tmp_path / "alone", tmp_path / "z.html")
+    said = " ".join(Page((tmp_path / "z.html").read_text()).texts)
+    assert "Not evaluated yet" in said and "peak memory" not in said
+    with pytest.raises(ValueError, match="no checkpoint of ours"):
+        write_report(make_model("mixtral"), tmp_path / "w.html")

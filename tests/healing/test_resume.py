@@ -1,0 +1,130 @@
+"""Training that is interrupted, at any step, ends in the same files; nothing of it stays in a checkpoint."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from moesvd_quant.healing import layerwise, trainer
+from moesvd_quant.recipe import load_recipe
+from moesvd_quant.runner import Run, RunError
+
+OPTIONS = "steps: 8, microbatch: 2, rank: 8, lr: 0.003, validation: 4, validate_every: 2, patience: 2"
+RECIPE = "stages: [{lora: {%s}}]"
+
+
+class Killed(BaseException):
+    """As good as a kill: nothing catches it."""
+
+
+@pytest.fixture
+def make(compressed, tmp_path, small):
+    def make(out: str, more: str = "") -> Run:
+        (tmp_path / "r.yaml").write_text(RECIPE % (OPTIONS + (more or ", batch: 4")))
+        return Run(
+            load_recipe(tmp_path / "r.yaml", small), compressed("svd", "mixtral", "svd.ratio=0.3"), tmp_path / out
+        )
+
+    return make
+
+
+def files(run: Run) -> dict[str, bytes]:
+    paths = [p for p in sorted(run.out.rglob("*")) if p.is_file() and p.name not in ("run.json", ".lock")]
+    return {str(p.relative_to(run.out)): p.read_bytes() for p in paths}
+
+
+def kill_at(monkeypatch, name: str, count: int):
+    """The count-th call of a method of Watch, or of the trainer's saving, is the process's last."""
+    owner, calls = (trainer.Healer, []) if name.startswith("_") else (trainer.Watch, [])
+    method = getattr(owner, name)
+
+    def dying(*args, **more):
+        calls.append(1)
+        if len(calls) == count:
+            raise Killed
+        return method(*args, **more)
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+@pytest.mark.parametrize("more", ["", ", batch: 2, train: factors, in_turn: true"])
+def test_killed_in_a_step_or_while_saving_the_files_are_the_same(make, monkeypatch, more):
+    make("whole", more).run()
+    moments = [("on_step_end", 3), ("_save_optimizer_and_scheduler", 1), ("on_save", 2)]
+    for name, count in moments:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, name, count)
+            make("parts", more).run()
+    run = make("parts", more)
+    run.run()
+    assert files(run) == files(make("whole", more))
+    assert not [name for name in files(run) if "optimizer" in name or name.endswith((".pt", ".pth", ".bin"))]
+
+
+def test_a_layerwise_healing_goes_on_with_the_next_layer(make_model, tmp_path, small, monkeypatch):
+    (tmp_path / "r.yaml").write_text(
+        f"stages: [{{svd: {{ratio: 0.3}}}}, {{lora: {{{OPTIONS}, objective: layerwise}}}}]"
+    )
+    make = lambda out: Run(load_recipe(tmp_path / "r.yaml", small), make_model("mixtral"), tmp_path / out)  # noqa: E731
+    make("whole").run()
+    heal, healed = layerwise._heal_layer, []
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(layerwise, "_heal_layer", lambda *given: _die_at(1, heal, *given))
+        make("parts").run()
+    monkeypatch.setattr(
+        layerwise, "_heal_layer", lambda c, s, visit, *r: healed.append(visit.index) or heal(c, s, visit, *r)
+    )
+    make("parts").run()
+    assert healed == [1]
+    assert files(make("parts")) == files(make("whole"))
+
+
+def _die_at(index, heal, context, streamed, visit, *rest):
+    if visit.index == index:
+        raise Killed
+    return heal(context, streamed, visit, *rest)
+
+
+def test_other_text_to_train_on_is_noticed(compressed, tmp_path, small, text):
+    (tmp_path / "r.yaml").write_text(RECIPE % (OPTIONS + f", batch: 4, dataset: {tmp_path}/mine.txt"))
+    (tmp_path / "mine.txt").write_text(text.read_text())
+    before = compressed("svd", "mixtral", "svd.ratio=0.3")
+
+    def run():
+        return Run(load_recipe(tmp_path / "r.yaml", small), before, tmp_path / "o").run()
+
+    run()
+    (tmp_path / "mine.txt").write_text(text.read_text()[::-1])
+    with pytest.raises(RunError, match="01-lora: was made with another training; choose another --out"):
+        run()
+
+
+@pytest.mark.parametrize(
+    "losses,patience,expected",
+    [([3, 2, 1], 1, False), ([3, 2, 2], 1, True), ([1, 2, 3], 2, True), ([1, 2, 0.5], 2, False), ([1], 1, False)],
+)
+def test_training_stops_when_validation_no_longer_gains(losses, patience, expected):
+    history = [{"step": i, "eval_loss": loss} for i, loss in enumerate(losses)] + [{"step": 9, "loss": 0.0}]
+    assert trainer.stale(history, patience) is expected
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_times(make, compressed, tmp_path, small):
+    whole = make("whole", ", batch: 16").run() and files(make("whole", ", batch: 16"))
+    command = [sys.executable, "-m", "moesvd_quant.cli", "run", str(tmp_path / "r.yaml"), *small]
+    command += ["--model", str(compressed("svd", "mixtral", "svd.ratio=0.3")), "--out", str(tmp_path / "parts")]
+    killed = 0
+    for tenths in range(80, 400, 15):
+        process = subprocess.Popen(command, env=os.environ | {"MOESVD_THREADS": str(torch.get_num_threads())})
+        time.sleep(tenths / 10)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        killed += 1
+    assert process.returncode == 0 and killed > 3
+    assert files(make("parts", ", batch: 16")) == whole

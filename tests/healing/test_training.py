@@ -1,0 +1,197 @@
+"""What is trained, and towards what: each part against the formula or the library that defines it."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from tiny import tiny_model, tiny_tokenizer
+
+import moesvd_quant
+from moesvd_quant.healing import trainer
+from moesvd_quant.healing.adapters import Trained, float_targets, router_parameters
+from moesvd_quant.healing.losses import divergence, next_token, output_error
+from moesvd_quant.healing.nf4 import freeze_in_nf4
+from moesvd_quant.healing.shipped import validation_loss
+from moesvd_quant.healing.trainer import lm_loss
+from moesvd_quant.model.experts import find_experts
+from moesvd_quant.model.stream import StreamedModel
+from moesvd_quant.planning import plan_stages
+from moesvd_quant.recipe import RecipeError, load_recipe
+from moesvd_quant.runner import Run
+from moesvd_quant.stages import lora
+from moesvd_quant.stages.base import StageError
+from moesvd_quant.stages.options import LoraOptions
+
+IDS = torch.randint(1, 250, (4, 48), generator=torch.Generator().manual_seed(5))
+LAYERS = ["model.layers.0", "model.layers.1"]
+
+
+def test_losses_are_the_formulas():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))
+    ids = torch.randint(0, 7, (2, 5), generator=generator)
+    p, q = (x.double().softmax(-1) for x in (a, b))
+    by_hand = -sum(float(p[n, t, ids[n, t + 1]].log()) for n in range(2) for t in range(4)) / 8
+    assert float(next_token(a, ids)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(divergence(a, b)) == pytest.approx(float((q * (q / p).log()).sum(-1).mean()), rel=1e-5)
+    assert float(divergence(a, a)) == pytest.approx(0, abs=1e-6)
+    assert float(output_error(a, b)) == pytest.approx(float(((a - b) ** 2).sum() / (b**2).sum()), rel=1e-5)
+
+
+def test_streamed_validation_is_the_whole_models_loss(compressed):
+    folder = compressed("svd", "mixtral", "svd.ratio=0.3")
+    model = moesvd_quant.load(folder)
+    with torch.no_grad():
+        whole = float(model(IDS, labels=IDS).loss)
+    assert validation_loss(StreamedModel(folder), IDS) == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("train", ["adapters", "factors", "router"])
+def test_only_what_is_named_gets_gradients_and_only_inside_the_layers(compressed, train):
+    model = moesvd_quant.load(compressed("svd", "mixtral", "svd.ratio=0.3"))
+    total = dict(model.named_parameters())
+    trained = Trained(model, LAYERS, LoraOptions(train=train), [], 0)
+    lm_loss(model, IDS).backward()
+    moving = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert moving == {name for name, p in model.named_parameters() if p.requires_grad} and len(moving) > 1
+    assert len(moving) == len(trained.tensors())
+    assert all(name.startswith("model.layers.") for name in moving)
+    touched = {*trained.updates().add, *trained.updates().put}
+    linears = {f"{layer}.self_attn.{name}_proj.weight" for layer in LAYERS for name in "qkvo"}
+    banks = {name for name in total if ".experts." in name}
+    expected = {f"{layer}.mlp.gate.weight" for layer in LAYERS} if train == "router" else banks | linears
+    assert touched == expected
+
+
+@pytest.mark.parametrize("train", ["adapters", "factors"])
+def test_left_and_right_are_all_and_share_nothing(compressed, train):
+    model = moesvd_quant.load(compressed("svd", "mixtral", "svd.ratio=0.3"))
+    trained = Trained(model, LAYERS, LoraOptions(train=train), [], 0)
+    left, right = trained.tensors("left"), trained.tensors("right")
+    assert not left.keys() & right.keys() and left.keys() | right.keys() == trained.tensors().keys()
+    assert right and all("_right" in name for name in right) and not any("_right" in name for name in left)
+
+
+def test_a_frozen_model_in_nf4_is_bitsandbytes_own_and_still_trains_after_an_evaluation(compressed):
+    folder = compressed("svd", "mixtral", "svd.ratio=0.3")
+    model, reference = moesvd_quant.load(folder), moesvd_quant.load(folder)
+    linears, banks = float_targets(reference, LAYERS, attention=True)
+    assert len(linears) == 8 and banks
+    for name in [*(f"{path}.weight" for path in linears), *banks]:
+        parameter = reference.get_parameter(name)
+        parameter.data = dequantize_4bit(*quantize_4bit(parameter.data, quant_type="nf4"))
+    freeze_in_nf4(model, linears, banks)
+    with torch.no_grad():
+        wanted = reference(IDS).logits
+        assert torch.allclose(model(IDS).logits, wanted, atol=1e-5)
+        assert not torch.allclose(moesvd_quant.load(folder)(IDS).logits, wanted, atol=1e-2)
+    held = sum(t.untyped_storage().nbytes() for t in {id(p): p for p in model.model.layers.parameters()}.values())
+    assert held < 0.3 * sum(p.nbytes for p in reference.model.layers.parameters())
+    trained = Trained(model, LAYERS, LoraOptions(), [], 0)
+    lm_loss(model, IDS).backward()  # after a forward without gradients
+    grads = {name: p.grad.norm() for name, p in trained.tensors().items() if name.endswith("lora_B.weight")}
+    assert len(grads) == len(trained.adapters) and sum(norm > 0 for norm in grads.values()) > 20  # all that met a token
+    plain = Trained(reference, LAYERS, LoraOptions(), [], 0)
+    lm_loss(reference, IDS).backward()
+    for name, parameter in plain.tensors().items():
+        assert torch.allclose(parameter.grad, trained.tensors()[name].grad, atol=1e-5), name
+
+
+@pytest.mark.parametrize("more", [{"objective": "distill"}, {"objective": "layerwise"}])
+def test_learning_from_the_original_comes_nearer_to_it(make_model, heal, monkeypatch, text, more):
+    """On text of the kind that was trained on, by the divergence that the test computes itself."""
+    monkeypatch.setattr(lora, "validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(trainer, "validations", lambda log: [(e["step"], -e["step"]) for e in log if "eval_loss" in e])
+    losses, folder = iter([1.0, 0.9]), make_model("mixtral")
+    before, after = heal(folder, "{svd: {ratio: 0.5}}, ", steps=20, lr=0.005, validate_every=20, **more)
+    ids = torch.tensor(tiny_tokenizer()(text.read_text()[:512]).input_ids).view(8, 64)
+    with torch.no_grad():
+        wanted, was, now = (moesvd_quant.load(f)(ids).logits.log_softmax(-1) for f in (folder, before, after))
+    distance = [float(F.kl_div(x, wanted, reduction="sum", log_target=True)) for x in (was, now)]
+    assert distance[1] < 0.8 * distance[0]
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", "deepseek_v2", "phimoe"])
+def test_routers_and_targets_are_found_in_other_architectures(architecture):
+    model = tiny_model(architecture)
+    routers = router_parameters(model, LAYERS)
+    assert len(routers) == {"gpt_oss": 4, "deepseek_v2": 1, "phimoe": 2}[architecture]
+    assert all("router" in name or "gate" in name for name in routers)
+    assert not any("gate_proj" in name or "gate_up" in name for name in routers)
+
+
+def test_router_healing_changes_routers_alone_even_of_a_packed_model(compressed, heal, monkeypatch):
+    losses = iter([1.0, 0.9])
+    monkeypatch.setattr(lora, "validation_loss", lambda *_: next(losses))
+    before = compressed("gptq3", "mixtral")
+    after = heal(before, train="router")
+    was, now = (moesvd_quant.load(f).state_dict() for f in (before, after))
+    assert was.keys() == now.keys()
+    assert {name for name in was if not torch.equal(was[name], now[name])} == {f"{x}.mlp.gate.weight" for x in LAYERS}
+    assert not (after / "adapter").exists()
+
+
+def test_a_budget_passes_through_healing(make_model, tmp_path, small):
+    healing = "{lora: {steps: 2, validation: 4, batch: 4}}, "
+    plans = []
+    for name, more in (("with", healing), ("without", "")):
+        (tmp_path / "r.yaml").write_text(f"stages: [{{svd: {{}}}}, {more}{{gptq: {{}}}}]\nbudget: 2.5bpw")
+        plans.append(plan_stages(Run(load_recipe(tmp_path / "r.yaml", small), make_model("mixtral"), tmp_path / name)))
+    assert [p["stage"] for p in plans[0]] == ["svd", "lora", "gptq"]
+    assert plans[0][-1]["layout"] == plans[1][-1]["layout"]
+
+
+@pytest.mark.parametrize(
+    "stages,said",
+    [
+        ("{gptq: {bits: 4}}, {lora: {train: factors}}", "lora.train: factors: this checkpoint's are packed"),
+        ("{gptq: {bits: 4}}, {lora: {frozen: nf4}}", "lora.frozen: nf4: this checkpoint is packed already"),
+        ("{gptq: {bits: 4}}, {lora: {}}, {lora: {}}", "has a low-rank term already"),
+        ("{lora: {objective: distill, batch: 4}}", "nothing is compressed yet; put lora after svd, d2 or gptq"),
+    ],
+)
+def test_what_cannot_be_healed_is_said(make_model, tmp_path, small, stages, said):
+    stages = stages.replace("lora: {", "lora: {steps: 2, validation: 2, ").replace(", }", "}")
+    (tmp_path / "r.yaml").write_text(f"stages: [{stages}]")
+    with pytest.raises(StageError, match=said):
+        Run(load_recipe(tmp_path / "r.yaml", small), make_model("mixtral"), tmp_path / "o").run()
+
+
+@pytest.mark.parametrize(
+    "options,said",
+    [
+        ("batch: 10, microbatch: 4", "10 is not a multiple of microbatch 4"),
+        ("rank: 12", "multiple of 8"),
+        ("train: router, in_turn: true", "a router has no left and right factor"),
+        ("train: factors, frozen: nf4", "frozen: nf4 needs train: adapters"),
+        ("objectiv: lm", "did you mean 'objective'"),
+    ],
+)
+def test_options_are_checked(tmp_path, options, said):
+    (tmp_path / "r.yaml").write_text(f"stages: [{{lora: {{{options}}}}}]")
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_nothing_is_factorized_after_healing(tmp_path):
+    (tmp_path / "r.yaml").write_text("stages: [{lora: {}}, {svd: {ratio: 0.4}}]")
+    with pytest.raises(RecipeError, match="svd: cannot come after lora"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_the_record_says_what_was_done(compressed, heal):
+    after = heal(compressed("svd", "mixtral", "svd.ratio=0.3"))
+    record = json.loads((after / "healing.json").read_text())
+    assert record["training_tokens"] == 6 * 4 * 64 and record["validation_tokens"] == 4 * 64
+    assert json.loads((after / "moesvd.json").read_text())["decisions"]["healing"] == record
+    lines = (after / "loss.csv").read_text().splitlines()
+    assert lines[0] == "phase,step,loss,learning_rate,validation_perplexity" and len(lines) == 1 + 1 + 6
+    perplexities = [float(line.split(",")[4]) for line in lines[1:] if line.split(",")[4]]
+    assert len(perplexities) == 3 and perplexities[0] == pytest.approx(record["validation_perplexity_before"], rel=1e-4)
+    assert min(perplexities) == pytest.approx(record["validation_perplexity_after"], rel=1e-4)
+    assert (after / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(after.rglob("*.pt")) and not (after / "training").exists()
+    for _, experts in find_experts(moesvd_quant.load(after)):
+        assert experts.layout
