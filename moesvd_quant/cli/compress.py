@@ -84,6 +84,7 @@ def plan(
     with progress_bars(as_json) as report:
         job = start_run(recipe, model, overrides, out, device, report, memory, workers, executor)
         needs = job.needs()
+        needs.require(job.statistics.store)
         forecasts = plan_stages(job)
         job.pool.close()
     if as_json:

@@ -82,7 +82,8 @@ class Context:
 
     def __reduce__(self):
         """For a worker: what it needs to work on a layer, and no more."""
-        return Context, (self.parent, self.statistics, self.options, self.seed, self.device), {"gptq": self.gptq}
+        more = {"gptq": self.gptq, "limits": self.limits, "folder": self.folder}
+        return Context, (self.parent, self.statistics, self.options, self.seed, self.device), more
 
 
 @dataclass

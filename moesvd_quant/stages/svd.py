@@ -71,9 +71,9 @@ def _survey_layer(context: Context, index: int, layer, statistics: dict) -> dict
         entry: dict = {"shapes": shapes_of(experts), "experts": expert_count(experts)}
         entry["weak"] = weak_experts(statistics, path)
         if options.method == "global":
-            kept = f"spectra-{METRIC}-{full}"
             make = partial(_spectra, experts, statistics, path, context.device)
-            entry["spectra"] = {name: s.numpy() for name, s in context.statistics.kept(kept, make).items()}
+            kept = context.statistics.kept(f"spectra-{METRIC}-{full}", make)
+            entry["spectra"] = {name: kept[name].numpy() for name in entry["shapes"]}
         if options.method == "paper":
             entry |= survey_layer(experts, statistics, path, context.statistics.windows.numel(), options)
         found[full] = entry
