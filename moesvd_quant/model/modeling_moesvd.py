@@ -34,6 +34,7 @@ from .native_experts import apply_gate, form_of
 FORMAT = 1
 SHIPPED = ("modeling_moesvd.py", "native_experts.py", "modeling_deepseek.py")  # what a checkpoint needs to open itself
 MANIFEST = "moesvd.json"
+ONE_BY_ONE = ("cpu",)  # devices on which a product for each expert is as fast as one grouped product
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -257,9 +258,11 @@ class FactorizedExperts(Packed):
         order = None if self.owns_rows(part, bank) else torch.argsort(rows, stable=True)
         x = x if order is None else x[order]
         sizes = torch.bincount(rows, minlength=count)
-        if part["quant"].get(bank) is None and x.device.type != "cpu":
+        if part["quant"].get(bank) is None and x.device.type not in ONE_BY_ONE:
             weight = self.bank(projection, i, bank, x.dtype)
             y = F.grouped_mm(x, weight.transpose(1, 2), offs=sizes.cumsum(0).int())
+            if y.requires_grad:
+                y.register_hook(torch.Tensor.contiguous)  # its backward takes no gradient with gaps
         else:  # one expert's weight is dequantized at a time; on a CPU this is as fast as the grouped product
             chunks = [
                 F.linear(chunk, self.bank(projection, i, bank, x.dtype, row))
@@ -281,7 +284,7 @@ class FactorizedExperts(Packed):
         if key not in self._maps:
             parts = [part for parts in self.layout.values() for part in parts]
             banks = [(part, bank) for part in parts for bank in ("dense", "right", "left") if bank in part]
-            alone = all(self.owns_rows(*at) and (device_type == "cpu" or at[1] in at[0]["quant"]) for at in banks)
+            alone = all(self.owns_rows(*at) and (device_type in ONE_BY_ONE or at[1] in at[0]["quant"]) for at in banks)
             served = alone and not any(map(self.shared_input, parts))
             self._maps[key] = {name: self._terms(name) for name in self.layout} if served else None
         return self._maps[key]
