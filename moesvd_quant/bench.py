@@ -28,6 +28,11 @@ def compare(
     Writes OUT/table8.md, .csv, .json and OUT/perplexity-against-bytes.png. Recipes are loaded before any runs;
     finished runs and records by the same protocol stay. Returns the records and their table.
     """
+    return compare_all(model, recipes, out, texts, length, overrides, device, report)
+
+
+def compare_all(model, recipes, out: Path, texts, length, overrides, device, report, more: Sequence[dict] = ()):
+    """`compare`, with the records `more` of what no recipe makes."""
     measure = Wanted(texts, length=length)
     loaded = [load_recipe(name, [*overrides, "evaluate.perplexity=[]", "keep=last"]) for name in recipes]
     evaluated = Evaluate(perplexity=texts, length=length or "auto")  # a stage that trains refuses these as its text
@@ -38,11 +43,21 @@ def compare(
         folder = Run(recipe, model, out / recipe.name.replace("/", "-"), device, report).run()[-1]
         records.append(measured(folder, folder, measure, device))
     report("recipes", len(wanted), len(wanted))
+    records += more
     table = table8(records)
     for form, ending in (("markdown", "md"), ("csv", "csv"), ("json", "json")):
         (out / f"table8.{ending}").write_text(render(table, form))
     plot_bytes(records, out / "perplexity-against-bytes.png")
     return records, table
+
+
+def written(recipes: dict[str, tuple[str, list[str]]], folder: Path, overrides: Sequence[str] = ()) -> dict[str, Path]:
+    """YAML files of recipes that differ from others by overrides: {name: (recipe, overrides)} -> {name: file}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"{name}.yaml" for name in recipes}
+    for name, (recipe, own) in recipes.items():
+        files[name].write_text(load_recipe(recipe, [*overrides, *own]).to_yaml())
+    return files
 
 
 def measured(source: Path, folder: Path, wanted: Wanted, device: str = "cpu", report: Report | None = None) -> dict:

@@ -12,7 +12,7 @@ import typer
 
 from .accounting import account
 from .allocate import MAX_RANKS, RANK_STEP, allocate
-from .bench import compare
+from .bench import compare, written
 from .cli.common import progress_bars, resolve_device, resolve_model
 from .decompose.whitening import output_basis, whitened_error, whitened_svd
 from .evaluation.table import Table, render
@@ -186,11 +186,7 @@ def main(
     texts, apart = named_texts(seen or ["wikitext2", "ptb"]), named_texts(unseen or ["code"])
     given = [f"calibration.dataset={calibration}", f"calibration.samples={samples}"]
     given.append(f"calibration.length={length or 'auto'}")
-    files = {}
-    for name, (recipe, overrides) in recipes().items():
-        files[name] = out / "recipes" / f"{name}.yaml"
-        files[name].parent.mkdir(parents=True, exist_ok=True)
-        files[name].write_text(load_recipe(recipe, [*given, *overrides]).to_yaml())
+    files = written(recipes(), out / "recipes", given)
     folder = resolve_model(model)
     with progress_bars() as report:
         paths = [str(file) for file in files.values()]

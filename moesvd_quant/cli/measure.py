@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Json, Model, Out, app, print_table, progress_bars, resolve_device, resolve_model
+from .common import Device, Json, Model, Out, Overrides, app, print_table, progress_bars, resolve_device, resolve_model
 
 
 @app.command("eval")
@@ -161,6 +161,31 @@ def bench(
             )
         else:
             records, found = compare(folder, names, out, texts, length, overrides, where, report)
+    _print_comparison(records, found, out, as_json)
+
+
+@app.command()
+def pareto(
+    overrides: Overrides = None,
+    model: Model = None,
+    budget: Annotated[list[str] | None, typer.Option(help="1.5bpw, 20GB; repeat it.")] = None,
+    preset: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
+    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    out: Out = Path("pareto"),
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """The memory-perplexity front: one calibration, many budgets, beside GPTQ, NF4 and the paper's settings."""
+    from ..pareto import front
+    from ..recipe import named_texts
+    from ..runner import sync_threads
+
+    sync_threads()
+    budgets = budget or ["1bpw", "1.5bpw", "2bpw", "2.5bpw", "3bpw", "4bpw"]
+    texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
+    with progress_bars(as_json) as report:
+        records, found = front(folder, out, budgets, texts, length, preset, overrides or (), where, report)
     _print_comparison(records, found, out, as_json)
 
 

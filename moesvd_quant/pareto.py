@@ -1,0 +1,83 @@
+"""The memory-perplexity front of a model: many budgets, and what else one could do with the same bytes."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from .bench import compare_all, measured, written
+from .evaluation.record import RECORD, Wanted, write
+from .evaluation.table import Table
+from .model.experts import find_experts, find_linears, weight_parameters
+from .model.load import load
+
+Report = Callable[[str, int, int], None]
+BASELINES = ("gptq4", "gptq3", "gptq2", "moe-svd-paper", "moe-svd-paper-gptq4")
+PRESETS = {"fast": "fit-fast", "balanced": "fit", "best": "fit-best"}
+
+
+def front(
+    model: Path,
+    out: Path,
+    budgets: Sequence[str],
+    texts: dict[str, str],
+    length: int | None = None,
+    preset: str = "balanced",
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    report: Report = lambda what, done, total: None,
+) -> tuple[list[dict], Table]:
+    """Records and their table of a recipe at every budget (`2.3bpw`, `20GB`), of the BASELINES and of NF4.
+
+    One calibration serves all. Writes what `compare` writes. ValueError for an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r}: is none of {', '.join(PRESETS)}")
+    recipes = {f"{PRESETS[preset]}@{budget}": (PRESETS[preset], [f"budget={budget}"]) for budget in budgets}
+    recipes |= {name: (name, []) for name in BASELINES}
+    files = written(recipes, out / "recipes", overrides)
+    nf4 = nf4_record(model, out / "nf4", Wanted(texts, length=length), device)
+    return compare_all(model, list(files.values()), out, texts, length, (), device, report, [nf4])
+
+
+def nf4_record(model: Path, out: Path, wanted: Wanted, device: str = "cpu") -> dict:
+    """The record of a model whose experts and linears are in bitsandbytes' NF4: evaluated as dense weights that hold
+    its values, with the bytes that it would store (codes, and a float32 scale for each block). Needs the whole model
+    in memory."""
+    if (out / RECORD).is_file():
+        return measured(out, out, wanted, device)
+    made, saved = load(model), 0
+    with torch.no_grad():
+        for layer in made.get_decoder().layers:
+            for parameter in _matrices(layer):
+                saved += _round_to_nf4(parameter)
+    made.save_pretrained(out)
+    shutil.copyfile(model / "tokenizer.json", out / "tokenizer.json")
+    shutil.copyfile(model / "tokenizer_config.json", out / "tokenizer_config.json")
+    record = measured(out, out, wanted, device)
+    record["name"], memory = "nf4", record["memory"]
+    for key in ("disk_bytes", "resident_bytes"):
+        memory[key] -= saved
+    record["accounting"]["bits_per_expert_weight"] = 4.5
+    for path in out.glob("*.safetensors"):
+        path.unlink()
+    write(record, out / RECORD)
+    return record
+
+
+def _matrices(layer):
+    for _, experts in find_experts(layer):
+        yield from weight_parameters(experts)
+    for _, linear in find_linears(layer):
+        yield linear.weight
+
+
+def _round_to_nf4(parameter: torch.Tensor) -> int:
+    """Rounds in place; the bytes that NF4 saves."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    codes, state = quantize_4bit(parameter.data.contiguous(), quant_type="nf4")
+    parameter.copy_(dequantize_4bit(codes, state))
+    stored = codes.numel() * codes.element_size() + state.absmax.numel() * state.absmax.element_size()
+    return parameter.numel() * parameter.element_size() - stored

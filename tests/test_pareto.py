@@ -1,0 +1,46 @@
+"""The front on a tiny model, and NF4's bytes against bitsandbytes' own."""
+
+import json
+
+import torch
+from moesvd_quant.evaluation.record import Wanted
+
+import moesvd_quant
+from moesvd_quant.pareto import BASELINES, front, nf4_record
+
+
+def test_front_holds_budgets_baselines_and_nf4(make_model, tmp_path, text):
+    folder = make_model("mixtral", torch.bfloat16)
+    small = [f"calibration.dataset={text}", "calibration.samples=24", "calibration.length=64"]
+    records, table = front(folder, tmp_path, ["2bpw", "4bpw"], {"words": str(text)}, 64, "fast", small)
+    names = [record["name"] for record in records]
+    assert len(records) == 1 + 2 + len(BASELINES) + 1 and "nf4" in names
+    sizes = {r["name"]: r["memory"]["disk_bytes"] for r in records}
+    assert sizes["gptq2"] < sizes["nf4"] < sizes["original"]
+    assert len(table.rows) == len(records)
+    assert (tmp_path / "perplexity-against-bytes.png").is_file()
+
+
+def test_nf4_is_what_bitsandbytes_makes_of_the_weights(make_model, tmp_path, text):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    folder = make_model("mixtral")
+    record = nf4_record(folder, tmp_path / "nf4", Wanted({"words": str(text)}, length=64))
+    model = moesvd_quant.load(folder)
+    saved = 0
+    for name, parameter in model.named_parameters():
+        if "experts" in name or "_proj" in name:
+            codes, state = quantize_4bit(parameter.data, quant_type="nf4")
+            parameter.data = dequantize_4bit(codes, state)
+            saved += 4 * parameter.numel() - codes.nbytes - state.absmax.nbytes
+    windows = json.loads((tmp_path / "nf4" / "eval.json").read_text())["perplexity"]["words"]
+    assert record["perplexity"]["words"] == windows
+    plain = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert abs(record["memory"]["disk_bytes"] - (plain - saved)) < 2000  # headers differ
+    model.save_pretrained(tmp_path / "own")
+    from moesvd_quant.evaluation.record import evaluate
+    from tiny import tiny_tokenizer
+
+    tiny_tokenizer().save_pretrained(tmp_path / "own")
+    own = evaluate(tmp_path / "own", Wanted({"words": str(text)}, length=64))
+    assert abs(own["perplexity"]["words"]["nll"] - windows["nll"]) < 1e-6
