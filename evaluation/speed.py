@@ -146,8 +146,8 @@ def _name(folder: Path) -> str:
 
 
 def _alternate(models, batch, length, tokens, repeats) -> dict:
-    """{model: {phase: [(seconds, seconds in experts, processor seconds there)]}} by repeat; the first round warms up and
-    is not kept."""
+    """{model: {phase: (seconds, seconds in experts, processor seconds there) per repeat}}; the first round warms up
+    and is not kept."""
     times: dict = {name: {phase: [] for phase in PHASES} for name in models}
     vocabulary = min(model.config.vocab_size for model in models.values())
     for repeat in range(repeats + 1):
