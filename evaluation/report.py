@@ -236,9 +236,13 @@ def _draw_bits(stage: Stage):
     names = [name for name in PROJECTIONS if name in stage.shapes]
     layers = list(stage.layout["experts"].values())
     figure, axes = _axes(6.4, 1.4 + 0.22 * max(4, min(len(layers), 40)), len(names))
-    for axis, name in zip(axes[0], names):
-        grid = np.array([expert_bits(parts[name], stage.shapes[name], stage.experts, stage.bits) for parts in layers])
-        shown = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=stage.bits, interpolation="nearest")
+    grids = [
+        np.array([expert_bits(parts[name], stage.shapes[name], stage.experts, stage.bits) for parts in layers])
+        for name in names
+    ]
+    for axis, name, grid in zip(axes[0], names, grids):
+        top = max(map(np.max, grids))
+        shown = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
         axis.set(title=name, xlabel="expert")
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.label_outer()

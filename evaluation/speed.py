@@ -102,7 +102,8 @@ def measure(
     In every repeat each model, in turn, reads random prompts (prefill) and writes `tokens` tokens greedily (decode).
     {"machine": {...}, "cells": [{"model", "batch", "length", "prefill": {...}, "decode": {...}}]}; a phase has tokens/s
     (median, min, max over repeats), "experts_seconds", "speedup" and "experts_speedup" (median of the ratios to the
-    first model within each repeat), "gflops" per token, "bytes" moved at least, and "roofline", the tokens/s that the
+    first model within each repeat), "experts_processor_speedup" (the same of processor time on a CPU, which other
+    processes hardly touch), "gflops" per token, "bytes" moved at least, and "roofline", the tokens/s that the
     machine's measured arithmetic and memory rates would allow.
     """
     device = next(next(iter(models.values())).parameters()).device
@@ -145,7 +146,8 @@ def _name(folder: Path) -> str:
 
 
 def _alternate(models, batch, length, tokens, repeats) -> dict:
-    """{model: {phase: [(seconds, seconds in experts) per repeat]}}; the first round warms up and is not kept."""
+    """{model: {phase: (seconds, seconds in experts, processor seconds there) per repeat}}; the first round warms up
+    and is not kept."""
     times: dict = {name: {phase: [] for phase in PHASES} for name in models}
     vocabulary = min(model.config.vocab_size for model in models.values())
     for repeat in range(repeats + 1):
@@ -159,20 +161,24 @@ def _alternate(models, batch, length, tokens, repeats) -> dict:
 
 
 @torch.no_grad()
-def _run(model, prompt, tokens) -> dict[str, tuple[float, float]]:
+def _run(model, prompt, tokens) -> dict[str, tuple[float, float, float]]:
     device = next(model.parameters()).device
     prompt, seconds = prompt.to(device), {}
     with _expert_clock(model, device) as clock:
         start = _now(device)
         out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)
-        seconds["prefill"] = _now(device) - start, clock.pop("seconds", 0.0)
+        seconds["prefill"] = _now(device) - start, *_taken(clock)
         start = _now(device)
         for _ in range(tokens):
             out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1:].argmax(-1)
-        seconds["decode"] = _now(device) - start, clock.pop("seconds", 0.0)
+        seconds["decode"] = _now(device) - start, *_taken(clock)
     return seconds
+
+
+def _taken(clock: dict[str, float]) -> tuple[float, float]:
+    return clock.pop("seconds", 0.0), clock.pop("processor", 0.0)
 
 
 def _now(device) -> float:
@@ -183,14 +189,15 @@ def _now(device) -> float:
 
 @contextmanager
 def _expert_clock(model, device):
-    """Adds up the time that is spent inside experts modules."""
+    """Adds up the time that is spent inside experts modules, and this process's processor time."""
     clock: dict[str, float] = {}
 
     def before(module, args):
-        clock["start"] = _now(device)
+        clock["start"], clock["processor start"] = _now(device), time.process_time()
 
     def after(module, args, out):
         clock["seconds"] = clock.get("seconds", 0.0) + _now(device) - clock["start"]
+        clock["processor"] = clock.get("processor", 0.0) + time.process_time() - clock["processor start"]
 
     handles = []
     for _, experts in find_experts(model):
@@ -204,10 +211,11 @@ def _expert_clock(model, device):
 
 def _cell(name, models, times, batch, length, tokens, machine) -> dict:
     model, base = models[name], next(iter(models))
+    device = next(model.parameters()).device
     cell: dict = {"model": name, "batch": batch, "length": length}
     for phase, count in (("prefill", batch * length), ("decode", batch * tokens)):
         mine, theirs = times[name][phase], times[base][phase]
-        rates = [count / seconds for seconds, _ in mine]
+        rates = [count / seconds for seconds, *_ in mine]
         at_once, context = (count, length) if phase == "prefill" else (batch, length + tokens / 2)
         flops = flops_per_token(model, context)
         moved = bytes_touched(model, at_once)
@@ -216,9 +224,12 @@ def _cell(name, models, times, batch, length, tokens, machine) -> dict:
             "tokens_per_second": median(rates),
             "min": min(rates),
             "max": max(rates),
-            "experts_seconds": median(seconds for _, seconds in mine),
-            "speedup": median(t / m for (t, _), (m, _) in zip(theirs, mine)),
-            "experts_speedup": median(t / m for (_, t), (_, m) in zip(theirs, mine)),
+            "experts_seconds": median(seconds for _, seconds, _ in mine),
+            "speedup": median(t[0] / m[0] for t, m in zip(theirs, mine)),
+            "experts_speedup": median(t[1] / m[1] for t, m in zip(theirs, mine)),
+            "experts_processor_speedup": None
+            if device.type == "cuda"
+            else median(t[2] / m[2] for t, m in zip(theirs, mine)),
             "gflops": flops["total"] / 1e9,
             "experts_gflops": flops["experts"] / 1e9,
             "bytes": moved["total"],

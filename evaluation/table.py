@@ -148,17 +148,28 @@ def speed_table(result: dict) -> Table:
                 f"{rate:g} ({low:g}..{high:g})",
                 round(figures["speedup"], 2),
                 round(figures["experts_speedup"], 2),
+                *_processor(figures),
                 share,
             ]
         rows.append(row)
+    processor = ["experts x (processor time)"] if _processor(result["cells"][0]["decode"]) else []
     columns = ["model", "batch", "length"]
-    columns += [f"{p} {what}" for p in ("prefill", "decode") for what in ("tokens/s", "x", "experts x", "of roofline")]
+    columns += [
+        f"{p} {what}"
+        for p in ("prefill", "decode")
+        for what in ("tokens/s", "x", "experts x", *processor, "of roofline")
+    ]
     machine = result["machine"]
     title = (
         f"{machine['device']}, {machine['dtype'].removeprefix('torch.')}, {machine['flops'] / 1e9:.0f} GFLOP/s, "
         f"{machine['bandwidth'] / 1e9:.1f} GB/s"
     )
     return Table(title, columns, rows)
+
+
+def _processor(figures: dict) -> list[float]:
+    found = figures["experts_processor_speedup"]
+    return [] if found is None else [round(found, 2)]
 
 
 def _by_size(records: list[dict]) -> list[dict]:

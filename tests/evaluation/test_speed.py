@@ -131,8 +131,9 @@ def test_factorized_experts_are_faster_than_the_originals_in_16_bit(tmp_path):
     models = {"original": open_model(tmp_path)}
     for ratio in (0.2, 0.6):
         models[f"{ratio}"] = open_model(tmp_path, layout=uniform_layout(tmp_path, ratio))
-    result = measure(models, (1, 8), (64,), 16, 11)
+    result = measure(models, (1, 8), (128,), 16, 11)
     for cell in result["cells"]:
         bar = {"original": 0.9, "0.2": 1.05, "0.6": 1.5}[cell["model"]]
         for phase in ("prefill", "decode"):
-            assert cell[phase]["experts_speedup"] >= bar, (cell["model"], cell["batch"], phase)
+            # Of processor time, so that what else runs on the machine does not decide.
+            assert cell[phase]["experts_processor_speedup"] >= bar, (cell["model"], cell["batch"], phase)
