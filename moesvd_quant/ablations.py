@@ -13,8 +13,9 @@ from .bench import compare
 from .cli.common import progress_bars, resolve_device, resolve_model
 from .evaluation.table import Table, render
 from .model.modeling_moesvd import MANIFEST
-from .recipe import named_texts
-from .runner import sync_threads
+from .planning import plan_stages
+from .recipe import load_recipe, named_texts
+from .runner import Run, sync_threads
 
 OWN = {"shared_v": False}
 METRICS = ("f", "p", "a", "fp", "fa", "pa", "fpa")
@@ -51,22 +52,33 @@ def run_table(
     samples: int, length: int | None, device: str, report,
 ) -> Table:  # fmt: skip
     """Runs the recipes of a table under OUT; what each removed, and from which layers, and perplexity on each text."""
-    rows, files = rows_of(number, ratio, experts, calibrations), []
     out.mkdir(parents=True, exist_ok=True)
-    for options, text in rows.values():
+    rows = rows_of(number, ratio, experts, calibrations)
+    files: dict[str, str] = {}  # by what a recipe will do: rows that choose the same layers are run once
+    file_of: dict[str, str] = {}
+    for done, (label, (options, text)) in enumerate(rows.items()):
+        report("plans", done, len(rows))
         calibration = {"dataset": text, "samples": samples, "length": length or "auto"}
         content = yaml.safe_dump({"calibration": calibration, "stages": [{"svd": options}]})
-        # Named by what it says: a recipe that stands in two tables runs once.
-        files.append(str(out / f"svd-{hashlib.sha256(content.encode()).hexdigest()[:12]}.yaml"))
-        Path(files[-1]).write_text(content)
-    records, _ = compare(model, files, out, texts, length, (), device, report)
+        file = out / f"svd-{hashlib.sha256(content.encode()).hexdigest()[:12]}.yaml"
+        file.write_text(content)
+        run = Run(load_recipe(file), model, out / file.stem, device, report)
+        rest = {key: value for key, value in options.items() if key != "select"}
+        layout = plan_stages(run)[-1]["layout"]["experts"]
+        file_of[label] = files.setdefault(json.dumps([text, rest, layout]), str(file))
+    report("plans", len(rows), len(rows))
+    records, _ = compare(model, list(files.values()), out, texts, length, (), device, report)
+    record_of = dict(zip(files.values(), records[1:]))
     columns = ["", "experts removed %", "layers decomposed", *texts]
-    made: list[list[str | float]] = []
-    for label, name, record in zip(["original", *rows], ["", *(Path(file).stem for file in files)], records):
-        layers = _decomposed(out / name) if name else "none"
-        figures = [float(f"{record['perplexity'][text]['ppl']:.5g}") for text in texts]
-        made.append([label, round(100 * record["accounting"]["expert_ratio"], 2), layers, *figures])
+    made = [_row("original", records[0], "none", texts)]
+    for label, name in file_of.items():
+        made.append(_row(label, record_of[name], _decomposed(out / Path(name).stem), texts))
     return Table(f"{TITLES[number]} ({round(ratio * 100)} % of expert parameters removed)", columns, made)
+
+
+def _row(label: str, record: dict, layers: str, texts) -> list[str | float]:
+    figures = [float(f"{record['perplexity'][text]['ppl']:.5g}") for text in texts]
+    return [label, round(100 * record["accounting"]["expert_ratio"], 2), layers, *figures]
 
 
 def _decomposed(run: Path) -> str:
