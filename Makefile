@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo arch-table bench-quality bench-scale bench-healing clean
+.PHONY: venv test test-slow lint demo arch-table bench-quality bench-scale bench-healing bench-ablations clean
 
 venv: .venv/.installed
 
@@ -52,5 +52,9 @@ bench-healing: venv
 	  --text wikitext2=$(LM)/wikitext-2-raw/wiki.test.raw.gz --text ptb=$(LM)/ptb/ptb.test.txt.gz \
 	  --text code=$(CORPUS)/code.valid.jsonl.gz --tokens $(TOKENS) --stride $(STRIDE)
 
+# ABLATIONS: options of moesvd_quant/ablations.py, for example --text wikitext2 --calibration mine.txt --table 5
+bench-ablations: venv
+	$(BIN)/python -m moesvd_quant.ablations $(ABLATIONS)
+
 clean:
-	rm -rf demo-out quality-out bench-healing .arch-table.jsonl
+	rm -rf demo-out quality-out bench-healing ablations-out .arch-table.jsonl

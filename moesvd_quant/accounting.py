@@ -60,12 +60,12 @@ def stored_tensors(model) -> dict[str, torch.Tensor]:
 
 
 def file_bytes(tensors: dict[str, torch.Tensor]) -> int:
-    """Size of a safetensors file of these tensors: 8 bytes, a padded JSON header, the data."""
-    header, offset = {}, 0
-    for name, tensor in tensors.items():
+    """Size of a safetensors file of these tensors: 8 bytes, a padded JSON header, the data. The header's length depends
+    on where tensors lie: they are written by dtype, then by name."""
+    header, offset, order = {}, 0, list(NAMES)
+    for name, tensor in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
         end = offset + tensor.numel() * tensor.element_size()
-        kind = NAMES.get(tensor.dtype, str(tensor.dtype))
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     header["__metadata__"] = {"format": "pt"}
     length = len(json.dumps(header, separators=(",", ":")))

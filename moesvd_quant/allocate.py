@@ -221,26 +221,3 @@ def _spend_rest(chosen, tables, few, rest: float, ties, distinct: int) -> None:
             chosen[name][expert] = column
             rest -= extra
         moves[name] = best_move(name)
-
-
-def level_ranks(costs: list[int], full: list[int], budget: int) -> list[int]:
-    """Nearly equal ranks, multiples of RANK_STEP, one per item, spending as much of `budget` as they can.
-
-    costs: parameters per unit of rank of each item; full: its largest useful rank. All items get the same
-    share of their full rank; what rounding leaves goes to the first items, one step each.
-    """
-    low, high = 0.0, 1.0
-    ranks = [0] * len(costs)
-    for _ in range(50):
-        share = (low + high) / 2
-        trial = [min(f, int(f * share) // RANK_STEP * RANK_STEP) for f in full]
-        if sum(c * r for c, r in zip(costs, trial)) > budget:
-            high = share
-        else:
-            low, ranks = share, trial
-    rest = budget - sum(c * r for c, r in zip(costs, ranks))
-    for item, (cost, limit) in enumerate(zip(costs, full)):
-        if cost * RANK_STEP <= rest and ranks[item] + RANK_STEP <= limit:
-            ranks[item] += RANK_STEP
-            rest -= cost * RANK_STEP
-    return ranks

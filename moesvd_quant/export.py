@@ -13,7 +13,8 @@ from .accounting import original_model, stored_tensors
 from .checkpoint.files import write_json, write_one_by_one
 from .checkpoint.finish import OUTER_FILE, carry_files, layer_file, write_index
 from .model.experts import split_projections
-from .model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
+from .model.modeling_moesvd import FactorizedExperts, PackedLinear, channel_tensors, part_banks
+from .model.native_experts import form_of
 from .model.stream import ModelError, StreamedModel
 from .quantize.gptq import PackedMatrix, QuantizeError, to_standard
 
@@ -27,6 +28,8 @@ def export_checkpoint(folder: Path, out: Path, to: str) -> None:
     parent = StreamedModel(folder)
     if not hasattr(parent.config, "moesvd"):
         raise ModelError(f"{folder}: is not one of our checkpoints; there is nothing to export")
+    if to == "dense":
+        _require_dense_form(parent.model)
     out.mkdir(parents=True, exist_ok=True)
     native = original_model(parent)
     quants: dict[str, dict] = {}
@@ -74,6 +77,7 @@ def _native_state(model) -> dict[str, torch.Tensor]:
             banks |= {f"{path}.weight"}
         if isinstance(module, FactorizedExperts):
             banks |= {f"{path}.{key}" for key, *_ in module.banks()}
+            banks |= {f"{path}.{key}" for key in channel_tensors(module.layout)}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     kinds = ("_codes", "_scales", "_zeros")
     ours = banks | {bank + kind for bank in banks for kind in kinds}
@@ -95,9 +99,17 @@ def _dense(modules: dict, state: dict, native, parent: StreamedModel, prefix: st
     return revert_weight_conversion(native, state)
 
 
+def _require_dense_form(model) -> None:
+    for path, module in model.named_modules():
+        if "channel_prior" in module._parameters:
+            raise ModelError(
+                f"{path}: each token chooses channels of the base (d2.dynamic): no dense weight does the same"
+            )
+
+
 def _fused(module: FactorizedExperts, native, dtype) -> dict[str, torch.Tensor]:
     """The weight parameters of the native experts module, by their names, as its class lays them out."""
-    names = module.form.parameters(native)
+    names = form_of(native).parameters(native)
     for name in names:
         _put(native, name, torch.zeros(native.get_parameter(name).shape, dtype=dtype))
     views = split_projections(native)

@@ -134,11 +134,9 @@ class Recipe(_Part):
 
 
 def _given(options: StageOptions) -> dict:
-    """Options written out, without those that belong to another method."""
-    content = options.model_dump()
-    if content.get("method", "paper") != "paper":
-        content = {k: v for k, v in content.items() if k in ("method", "ratio")}
-    return content
+    """Options written out, without those that mean nothing beside the others."""
+    idle = options.idle()
+    return {name: value for name, value in options.model_dump().items() if name not in idle and value is not None}
 
 
 def shipped() -> list[tuple[str, str]]:

@@ -30,6 +30,8 @@ class StageWork:
     def layers(self, plan: Plan) -> None:
         count = len(self.parent.layer_names)
         todo = [i for i in range(count) if not (self.folder / finish.layer_file(i)).is_file()]
+        if todo and self.stage.options.in_order():
+            todo = list(range(count))
         report = lambda done, total: self.run.report(f"{self.stage.name}: layers", done, total)  # noqa: E731
         for _ in self.context.each_layer(partial(make_layer, self.folder, self.stage.name, plan), report, todo):
             pass
@@ -166,14 +168,30 @@ def _label(stage) -> str:
     """Short name of a stage in tables: svd 40%, gptq 4 bit."""
     options = stage.options
     if stage.name == "svd":
-        method = {"global": "svd", "uniform": "svd-llm", "paper": "moe-svd-paper"}[options.method]
-        literal = "-literal" if options.literal else ""
-        return f"{method}{literal}{'' if options.ratio is None else round(options.ratio * 100)}"
+        label = _svd_label(options)
+        ratio = "" if options.ratio is None else f"{round(options.ratio * 100)}"
+        return f"{label}-{ratio}" if label[-1].isdigit() else label + ratio
     if stage.name == "d2":
-        return f"d2-{options.merge}{round(options.ratio * 100)}"
+        pruned = f"-p{round(options.static * 100)}+{round(options.dynamic * 100)}-"
+        return f"d2-{options.merge}{pruned if options.static or options.dynamic else ''}{round(options.ratio * 100)}"
     if stage.name == "gptq":
         return f"{'rtn' if options.rtn else 'gptq'}{options.bits or ''}"
     if stage.name == "lora":
         what = {"adapters": f"lora{options.rank}", "factors": "tuned", "router": "router"}[options.train]
         return what + {"lm": "", "distill": "-distilled", "layerwise": "-layerwise"}[options.objective]
     return stage.name
+
+
+def _svd_label(options) -> str:
+    if options.method != "paper":
+        label = {"global": "svd", "uniform": "svd-llm", "plain": "svd-plain", "asvd": "asvd"}[options.method]
+        return f"{label}-update" if options.update else label
+    marks = {
+        options.select: options.select != "fpa",
+        "own": not options.shared_v,
+        f"g{options.groups}": options.groups > 1,
+        f"trim{options.trim_u}": options.trim_u is not None,
+        f"keep{options.keep_u}": options.keep_u != 2,
+        "literal": options.literal,
+    }
+    return "-".join(["moe-svd-paper", *(mark for mark, is_set in marks.items() if is_set)])

@@ -98,7 +98,7 @@ def _reload(name, made, row):
     made["model"] = moesvd_quant.load(made["checkpoint"])
     streamed = torch.cat(list(StreamedModel(made["checkpoint"]).logits(IDS, 2)))
     assert apart(streamed, logits(made["model"])) < 1e-3
-    assert divergence(made["original"], streamed) > 0, "nothing was changed"
+    assert apart(streamed, made["original"]) > 1e-4, "nothing was changed"
 
 
 def _generate(name, made, row):

@@ -1,4 +1,4 @@
-"""Writes docs/architectures.md: every architecture by what works on it. `make arch-table`; ROWS keeps what was done."""
+"""Writes docs/architectures.md: every architecture by what works on it. `make arch-table`; ROWS keeps what passed."""
 
 import json
 import os
@@ -50,7 +50,8 @@ def line(row: dict) -> str:
 def main(out: Path, kept: Path) -> None:
     torch.set_num_threads(1)
     os.environ["MOESVD_CACHE"] = tempfile.mkdtemp()
-    rows = {row["model_type"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.is_file() else {}
+    lines = kept.read_text().splitlines() if kept.is_file() else []
+    rows = {row["model_type"]: row for row in map(json.loads, lines) if row["generate"] == "pass"}
     for name in SURVEY:
         if name not in rows:
             with tempfile.TemporaryDirectory() as folder:

@@ -27,6 +27,7 @@ SMALL: dict = {
     "ssm_state_size": 16, "mamba_expand": 2, "mamba_dt_rank": 32, "mamba_chunk_size": 16, "chunk_size": 16,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "linear_num_heads": 4, "linear_head_dim": 16, "swa_num_attention_heads": 4, "swa_head_dim": 16,
+    "swa_num_key_value_heads": 2,
     "zero_expert_num": 2, "unpadded_vocab_size": 320,
     "sliding_window": 16, "attention_chunk_size": 16,
     "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from moesvd_quant.allocate import DENSE, MAX_RANKS, NOTHING, RANK_STEP, Choice, Table, allocate, level_ranks, rank_table
+from moesvd_quant.allocate import DENSE, MAX_RANKS, NOTHING, RANK_STEP, Choice, Table, allocate, rank_table
 
 
 def spectra(experts, size, seed, decay):
@@ -148,11 +148,3 @@ def test_a_budget_below_nothing_is_an_error_and_zero_is_legal():
     with pytest.raises(ValueError, match="cannot be met"):
         ranks_of(groups, -1)
     assert ranks_of(groups, 0) == {"a": [0, 0]}
-
-
-def test_level_ranks_spend_the_budget_evenly():
-    ranks = level_ranks([100, 100, 300], [256, 256, 128], budget=60_000)
-    assert all(rank % RANK_STEP == 0 for rank in ranks)
-    spent = sum(c * r for c, r in zip([100, 100, 300], ranks))
-    assert 60_000 - 300 * RANK_STEP < spent <= 60_000
-    assert abs(ranks[0] - ranks[1]) <= RANK_STEP and abs(ranks[0] / 256 - ranks[2] / 128) < 0.15

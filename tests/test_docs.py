@@ -24,7 +24,7 @@ def test_every_command_of_the_readme_runs(make_model, tmp_path, monkeypatch, cap
     draw = random.Random(0)
     for name, count in (("mine.txt", 350_000), ("held-out.txt", 3000)):
         Path(name).write_text("".join(draw.choices("abc def ghi", k=count)))
-    assert len(commands()) == 11
+    assert len(commands()) == 12
     for command in commands():
         command = [str(make_model("mixtral")) if part == "MODEL" else part for part in command]
         monkeypatch.setattr("sys.argv", ["moesvd", *command])

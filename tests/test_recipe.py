@@ -35,6 +35,12 @@ def test_defaults_are_filled_in_and_written_out(tmp_path):
     assert again.digest() == recipe.digest() and again.stages == recipe.stages
 
 
+@pytest.mark.parametrize("given", ["trim_u: 0", "shared_v: false", "select: owl", "keep_u: 4, groups: 8"])
+def test_options_of_one_reading_are_written_out_and_load_back(tmp_path, given):
+    recipe = load_recipe(write(tmp_path, f"stages: [{{svd: {{method: paper, ratio: 0.4, {given}}}}}]"))
+    assert load_recipe(write(tmp_path, recipe.to_yaml())).digest() == recipe.digest()
+
+
 @pytest.mark.parametrize("name", [name for name, _ in shipped()])
 def test_every_shipped_recipe_loads_and_says_what_it_is(name):
     recipe, line = load_recipe(name), dict(shipped())[name]
@@ -73,6 +79,23 @@ def test_no_budgets(text):
         ("stages:\n - gptq: {bits: '4'}", ["mine.yaml:2: stages[0].gptq.bits:", "got '4'"]),
         ("stages:\n - gptq: {bits: 4}\n - svd: {ratio: 0.4}", ["mine.yaml:3: stages[1].svd: cannot come after gptq"]),
         ("stages: [{svd: {ratio: 0.4, keep_u: 2}}]", ["keep_u: only with method: paper"]),
+        ("stages: [{svd: {ratio: 0.4, alpha: 1.0}}]", ["mine.yaml:1: stages[0].svd: alpha: only with method: asvd"]),
+        ("stages: [{svd: {ratio: 0.4, method: asvd, update: true}}]", ["update: only with method: uniform"]),
+        ("stages: [{svd: {ratio: 0.4, method: paper, keep_u: 2, trim_u: 6}}]", ["keep_u: only with trim_u left out"]),
+        (
+            "stages: [{svd: {ratio: 0.4, method: paper, select: pf}}]",
+            ["mine.yaml:1: stages[0].svd.select:", "got 'pf'"],
+        ),
+        ("stages: [{svd: {ratio: 0.4, method: paper, select: fp, outlier: 3.0}}]", ["outlier: only with a in select"]),
+        (
+            "stages: [{d2: {ratio: 0.4, static: 0.5, dynamic: 0.5}}]",
+            ["mine.yaml:1: stages[0].d2: static 0.5 and dynamic"],
+        ),
+        ("stages: [{d2: {ratio: 0.4, dynamic: 1.0}}]", ["mine.yaml:1: stages[0].d2.dynamic:", "got 1.0"]),
+        (
+            "stages: [{svd: {ratio: 0.4, method: paper, shared_v: false, groups: 2, literal: true}}]",
+            ["groups, literal: only with shared_v: true"],
+        ),
         ("stages: [{gptq: {bits: 4, group_size: 12}}]", ["12 is not a positive multiple of 8"]),
         ("stages: []", ["mine.yaml:1: stages: give at least one of svd, d2, lora, gptq"]),
         ("stages: [svd\n", ["mine.yaml:2:"]),

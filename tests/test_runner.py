@@ -86,7 +86,7 @@ def test_paper_keeps_sensitive_layers_and_shares(make_model, tmp_path, small):
     manifest = json.loads((checkpoint / "moesvd.json").read_text())
     chosen = {path: decision["decomposed"] for path, decision in manifest["decisions"].items()}
     scores = {path: decision["sensitivity"] for path, decision in manifest["decisions"].items()}
-    assert sorted(chosen.values()) == [False, True]
+    assert sorted(map(len, chosen.values())) == [0, 3]
     assert chosen[min(scores, key=scores.get)] and not chosen[max(scores, key=scores.get)]
     model = moesvd_quant.load(checkpoint)
     for path, experts in find_experts(model):
@@ -95,7 +95,7 @@ def test_paper_keeps_sensitive_layers_and_shares(make_model, tmp_path, small):
                 assert len(set(parts[0]["right"])) == 1 and len(set(parts[0]["left"])) == 2
             else:
                 assert "dense" in parts[0]
-    assert manifest["accounting"]["expert_ratio"] == pytest.approx(0.3, abs=0.03)
+    assert manifest["accounting"]["expert_ratio"] == pytest.approx(0.3, abs=0.005)
 
 
 @pytest.mark.parametrize("architecture,shared_v", [("mixtral", "true"), ("mixtral", "false"), ("gpt_oss", "false")])
@@ -105,10 +105,11 @@ def test_d2_is_a_base_and_deltas_and_8_bits_hardly_change_it(make_model, tmp_pat
     first, second = make("d2-gptq4", folder, tmp_path, small, *options).run()
     for checkpoint in (first, second):
         for _, experts in find_experts(moesvd_quant.load(checkpoint)):
-            for base, deltas in experts.layout.values():
-                assert base["dense"] == [0] * 4 and len(set(deltas["right"])) == (1 if shared_v == "true" else 4)
+            for base, *deltas in experts.layout.values():
+                assert base["dense"] == [0] * 4
+                assert sum(len(set(part["right"])) for part in deltas) == (1 if shared_v == "true" else 4)
     account = json.loads((first / "moesvd.json").read_text())["accounting"]
-    assert 0.25 <= account["expert_ratio"] < 0.36  # ranks are multiples of 16, much in so small a model
+    assert 0.25 <= account["expert_ratio"] < 0.256  # a step of one rank is 0.9 % of so small a model
     # A left factor that shares its right one is refitted when packed, under the blended inputs: it moves, a little.
     allowed = 0.3 if shared_v == "true" else 0.02
     assert (logits(second) - logits(first)).norm() < allowed * (logits(first) - logits(folder)).norm()

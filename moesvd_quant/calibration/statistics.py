@@ -13,6 +13,7 @@ from torch import nn
 from ..memory import Batches
 from ..model.experts import activate, dense_weights, expert_count, find_experts, find_linears, gather, route, shapes_of
 from ..model.native_experts import Routed
+from ..model.stream import ModelError
 
 # Magnitudes of activations are counted in bins of 1/16 octave, so that the outlier share of any threshold
 # can be read later without a second walk.
@@ -35,7 +36,7 @@ class LayerRecorder:
         self.aliases: dict[str, str] = {}
         self._last: tuple[str, torch.Tensor] | None = None
         self._hooks = []
-        self.experts = {path: ExpertsRecorder(module, at_once, scratch) for path, module in find_experts(layer)}
+        self.experts = {path: ExpertsRecorder(path, module, at_once, scratch) for path, module in find_experts(layer)}
         for path, module in find_linears(layer) if at_once != 0 else ():
             hook = module.register_forward_pre_hook(lambda _, args, path=path: self._linear(path, args[0]))
             self._hooks.append(hook)
@@ -73,7 +74,12 @@ class ExpertsRecorder:
     the inputs are kept on disk: `groups` sums the others from them, a group at a time. The sums are the same bits.
     """
 
-    def __init__(self, module: nn.Module, at_once: int | None, scratch: Path | None):
+    def __init__(self, path: str, module: nn.Module, at_once: int | None, scratch: Path | None):
+        if "channel_prior" in module._parameters:
+            raise ModelError(
+                f"{path}: each token chooses channels of the base (d2.dynamic): what its experts see cannot be "
+                "recorded; run all stages in one recipe on the original model"
+            )
         self.module, self.count = module, expert_count(module)
         self.hidden, self.inner = shapes_of(module)["down"]
         self.at_once = self.count if at_once is None else min(at_once, self.count)
@@ -88,12 +94,14 @@ class ExpertsRecorder:
         del self.module.forward
 
     def shapes(self) -> dict[str, tuple[tuple, torch.dtype]]:
-        """What is summed for each expert: tokens, Gram matrices of the inputs of gate/up and of down, magnitudes of the
-        latter's (see `outlier_share`), and their sum."""
+        """What is summed for each expert: tokens, Gram matrices of the inputs of gate/up and of down, their absolute
+        values, magnitudes of the latter's (see `outlier_share`), and the sum of these."""
         return {
             "tokens": ((), torch.int64),
             "gram_in": ((self.hidden, self.hidden), torch.float32),
             "gram_mid": ((self.inner, self.inner), torch.float32),
+            "abs_in": ((self.hidden,), torch.float32),
+            "abs_mid": ((self.inner,), torch.float32),
             "magnitudes": ((OCTAVES * BINS_PER_OCTAVE,), torch.int64),
             "magnitude_sum": ((), torch.float64),
         }
@@ -158,7 +166,9 @@ class ExpertsRecorder:
         sums["tokens"][at] += len(x)
         sums["gram_in"][at].addmm_(x.T, x)
         sums["gram_mid"][at].addmm_(inner.T, inner)
+        sums["abs_in"][at] += x.abs().sum(0)
         for part in inner.abs().split(PART):
+            sums["abs_mid"][at] += part.sum(0)
             octave = part.clamp(min=2.0**LOWEST_OCTAVE).log2_().sub_(LOWEST_OCTAVE).mul_(BINS_PER_OCTAVE)
             bins = octave.int().clamp_(max=OCTAVES * BINS_PER_OCTAVE - 1)
             sums["magnitudes"][at] += torch.bincount(bins.flatten(), minlength=OCTAVES * BINS_PER_OCTAVE)

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -24,7 +25,7 @@ from .effect import LAYERS, TOKENS, measure_effects
 from .fisher import expert_fisher
 from .statistics import LayerRecorder
 
-WALK_VERSION = 2
+WALK_VERSION = 4
 BATCH_TOKENS = 2048  # part of the result: sums run batch by batch, of at most so many tokens or one window
 EFFECT_BATCH = 8  # windows
 EFFECT_COPIES = 3 * LAYERS + 3  # of hidden states
@@ -90,7 +91,7 @@ class Statistics:
         for layer in meta.layers:
             for _, experts in find_experts(layer):
                 hidden, inner = shapes_of(experts)["down"]
-                total += 4 * expert_count(experts) * (hidden**2 + inner**2)
+                total += 4 * expert_count(experts) * (hidden**2 + inner**2 + hidden + inner)
             total += sum(4 * linear.in_features**2 for _, linear in find_linears(layer))
         return total
 
@@ -136,12 +137,12 @@ class Statistics:
         """The files of all layers, as they are made."""
         with self._folder() as root:
             streamed = StreamedModel(self.folder, self.dtype, self.device)
-            for visit in streamed.walk(self.windows, self.batch_size, self.scratch(self._all_hidden(2))):
+            for visit in streamed.walk(self.windows, self.batch_size, self.scratch(self.all_hidden(2))):
                 path = root / self.path(visit.index).name
                 if path.is_file():
                     self._pass_on(visit)
                 else:
-                    self._record(visit, path)
+                    self.record(visit, path, visit.outputs)
                 progress(visit.index + 1, self.count)
                 yield path
             self._outer(streamed)
@@ -160,7 +161,7 @@ class Statistics:
         with tempfile.TemporaryDirectory(dir=self.store, prefix=f"{WALK}{os.getpid()}-") as folder:
             yield Path(folder)
 
-    def _all_hidden(self, copies: int) -> int:
+    def all_hidden(self, copies: int) -> int:
         """Bytes of the hidden states of all windows, `copies` times."""
         return copies * self.windows.numel() * self.sizes.row
 
@@ -168,11 +169,12 @@ class Statistics:
         """None where hidden states of `needed` bytes fit in memory beside two layers; else the folder for them."""
         return None if self.memory.free() > needed + 2 * self.sizes.layer else self.store
 
-    def _record(self, visit, path: Path) -> None:
-        """One layer's statistics, as many experts at a time as memory allows."""
+    def record(self, visit, path: Path, run: Callable[[], Any]) -> None:
+        """One layer's statistics while `run` takes all batches through it, as many experts at a time as memory
+        allows; into a file."""
         at_once = self._at_once(visit.layer)
         recorder = LayerRecorder(visit.layer, at_once, self.store)
-        visit.outputs()
+        run()
         recorder.detach()
         tensors = recorder.sums | {f"{name}/alias": _text(other) for name, other in recorder.aliases.items()}
         shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

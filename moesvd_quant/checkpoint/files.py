@@ -11,15 +11,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+# In the order in which safetensors writes them.
 NAMES = {
-    torch.uint8: "U8",
-    torch.int16: "I16",
-    torch.int32: "I32",
     torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 CHECKED = 2**24  # bytes that are compared at a time
 

@@ -3,7 +3,7 @@
 import logging
 import sys
 
-from . import compress, measure  # noqa: F401 (they register their verbs)
+from . import compress, measure, probe  # noqa: F401 (they register their verbs)
 from .common import app
 
 

@@ -45,7 +45,19 @@ def evaluate_verb(
             record = evaluate(resolve_model(str(folder)), wanted, resolve_device(device), None, say)
             write(record, (out / folder.name if out else folder) / RECORD)
             records.append(record)
-    print(json.dumps(records)) if as_json else print_table(records, "terminal")
+    if as_json:
+        print(json.dumps(records))
+        return
+    from ..evaluation.table import render, table2
+
+    print_table(records, "terminal")
+    if named:
+        print(render(table2(records)), end="")
+    for record in records:
+        for name, figures in record["perplexity"].items():
+            if figures.get("interval"):
+                low, high = figures["interval"]
+                print(f"{record['name']} on {name}: {figures['ppl']:.5g}, 95 % interval {low:.5g} to {high:.5g}")
 
 
 @app.command()

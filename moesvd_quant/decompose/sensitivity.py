@@ -1,10 +1,14 @@
 """Which expert layers of a model bear decomposition (MoE-SVD, section 3.2 and appendix D.1)."""
 
+from collections.abc import Sequence
+
 import torch
+
+OWL_MULTIPLE = 5.0  # M of OWL, the value its authors use for most models
 
 
 def sampling_frequency(tokens: torch.Tensor, total_tokens: int) -> torch.Tensor:
-    """f_i of eq. 9 (E,) float64: share of all tokens whose top-k holds expert i."""
+    """f_i of eq. 9 (E,) float64: share of all tokens whose top-k holds expert i. They add up to k in every layer."""
     return tokens.double() / total_tokens
 
 
@@ -14,18 +18,55 @@ def principal_rank(weight: torch.Tensor, threshold: float) -> int:
     return int((values > threshold * values[0]).sum())
 
 
-def layer_sensitivity(frequency: torch.Tensor, rank: torch.Tensor, outliers: torch.Tensor) -> float:
-    """S_L of eq. 4: sum over experts of f_i p_i a_i; each argument (E,)."""
-    return float((frequency * rank * outliers).sum())
+def layer_sensitivity(factors: Sequence[torch.Tensor]) -> float:
+    """S_L of eq. 4: the sum over experts of the product of f_i, p_i, a_i, or of some of them (Table 5), each (E,)."""
+    return float(torch.stack([factor.double() for factor in factors]).prod(0).sum())
 
 
-def select_layers(sensitivity: list[float], ratio: float, halved: float) -> list[int]:
-    """The least sensitive layers, as few as reach `ratio`, in ascending order of index.
+def outlier_distribution(weights: Sequence[torch.Tensor], norms: Sequence[torch.Tensor], multiple: float) -> float:
+    """OWL's layer score (Yin et al. 2023, the Layerwise Outlier Distribution): the share of a layer's outlier scores
+    |W_ij| ||X_j||_2 above `multiple` times their mean, over all its matrices at once.
 
-    halved: what a decomposed layer keeps of its parameters at half its full rank. The papers fix no rank;
-    half of it is the point from which the number of layers is counted, the rank then solves the rest.
+    weights: matrices (out, in); norms: (in,) of the inputs of each.
     """
-    layers = len(sensitivity)
-    wanted = next((n for n in range(1, layers + 1) if n * (1 - halved) >= ratio * layers), layers)
-    order = sorted(range(layers), key=lambda i: (sensitivity[i], i))
-    return sorted(order[:wanted])
+    total = count = 0.0
+    for weight, norm in zip(weights, norms):
+        total += float((weight.double().abs().sum(0) * norm.double().to(weight.device)).sum())
+        count += weight.numel()
+    edge = multiple * total / count
+    above = sum(int((w.double().abs() * n.double().to(w.device) > edge).sum()) for w, n in zip(weights, norms))
+    return above / count
+
+
+def choose_projections(
+    scores: Sequence[float], dense: Sequence[Sequence[int]], full: Sequence[Sequence[int]], removed: float, least: float
+) -> list[tuple[int, int]]:
+    """(layer, projection) to decompose so that ranks can remove exactly `removed` parameters.
+
+    scores: sensitivity of each layer; dense[l][p]: parameters of a projection; full[l][p]: those it has factorized at
+    its full rank; least: smallest share of the full rank. The least sensitive layers are taken, as few as remove
+    enough at half their full rank (the papers fix no rank); where those remove too much even at their full rank, one
+    fewer, down to a quarter of it; where that does not fit either, the last layer gives some of its projections only.
+    ValueError, naming the shares of all parameters that could be removed, where nothing fits.
+    """
+    # Scores alike to nine digits are ties: rounding of a sum must not choose a layer.
+    order = sorted(range(len(scores)), key=lambda layer: (float(f"{scores[layer]:.9g}"), layer))
+    items = [(layer, p) for layer in order for p in range(len(dense[layer]))]
+    whole = {sum(len(dense[layer]) for layer in order[: n + 1]) for n in range(len(order))}
+    held = factored = 0
+    fits, reachable = [], []
+    for count, (layer, p) in enumerate(items, 1):
+        held, factored = held + dense[layer][p], factored + full[layer][p]
+        share = (held - removed) / factored
+        reachable += [held - factored, held - least * factored]
+        if least <= share <= 1:
+            grade = 0 if share >= 0.5 else 1 if share >= 0.25 else 3
+            if count not in whole:
+                grade = 2 if share >= 0.5 else 3
+            fits.append((grade, count if share >= 0.5 else -share, count))
+    if fits:
+        return items[: min(fits)[-1]]
+    total = sum(map(sum, dense))
+    below = max((r for r in reachable if 0 < r <= removed), default=None)
+    above = min((r for r in reachable if r >= removed), default=None)
+    raise ValueError(" and ".join(f"{r / total:.3f}" for r in (below, above) if r is not None))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..lazy import picked
 from .whitening import refit_left
 
 
@@ -50,9 +51,9 @@ def trimmed_sources(frequency: torch.Tensor, keep_u: int) -> list[list[int]]:
     """Eq. 7 as Algorithm 3 has it: for each expert the `keep_u` most frequent of the experts that are more
     frequent than it, and itself where there are fewer."""
     order = torch.argsort(frequency, descending=True, stable=True).tolist()
-    sources = []
+    uses, sources = frequency.tolist(), []
     for expert in range(len(order)):
-        chosen = [j for j in order if frequency[j] > frequency[expert]][:keep_u]
+        chosen = [j for j in order if uses[j] > uses[expert]][:keep_u]
         sources.append(chosen if len(chosen) == keep_u else [*chosen, expert])
     return sources
 
@@ -93,8 +94,26 @@ def share_and_trim(weights, grams, frequency: torch.Tensor, rank: int, keep_u: i
     return Shared(left * scale, (right / scale[:, None])[None], rows, [0] * len(weights))
 
 
-def left_count(frequency: torch.Tensor, keep_u: int, by_letter: bool) -> int:
+def share_in_groups(make, weights, grams, frequency: torch.Tensor, rank: int, keep_u: int, groups: int) -> Shared:
+    """`make` (share_and_trim or literal) within each of `groups` equal groups of neighbouring experts (appendix D.3:
+    DeepSeekMoE's 64 experts in 8 groups): a right factor and keep_u left ones for each group."""
+    size = len(weights) // groups
+    spans = [list(range(start, start + size)) for start in range(0, len(weights), size)]
+    made = [make(picked(weights, span), picked(grams, span), frequency[span], rank, keep_u) for span in spans]
+    lefts, rights = [0], [0]
+    for group in made:
+        lefts.append(lefts[-1] + len(group.left))
+        rights.append(rights[-1] + len(group.right))
+    return Shared(
+        torch.cat([group.left for group in made]),
+        torch.cat([group.right for group in made]),
+        [row + start for group, start in zip(made, lefts) for row in group.left_rows],
+        [row + start for group, start in zip(made, rights) for row in group.right_rows],
+    )
+
+
+def left_count(frequency: torch.Tensor, keep_u: int, by_letter: bool, groups: int = 1) -> int:
     """Left factors that a layer stores."""
-    if by_letter:
-        return len({tuple(s) for s in trimmed_sources(frequency, keep_u)})
-    return min(keep_u, len(frequency))
+    if not by_letter:
+        return groups * min(keep_u, len(frequency) // groups)
+    return sum(len({tuple(s) for s in trimmed_sources(part, keep_u)}) for part in frequency.chunk(groups))

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import load_file
 from torch import nn
 
 from ..checkpoint.files import write_json, write_tensors
@@ -19,23 +20,35 @@ LEFT, RIGHT = ("_left", ".left"), ("_right", ".right")  # endings of parameters,
 
 @dataclass(frozen=True)
 class Updates:
-    """What training gives: float32 by parameter name; `add` is added to the stored value, `put` takes its place."""
+    """What training gives, float32 by parameter name: left @ right is added to the stored value, `put` replaces it."""
 
-    add: dict[str, torch.Tensor]
+    left: dict[str, torch.Tensor]
+    right: dict[str, torch.Tensor]
     put: dict[str, torch.Tensor]
 
-    def write(self, file: Path) -> None:
-        tensors = {f"add/{k}": v for k, v in self.add.items()} | {f"put/{k}": v for k, v in self.put.items()}
-        write_tensors(file, tensors)
+    def write(self, file: Path, prefix: str = "") -> None:
+        """Those of the parameters whose names start with the prefix."""
+        kinds = {"left": self.left, "right": self.right, "put": self.put}
+        write_tensors(
+            file,
+            {f"{kind}/{name}": t for kind, ts in kinds.items() for name, t in ts.items() if name.startswith(prefix)},
+        )
 
     @classmethod
-    def of(cls, tensors: dict[str, torch.Tensor]) -> "Updates":
-        """From what `write` wrote."""
-        kinds: dict[str, dict] = {"add": {}, "put": {}}
-        for name, tensor in tensors.items():
+    def read(cls, file: Path) -> "Updates":
+        kinds: dict[str, dict] = {"left": {}, "right": {}, "put": {}}
+        for name, tensor in load_file(file).items():
             kind, _, key = name.partition("/")
             kinds[kind][key] = tensor
-        return cls(kinds["add"], kinds["put"])
+        return cls(**kinds)
+
+    def parameters(self) -> int:
+        return sum(t.numel() for ts in (self.left, self.right, self.put) for t in ts.values())
+
+
+def update_file(folder: Path, index: int) -> Path:
+    """Where the updates of a layer lie."""
+    return folder / f"updates-{index:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,14 +62,14 @@ class Adapters:
 @torch.no_grad()
 def apply(layer: nn.Module, prefix: str, updates: Updates, stored: torch.dtype) -> None:
     """Merges into a layer whose parameters are called prefix + path: rounded once, to `stored`, whatever the layer's
-    own dtype. KeyError where an update names no parameter."""
+    own dtype. KeyError where an update names no parameter of the layer."""
     parameters = {prefix + path: p for path, p in layer.named_parameters()}
-    for kind, tensors in (("add", updates.add), ("put", updates.put)):
-        for name, tensor in tensors.items():
-            if not name.startswith(prefix):
-                continue
-            parameter, tensor = parameters[name], tensor.to(parameters[name].device)
-            parameter.copy_((parameter.float() + tensor if kind == "add" else tensor).to(stored))
+    for name, left in updates.left.items():
+        parameter = parameters[name]
+        product = (left @ updates.right[name]).reshape(parameter.shape)
+        parameter.copy_((parameter.float() + product.to(parameter.device)).to(stored))
+    for name, tensor in updates.put.items():
+        parameters[name].copy_(tensor.to(stored))
 
 
 def float_targets(module: nn.Module, layers: list[str], attention: bool) -> tuple[list[str], list[str]]:
@@ -133,9 +146,9 @@ class Trained:
     @torch.no_grad()
     def updates(self, prefix: str = "") -> Updates:
         """What training changed, by parameter names with `prefix` before them."""
-        add = {prefix + name: _delta(layer) for name, layer in self.adapters.items()}
-        put = {prefix + name: parameter.detach().clone() for name, parameter in self._plain.items()}
-        return Updates(add, put)
+        pairs = {prefix + name: _product(layer) for name, layer in self.adapters.items()}
+        put = {prefix + name: parameter.detach() for name, parameter in self._plain.items()}
+        return Updates({n: left for n, (left, _) in pairs.items()}, {n: right for n, (_, right) in pairs.items()}, put)
 
     def peft_tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """Adapters under the names that a PEFT folder has, `prefix` before the module's own."""
@@ -166,16 +179,14 @@ def _plain_name(path: str, layer: LoraLayer) -> str:
     return f"{path}.{getattr(layer, 'parameter_name', 'weight')}"
 
 
-def _delta(layer: LoraLayer) -> torch.Tensor:
-    """float32 scale * B @ A in the shape of the parameter, whatever the dtype that the frozen one is held in."""
+def _product(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 scale * B and A whose product, reshaped, is added to the parameter, whatever dtype that is held in."""
     a, b = (getattr(layer, kind)["default"].weight.float() for kind in ("lora_A", "lora_B"))
-    scale = layer.scaling["default"]
-    if not isinstance(layer, ParamWrapper):
-        return scale * b @ a
-    shape, experts = layer.get_param().shape, layer.num_experts
-    a = a.reshape(experts, -1, a.shape[-1])  # (experts, rank, in)
-    b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)  # (experts, out, rank), as peft lays it out
-    return (scale * b @ a).reshape(shape)
+    b = layer.scaling["default"] * b
+    if isinstance(layer, ParamWrapper):
+        a = a.reshape(layer.num_experts, -1, a.shape[-1])  # (experts, rank, in)
+        b = b.reshape(b.shape[0], -1, layer.num_experts).permute(2, 0, 1)  # (experts, out, rank), as peft lays it out
+    return b, a
 
 
 def save_peft(folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor], base: str) -> None:

@@ -4,6 +4,7 @@ The compressed layer is given what the healed layers before it put out, so that 
 """
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -11,52 +12,46 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from ..checkpoint.files import write_tensors
+from ..checkpoint.files import write_json, write_tensors
 from ..model.stream import LayerVisit, StreamedModel
-from .adapters import Adapters, Trained, Updates, float_targets, lora_config
+from .adapters import Adapters, Trained, Updates, float_targets, lora_config, update_file
 from .losses import output_error
 from .nf4 import freeze_in_nf4
 from .shipped import BATCH, heal_layer, layer_seed
 from .terms import into_layout
 
 
-def heal_layerwise(context, layout: dict, folder: Path) -> tuple[Updates, list[dict], Adapters]:
-    """The updates of all layers, the log {"phase": layer, "step", "loss"}, the adapters; a finished layer is kept in
-    `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+def heal_layerwise(context, layout: dict, folder: Path) -> tuple[list[dict], Adapters]:
+    """Trains each layer and leaves its updates in `folder`; a layer that is finished is not trained again. Returns the
+    log {"phase": layer, "step", "loss"} and the adapters."""
     dtype, windows = context.statistics.dtype, context.training.train
     original = StreamedModel(context.statistics.folder, dtype, context.device)
     streamed = StreamedModel(context.parent.folder, dtype, context.device)
-    add: dict[str, torch.Tensor] = {}
-    put: dict[str, torch.Tensor] = {}
     history: list[dict] = []
     adapters: dict[str, torch.Tensor] = {}
     linears: list[str] = []
     banks: list[str] = []
     for wanted, visit in zip(original.walk(windows, BATCH), streamed.walk(windows, BATCH)):
-        index, name = visit.index, streamed.layer_names[visit.index]
-        file = folder / f"layer-{index:05d}.safetensors"
+        index, name, file = visit.index, streamed.layer_names[visit.index], update_file(folder, visit.index)
+        log, adapter = folder / f"losses-{index:05d}.json", folder / f"adapter-{index:05d}.safetensors"
         targets = wanted.outputs()
         original.drop_layer(index)
         if not file.is_file():
             trained, losses = _heal_layer(context, streamed, visit, targets, layout)
-            write_tensors(folder / f"adapter-{index:05d}.safetensors", trained.peft_tensors(name + "."))
-            updates = trained.updates(name + ".")
-            Updates(updates.add, updates.put | {"losses": losses}).write(file)
+            write_json(log, losses)
+            write_tensors(adapter, trained.peft_tensors(name + "."))
+            trained.updates(name + ".").write(file)
             del trained
             streamed.load_layer(index)
-        updates = Updates.of(load_file(file))
-        losses = updates.put.pop("losses")
-        adapters |= load_file(folder / f"adapter-{index:05d}.safetensors")
-        history += [{"phase": index, "step": step + 1, "loss": float(loss)} for step, loss in enumerate(losses)]
-        heal_layer(streamed, index, visit.layer, layout, updates, context.seed)
+        del targets
+        history += [{"phase": index, "step": i + 1, "loss": loss} for i, loss in enumerate(json.loads(log.read_text()))]
+        adapters |= load_file(adapter)
+        heal_layer(streamed, index, visit.layer, layout, Updates.read(file), context.seed)
         if context.options.train == "adapters":
             found = float_targets(visit.layer, [""], context.options.attention)
             linears, banks = (had + [f"{name}.{path}" for path in paths] for had, paths in zip((linears, banks), found))
-        add, put = add | updates.add, put | updates.put
         context.report("lora: layers", index + 1, len(streamed.layer_names))
-    config = lora_config(context.options.rank, linears, banks) if adapters else None
-    return Updates(add, put), history, Adapters(config, adapters)
+    return history, Adapters(lora_config(context.options.rank, linears, banks) if adapters else None, adapters)
 
 
 def _heal_layer(context, streamed: StreamedModel, visit: LayerVisit, targets: list, layout: dict):
@@ -74,7 +69,7 @@ def _heal_layer(context, streamed: StreamedModel, visit: LayerVisit, targets: li
     for phase, side in enumerate(sides):
         steps = options.steps // len(sides) + (phase < options.steps % len(sides))
         losses += _train(layer, trained, side, visit, targets, options, steps, seed + phase)
-    return trained, torch.tensor(losses)
+    return trained, losses
 
 
 def _train(layer: nn.Module, trained: Trained, side: str, visit, targets, options, steps: int, seed: int):

@@ -120,7 +120,7 @@ def train(
     the first step included. Returns the log: {"step", "loss", "learning_rate"} and {"step", "eval_loss"}.
 
     Every `validate_every` steps the state goes to `folder`, from which an interrupted call goes on. ValueError where
-    the loss is not finite.
+    the loss is not finite, or the device is another than the first GPU.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -158,6 +158,10 @@ def train(
         dataloader_pin_memory=False,
         prediction_loss_only=True,
     )
+    if device.type == "cuda" and device.index:
+        raise ValueError(f"--device {device}: training uses the first GPU; choose it by CUDA_VISIBLE_DEVICES instead")
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # one device: on several the Trainer would copy the model to each
     healer = Healer(
         tensors,
         loss,

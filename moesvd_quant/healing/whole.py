@@ -6,7 +6,7 @@ from torch import nn
 
 from ..model.load import load
 from ..model.stream import StreamedModel
-from .adapters import Adapters, Trained, Updates, float_targets
+from .adapters import Adapters, Trained, float_targets, update_file
 from .nf4 import freeze_in_nf4
 from .shipped import layer_seed
 from .terms import into_layout
@@ -27,8 +27,9 @@ def planned(streamed: StreamedModel, layout: dict, options, seed: int) -> tuple[
     return streamed.model, new
 
 
-def heal_whole(context, layout: dict, folder: Path) -> tuple[Updates, list[dict], Adapters]:
-    """Trains as the stage's options say, with its state in `folder`: the updates, the log, the adapters."""
+def heal_whole(context, layout: dict, folder: Path) -> tuple[list[dict], Adapters]:
+    """Trains as the stage's options say, with its state in `folder`, where the updates of every layer are left. Returns
+    the log and the adapters."""
     options, dtype = context.options, context.statistics.dtype
     streamed = StreamedModel(context.parent.folder, dtype, context.device)
     model, new = planned(streamed, layout, options, context.seed)
@@ -47,4 +48,7 @@ def heal_whole(context, layout: dict, folder: Path) -> tuple[Updates, list[dict]
             model, tensors, loss, options, context.training, steps, folder / side, context.device, context.seed, say
         )
         history += [entry | {"phase": phase} for entry in log]
-    return trained.updates(), history, Adapters(trained.config, trained.peft_tensors())
+    updates = trained.updates()
+    for index, name in enumerate(streamed.layer_names):
+        updates.write(update_file(folder, index), name + ".")
+    return history, Adapters(trained.config, trained.peft_tensors())

@@ -9,6 +9,9 @@ A projection is a list of parts; a part holds one bank of dense rows, or a bank 
 factors of a single rank, for the experts it names. Experts that no part names have weight zero. A bank is
 floating point, or packed (see `unpack`). Packed tensors and the bits of their scales are integers, so that
 no cast of the model can touch them.
+
+A dense part may be pruned along the intermediate dimension: it then has `rows` of gate and up, or `columns` of down,
+only for the `channels` of its module. Where up and down also say `dynamic`, each token uses just that many of them.
 """
 
 import hashlib
@@ -31,6 +34,7 @@ from .native_experts import apply_gate, form_of
 FORMAT = 1
 SHIPPED = ("modeling_moesvd.py", "native_experts.py", "modeling_deepseek.py")  # what a checkpoint needs to open itself
 MANIFEST = "moesvd.json"
+ONE_BY_ONE = ("cpu",)  # devices on which a product for each expert is as fast as one grouped product
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -85,11 +89,23 @@ def bank_tensors(name: str, shape: tuple, quant: dict | None, dtype: torch.dtype
 def part_banks(part: dict, out_features: int, in_features: int) -> dict:
     """Banks of a part: {"dense" | "left" | "right": shape}."""
     if "dense" in part:
-        return {"dense": (max(part["dense"]) + 1, out_features, in_features)}
+        return {"dense": (max(part["dense"]) + 1, part.get("rows", out_features), part.get("columns", in_features))}
     return {
         "left": (max(part["left"]) + 1, out_features, part["rank"]),
         "right": (max(part["right"]) + 1, part["rank"], in_features),
     }
+
+
+def channel_tensors(layout: dict) -> dict:
+    """int32 tensors of a module with pruned dense parts, {name: length}: the channels they keep, and, as the bits of
+    fp32, what a token's choice among these starts from and how it weighs their activations."""
+    pruned = [part for parts in layout.values() for part in parts if "rows" in part or "columns" in part]
+    if not pruned:
+        return {}
+    names = ["channels"]
+    if any("dynamic" in part for part in pruned):
+        names += ["channel_prior", "channel_weight"]
+    return dict.fromkeys(names, pruned[0].get("rows") or pruned[0]["columns"])
 
 
 def projection_shapes(experts: nn.Module) -> dict:
@@ -187,6 +203,10 @@ class FactorizedExperts(Packed):
         kind = next(p for p in native.parameters() if p.is_floating_point())
         for key, shape, quant in self.banks():
             self.add_bank(key, shape, quant, kind.dtype, kind.device)
+        for key, size in channel_tensors(layout).items():
+            given = native._parameters.get(key)
+            tensor = torch.empty(size, dtype=torch.int32, device=kind.device) if given is None else given
+            self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
 
     def banks(self):
         """Yields (parameter name, shape, quant) of every bank of the layout."""
@@ -209,7 +229,7 @@ class FactorizedExperts(Packed):
                 continue
             at = part["experts"].index(expert)
             if "dense" in part:
-                weight = weight + self.bank(projection, i, "dense", dtype, part["dense"][at])
+                weight = weight + self.spread(part, self.bank(projection, i, "dense", dtype, part["dense"][at]))
             else:
                 left = self.bank(projection, i, "left", dtype, part["left"][at])
                 weight = weight + left @ self.bank(projection, i, "right", dtype, part["right"][at])
@@ -238,9 +258,11 @@ class FactorizedExperts(Packed):
         order = None if self.owns_rows(part, bank) else torch.argsort(rows, stable=True)
         x = x if order is None else x[order]
         sizes = torch.bincount(rows, minlength=count)
-        if part["quant"].get(bank) is None and x.device.type != "cpu":
+        if part["quant"].get(bank) is None and x.device.type not in ONE_BY_ONE:
             weight = self.bank(projection, i, bank, x.dtype)
             y = F.grouped_mm(x, weight.transpose(1, 2), offs=sizes.cumsum(0).int())
+            if y.requires_grad:
+                y.register_hook(torch.Tensor.contiguous)  # its backward takes no gradient with gaps
         else:  # one expert's weight is dequantized at a time; on a CPU this is as fast as the grouped product
             chunks = [
                 F.linear(chunk, self.bank(projection, i, bank, x.dtype, row))
@@ -262,7 +284,7 @@ class FactorizedExperts(Packed):
         if key not in self._maps:
             parts = [part for parts in self.layout.values() for part in parts]
             banks = [(part, bank) for part in parts for bank in ("dense", "right", "left") if bank in part]
-            alone = all(self.owns_rows(*at) and (device_type == "cpu" or at[1] in at[0]["quant"]) for at in banks)
+            alone = all(self.owns_rows(*at) and (device_type in ONE_BY_ONE or at[1] in at[0]["quant"]) for at in banks)
             served = alone and not any(map(self.shared_input, parts))
             self._maps[key] = {name: self._terms(name) for name in self.layout} if served else None
         return self._maps[key]
@@ -300,19 +322,63 @@ class FactorizedExperts(Packed):
             y = h if y is None else y + h
         return x.new_zeros(len(x), self.shapes[projection][0]) if y is None else y
 
+    def spread(self, part, weight):
+        """A pruned dense weight at its full size (out, in), zero where it was pruned."""
+        for axis, kind in enumerate(("rows", "columns")):
+            if kind in part:
+                size = list(weight.shape)
+                size[axis] = self.shapes["down"][1]
+                weight = weight.new_zeros(size).index_copy(axis, self.channels.long(), weight)
+        return weight
+
+    def channel_mask(self, probe):
+        """1 for the channels that each token uses of a pruned base, 0 for others, like probe (tokens, channels): what
+        the first projection of the base puts out. A token decides for itself, whatever it is batched with: by its
+        share of the activations' energy, added to the calibrated share."""
+        count = min(part["dynamic"] for part in self.layout["down"] if "dynamic" in part)
+        given = {"gate": probe, "up": torch.ones_like(probe)} if self.has_gate else {"up": probe}
+        prior, weight = (self._parameters[f"channel_{k}"].view(torch.float32) for k in ("prior", "weight"))
+        energy = self.activate(given).float().square() * weight
+        score = prior + energy / energy.sum(-1, keepdim=True).clamp(min=1e-30)
+        return torch.zeros_like(probe).scatter(-1, score.topk(count, -1).indices, 1.0)
+
     def shared_input(self, part):
         """The bank that every token meets whatever its expert, first: a base, or a right factor."""
         whole = len(part["experts"]) == self.experts
         name = "dense" if "dense" in part else "right"
         return name if whole and max(part[name]) == 0 else None
 
-    def project(self, x, token, ids, projection):
-        """x (tokens, in) -> (pairs, out) for the (token, expert) pairs; shared banks see each token once."""
+    def apply_base(self, x, projection, i, masks):
+        """Part i, a dense weight for every token whatever its expert: x (n, in) -> (n, out). masks: see `project`."""
+        part = self.layout[projection][i]
+        if "columns" in part:
+            x = x[:, self.channels.long()]
+            x = x * masks["tokens"] if "dynamic" in part else x
+        y = F.linear(x, self.bank(projection, i, "dense", x.dtype, 0))
+        if "rows" not in part:
+            return y
+        if "dynamic" in part:
+            y = y * masks["tokens"]
+        elif "channel_prior" in self._parameters:  # gate, or up without a gate, comes first: up and down follow it
+            masks["tokens"] = self.channel_mask(y)
+        return y.new_zeros(len(y), self.shapes[projection][0]).index_copy(1, self.channels.long(), y)
+
+    def project(self, x, token, ids, projection, masks, with_base=True):
+        """x (tokens, in) -> (pairs, out) for the (token, expert) pairs; shared banks see each token once.
+
+        masks: {"tokens": (tokens, channels)}, filled by the first projection of a base that is pruned token by token.
+        """
         y = None
         for i, part in enumerate(self.layout[projection]):
             first, last = ("dense", None) if "dense" in part else ("right", "left")
+            shared = self.shared_input(part)
+            if shared == "dense":
+                if with_base:
+                    h = self.apply_base(x, projection, i, masks)[token]
+                    y = h if y is None else y + h
+                continue
             rows = self.row_map(projection, i, first, x.device)[ids]
-            if self.shared_input(part):
+            if shared:
                 h, chosen = self.bank_matmul(x, rows, projection, i, first)[token], None
             else:
                 chosen = None if len(part["experts"]) == self.experts else (rows >= 0).nonzero()[:, 0]
@@ -352,7 +418,23 @@ class FactorizedExperts(Packed):
     def forward(self, *inputs):
         """As the native module is called, for example hidden (T, H), index (T, k), weights (T, k) -> (T, H)."""
         routed = self.form.route(self, *inputs)
+        bases = [i for i, part in enumerate(self.layout["down"]) if self.shared_input(part) == "dense"]
+        plain = not (self.has_post_expert_norm or hasattr(self, "identity_expert"))
+        if bases and plain and hasattr(self.form, "combine"):
+            y = self._with_base_last(routed, bases)
+            return y.to(inputs[0].dtype).view(inputs[0].shape)
         return self.form.gather(self, self.compute(routed.x, routed.token, routed.expert), routed, *inputs)
+
+    def _with_base_last(self, routed, bases):
+        """(tokens, H). The base of down is linear: it meets each token once, after its experts are summed."""
+        masks: dict[str, torch.Tensor] = {}
+        inner = self._inner(routed.x, routed.token, routed.expert, masks)
+        each = torch.arange(len(inner), device=inner.device)
+        y = self.project(inner, each, routed.expert, "down", masks, with_base=False)
+        if self.has_bias:
+            y = y + self.down_proj_bias[routed.expert]
+        x = self.form.combine(inner, routed).to(inner.dtype)
+        return self.form.combine(y, routed) + sum(self.apply_base(x, "down", i, masks) for i in bases)
 
     def compute(self, x, token, ids):
         """x (tokens, H) -> (pairs, H) for pairs of a token (its row of x) and an expert, sorted by expert."""
@@ -365,14 +447,20 @@ class FactorizedExperts(Packed):
         if steps := self.steps(x.device.type):
             y = self.by_expert(x, token, ids, steps)
         else:
-            names = [name for name in ("gate", "up") if name in self.shapes]
-            pairs = {name: self.project(x, token, ids, name) for name in names}
-            self.add_bias(pairs, ids)
-            inner = self.activate(pairs)
-            y = self.project(inner, torch.arange(len(ids), device=ids.device), ids, "down")
+            masks: dict[str, torch.Tensor] = {}
+            inner = self._inner(x, token, ids, masks)
+            expanded = {"tokens": masks["tokens"][token]} if masks else {}
+            y = self.project(inner, torch.arange(len(ids), device=ids.device), ids, "down", expanded)
         if self.has_bias:
             y = y + self.down_proj_bias[ids]
         return self.post_expert_norm(y) if self.has_post_expert_norm else y
+
+    def _inner(self, x, token, ids, masks):
+        """Input of down (pairs, inner); masks: see `project`."""
+        names = [name for name in ("gate", "up") if name in self.shapes]
+        pairs = {name: self.project(x, token, ids, name, masks) for name in names}
+        self.add_bias(pairs, ids)
+        return self.activate(pairs)
 
 
 def apply_layout(model: nn.Module, layout: dict) -> None:

@@ -55,10 +55,15 @@ class Convention:
         return Routed(x, order // index.shape[-1], expert, weights.reshape(-1)[order], order)
 
     @staticmethod
-    def gather(module: nn.Module, y, routed: Routed, hidden, index, weights) -> torch.Tensor:
+    def combine(y, routed: Routed) -> torch.Tensor:
+        """(pairs, n) -> (tokens, n): the weighted sum over the experts of each token."""
         y = y * routed.scale.unsqueeze(-1)
         y = torch.empty_like(y).index_copy(0, routed.row, y)
-        return y.view(len(routed.x), index.shape[-1], -1).sum(1).to(hidden.dtype).view(hidden.shape)
+        return y.view(len(routed.x), -1, y.shape[-1]).sum(1)
+
+    @staticmethod
+    def gather(module: nn.Module, y, routed: Routed, hidden, index, weights) -> torch.Tensor:
+        return Convention.combine(y, routed).to(hidden.dtype).view(hidden.shape)
 
 
 class EveryExpert:
@@ -108,7 +113,8 @@ class Flat:
         gate, up, down = (w.view(module.num_experts, -1, w.shape[-1]) for w in held)
         return {"gate": gate, "up": up, "down": down.transpose(1, 2)}
 
-    route, gather = staticmethod(Convention.route), staticmethod(Convention.gather)
+    route, combine = staticmethod(Convention.route), staticmethod(Convention.combine)
+    gather = staticmethod(Convention.gather)
 
 
 class Block:

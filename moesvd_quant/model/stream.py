@@ -91,7 +91,7 @@ def weight_files(folder: Path) -> dict[str, str]:
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """(path, layers) of the decoder: the list of modules in it that holds most of its weights."""
     decoder = model.get_decoder()
-    lists = {name: child for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child)}
+    lists = {name: child for name, child in decoder.named_modules() if isinstance(child, nn.ModuleList) and len(child)}
     if not lists:
         raise ModelError(f"{type(decoder).__name__}: has no list of decoder layers; it cannot be taken layer by layer")
     name = max(lists, key=lambda key: sum(p.numel() for p in lists[key].parameters()))

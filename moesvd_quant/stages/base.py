@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..calibration.compressed import CompressedWalk
 from ..calibration.metric import Grams, blend, coverage
 from ..calibration.store import Statistics
 from ..decompose.whitening import whitened_error
@@ -48,13 +49,14 @@ class Context:
     training: Any = None
     folder: Path = Path()
     report: Callable[[str, int, int], None] = lambda what, done, total: None
+    _walk: CompressedWalk | None = None
 
     def each_layer(self, work: LayerFunction, report: Progress, todo: Container[int] | None = None) -> Iterator:
         """(index, work(context, index, layer, its statistics)) of each layer (of `todo`) of the input checkpoint, as
         they are done: in order, or in parallel, where `work` has to be a function of a module or a partial of one."""
         count = len(self.parent.layer_names)
         wanted = [index for index in range(count) if todo is None or index in todo]
-        if self.pool.parallel:
+        if self.pool.parallel and not self.options.in_order():
             self.statistics.ensure(self.progress)
             found = self.pool.map(LayerWork(self, work), wanted, self.device)
         else:
@@ -71,6 +73,12 @@ class Context:
                 layer = self.parent.load_layer(index)
                 yield index, work(self, index, layer, statistics)
                 self.parent.drop_layer(index)
+
+    def compressed_walk(self) -> CompressedWalk:
+        """The walk over the parent with what this stage made of its layers so far."""
+        if self._walk is None:
+            self._walk = CompressedWalk(self.parent.folder, self.statistics)
+        return self._walk
 
     def __reduce__(self):
         """For a worker: what it needs to work on a layer, and no more."""

@@ -73,7 +73,7 @@ def _pack_experts(layout: dict, shapes: dict, full: str, options, widths: dict |
             if bits == FLOAT:  # the budget left it as it is
                 continue
             part["quant"] = {
-                bank: _quant(options, shape[-1], f"{full}.{name}", bank == "left", bits)
+                bank: _quant(options, shape[-1], f"{full}.{name}", bank == "left" or "columns" in part, bits)
                 for bank, shape in part_banks(part, *shapes[name]).items()
             }
 
@@ -142,7 +142,7 @@ def _quantize_experts(context, full, experts, own, blended, layout):
     for name, parts in layout.items():
         # A part after another one of the same experts (a delta after its base) stands for what that one left over.
         done: list[tuple[dict, dict]] = []
-        targets = _targets(wanted[name], done)
+        targets = _targets(experts, wanted[name], done)
         for i, part in enumerate(parts):
             if not part["quant"]:
                 continue
@@ -180,23 +180,24 @@ def _weights(experts, name: str) -> Lazily:
     return Lazily(expert_count(experts), lambda e: dense_weight(experts, name, e))
 
 
-def _targets(wanted: Lazily, done: list[tuple[dict, dict]]) -> Lazily:
+def _targets(experts, wanted: Lazily, done: list[tuple[dict, dict]]) -> Lazily:
     """What the parts that are packed when it is asked for (part, its banks) leave of each expert's weight."""
 
     def left_over(expert: int) -> torch.Tensor:
         weight = wanted[expert]
         for part, made in done:
             if expert in part["experts"]:
-                weight = weight - _product(part, made, part["experts"].index(expert)).to(weight)
+                weight = weight - _product(experts, part, made, part["experts"].index(expert)).to(weight)
         return weight
 
     return Lazily(len(wanted), left_over)
 
 
-def _product(part: dict, made: dict, at: int) -> torch.Tensor:
-    """What a packed part contributes to its expert number `at`."""
+def _product(experts, part: dict, made: dict, at: int) -> torch.Tensor:
+    """What a packed part of an experts module contributes to its expert number `at`."""
     if "dense" in part:
-        return made["dense"][part["dense"][at]].dense()
+        dense = made["dense"][part["dense"][at]].dense()
+        return experts.spread(part, dense) if "rows" in part or "columns" in part else dense
     return made["left"][part["left"][at]].dense() @ made["right"][part["right"][at]].dense()
 
 
@@ -208,9 +209,13 @@ def _quantize_part(context, full, name, i, part, experts, targets, grams):
         for row in range(max(part["dense"]) + 1):
             sharers = [e for e, r in zip(users, part["dense"]) if r == row]
             where = f"{full}.{name}[{', '.join(map(str, sharers))}]"
-            alone = len(sharers) == 1
-            weight = targets[sharers[0]] if alone else experts.bank(name, i, "dense", torch.float32, row)
-            packed.append(_quantize(context, where, weight, sum(grams[e] for e in sharers), part["quant"]["dense"]))
+            whole = len(sharers) == 1 and "rows" not in part and "columns" not in part
+            weight = targets[sharers[0]] if whole else experts.bank(name, i, "dense", torch.float32, row)
+            gram = sum(grams[e] for e in sharers)
+            if "columns" in part:
+                kept = experts.channels.long()
+                gram = gram[kept][:, kept]
+            packed.append(_quantize(context, where, weight, gram, part["quant"]["dense"]))
         return {"dense": packed}
     lefts, rights = quantize_factors(
         picked(targets, users),

@@ -5,10 +5,8 @@ import math
 import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from ..checkpoint.files import write_json
-from ..healing.adapters import Updates, save_peft
+from ..healing.adapters import Updates, save_peft, update_file
 from ..healing.layerwise import heal_layerwise
 from ..healing.record import write_curve
 from ..healing.shipped import heal_layer, validation_loss
@@ -18,7 +16,7 @@ from ..layout import layout_of
 from ..model.stream import StreamedModel
 from .base import Context, Plan, StageError, require_experts
 
-STATE, RESULT, RECORD, ADAPTER = "training", "updates.safetensors", "healing.json", "adapter"
+STATE, RECORD, ADAPTER = "training", "healing.json", "adapter"
 OBJECTIVE = {"lm": "loss, nats per token", "distill": "KL, nats per token", "layerwise": "relative output error"}
 
 
@@ -70,17 +68,23 @@ def _heal(context: Context, planned: Plan, folder: Path) -> None:
         )
     state.mkdir(exist_ok=True)
     validation, dtype = context.training.validation, context.statistics.dtype
-    updates, history, adapters = (heal_layerwise if options.objective == "layerwise" else heal_whole)(
+    history, adapters = (heal_layerwise if options.objective == "layerwise" else heal_whole)(
         context, planned.layout, state
     )
-    updates.write(state / RESULT)
 
     def loss(heal) -> float:
         return validation_loss(StreamedModel(context.parent.folder, dtype, context.device), validation, heal)
 
     before = loss(None)
     streamed = StreamedModel(context.parent.folder, dtype, context.device)
-    heal = lambda index, layer: heal_layer(streamed, index, layer, planned.layout, updates, context.seed)  # noqa: E731
+    trained = 0
+
+    def heal(index: int, layer) -> None:
+        nonlocal trained
+        updates = Updates.read(update_file(state, index))
+        trained += updates.parameters()
+        heal_layer(streamed, index, layer, planned.layout, updates, context.seed)
+
     after = validation_loss(streamed, validation, heal)
     if not math.isfinite(after):
         raise StageError(f"lora: the healed model's validation loss is {after}; lower lora.lr")
@@ -94,7 +98,7 @@ def _heal(context: Context, planned: Plan, folder: Path) -> None:
         "validation_tokens": validation.numel(),
         "training_tokens": options.batch * context.training.train.shape[1] * sum("loss" in e for e in history),
         "distinct_training_tokens": context.training.train.numel(),
-        "trained_parameters": sum(t.numel() for t in (*updates.add.values(), *updates.put.values())),
+        "trained_parameters": trained,
     }
     if after >= before:
         outcome["why_not"] = "the healed weights, as they would ship, are not better on held-out text: the input stays"
@@ -103,9 +107,9 @@ def _heal(context: Context, planned: Plan, folder: Path) -> None:
 
 def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
     """Merges what was trained into a loaded layer, or leaves it as it is."""
-    updates = Updates({}, {})
+    updates = Updates({}, {}, {})
     if plan.decisions["healing"]["healed"]:
-        updates = Updates.of(load_file(context.folder / STATE / RESULT))
+        updates = Updates.read(update_file(context.folder / STATE, index))
     heal_layer(context.parent, index, layer, plan.layout, updates, context.seed)
     return {}
 

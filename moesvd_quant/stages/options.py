@@ -18,17 +18,41 @@ class StageOptions(BaseModel):
         """Whether a budget has to decide something."""
         return False
 
+    def idle(self) -> dict[str, str]:
+        """Options that mean nothing beside the others, and what they need."""
+        return {}
+
+    def in_order(self) -> bool:
+        """Whether a layer depends on what was made of those before it: a run that goes on makes them again."""
+        return False
+
 
 class SvdOptions(StageOptions):
-    method: Literal["global", "uniform", "paper"] = Field(
+    method: Literal["global", "uniform", "asvd", "plain", "paper"] = Field(
         "global",
         description="global: ranks by one threshold over the model; uniform: one rank share (SVD-LLM per "
-        "expert); paper: MoE-SVD, sensitive layers kept, V shared, U trimmed",
+        "expert); asvd, plain: the same share, ASVD's scaling or no statistics at all; paper: MoE-SVD, sensitive "
+        "layers kept, V shared, U trimmed",
     )
     ratio: float | None = Field(
         None, description="fraction of routed-expert parameters removed, between 0 and 1; left open: the budget decides"
     )
-    keep_u: Annotated[int, Field(ge=1)] = Field(2, description="paper: left factors kept per layer (k of eq. 7)")
+    update: bool = Field(
+        False,
+        description="uniform: left factors refitted to the inputs that the compressed layers before give (SVD-LLM)",
+    )
+    alpha: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="asvd: power of the mean |activation| that scales"
+    )
+    select: Literal["fpa", "fp", "fa", "pa", "f", "p", "a", "owl", "uniform"] = Field(
+        "fpa", description="paper: what keeps a layer: factors of eq. 4 (Table 5), OWL's score, or nothing (Table 4)"
+    )
+    shared_v: bool = Field(True, description="paper: one right factor for all experts of a group; false: own factors")
+    groups: Annotated[int, Field(ge=1)] = Field(1, description="paper: groups of neighbouring experts, each with its V")
+    keep_u: Annotated[int, Field(ge=1)] = Field(2, description="paper: left factors kept per group (k of eq. 7)")
+    trim_u: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="paper: left factors trimmed per group, in place of keep_u (Table 6); 0 keeps all"
+    )
     principal_rank: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.01, description="paper: a singular value counts above this share of the largest (Algorithm 1)"
     )
@@ -42,11 +66,34 @@ class SvdOptions(StageOptions):
     def _ratio(cls, value):
         return None if value is None else check_ratio(value)
 
+    def idle(self) -> dict[str, str]:
+        """Options that mean nothing beside the others, and what they need."""
+        paper, factors = self.method == "paper", self.select if self.select not in ("owl", "uniform") else ""
+        needs = {
+            "update": (self.method == "uniform", "method: uniform"),
+            "alpha": (self.method == "asvd", "method: asvd"),
+            "principal_rank": ("p" in factors, "p in select"),
+            "outlier": ("a" in factors, "a in select"),
+            "keep_u": (self.trim_u is None, "trim_u left out"),
+        }
+        for name in ("groups", "keep_u", "trim_u", "literal"):
+            met, need = needs.get(name, (True, ""))
+            needs[name] = (met and self.shared_v, need if self.shared_v else "shared_v: true")
+        for name in ("select", "shared_v", "groups", "keep_u", "trim_u", "principal_rank", "outlier", "literal"):
+            met, need = needs.get(name, (True, ""))
+            needs[name] = (met and paper, need if paper else "method: paper")
+        return {name: need for name, (met, need) in needs.items() if not met}
+
     @model_validator(mode="after")
-    def _paper_only(self):
-        given = self.model_fields_set & {"keep_u", "principal_rank", "outlier", "literal"}
-        if given and self.method != "paper":
-            raise ValueError(f"{', '.join(sorted(given))}: only with method: paper")
+    def _no_idle(self):
+        given: dict[str, list[str]] = {}
+        for name, need in self.idle().items():
+            if name in self.model_fields_set:
+                given.setdefault(need, []).append(name)
+        if given:
+            raise ValueError(
+                "; ".join(f"{', '.join(sorted(names))}: only with {need}" for need, names in given.items())
+            )
         if self.method != "global" and self.ratio is None:
             raise ValueError("ratio: is required (fraction of routed-expert parameters removed, between 0 and 1)")
         return self
@@ -55,16 +102,41 @@ class SvdOptions(StageOptions):
         """Whether a budget has to decide something."""
         return self.ratio is None
 
+    def in_order(self) -> bool:
+        """Whether a layer depends on what was made of those before it: a run that goes on makes them again."""
+        return self.update
+
+    def kept(self, group: int) -> int:
+        """Left factors that a group of so many experts keeps; ValueError where it has not as many."""
+        kept = self.keep_u if self.trim_u is None else group - self.trim_u
+        if not 1 <= kept <= group:
+            given = f"keep_u {self.keep_u}" if self.trim_u is None else f"trim_u {self.trim_u}"
+            raise ValueError(f"{given}: a group has {group} experts; give {self._range(group)}")
+        return kept
+
+    def _range(self, group: int) -> str:
+        return f"1 to {group}" if self.trim_u is None else f"0 to {group - 1}"
+
 
 class D2Options(StageOptions):
     ratio: float = Field(description="fraction of routed-expert parameters removed, between 0 and 1")
     merge: Literal["fisher", "frequency", "mean"] = Field("fisher", description="what weights the experts in the base")
     shared_v: bool = Field(False, description="one right factor for the deltas of all experts")
+    static: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the base's channels left out")
+    dynamic: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the base's channels that each token leaves out by its own choice; they are stored"
+    )
 
     @field_validator("ratio")
     @classmethod
     def _ratio(cls, value):
         return check_ratio(value)
+
+    @model_validator(mode="after")
+    def _something_left(self):
+        if self.static + self.dynamic >= 1:
+            raise ValueError(f"static {self.static} and dynamic {self.dynamic}: leave nothing of the base; lower them")
+        return self
 
 
 class GptqOptions(StageOptions):

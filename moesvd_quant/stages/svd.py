@@ -5,13 +5,13 @@ from functools import partial
 
 import torch
 
-from ..allocate import DENSE, allocate, level_ranks, rank_table
+from ..allocate import DENSE, allocate, rank_table
 from ..calibration.metric import METRIC, blend, shrink
-from ..calibration.statistics import outlier_share
-from ..decompose.sensitivity import layer_sensitivity, principal_rank, sampling_frequency, select_layers
-from ..decompose.sharing import left_count, literal, share_and_trim
-from ..decompose.whitening import whitened_spectrum, whitened_svd
-from ..layout import dense_layout, factor_part, layout_of, parts_by_rank
+from ..decompose.baselines import asvd, plain_svd
+from ..decompose.sensitivity import sampling_frequency
+from ..decompose.sharing import literal, share_and_trim, share_in_groups
+from ..decompose.whitening import refit_left, whitened_spectrum, whitened_svd
+from ..layout import layout_of, parts_by_rank
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
 from ..model.modeling_moesvd import FactorizedExperts
 from .allocation import plan_budget
@@ -27,6 +27,7 @@ from .base import (
     require_experts,
     weak_experts,
 )
+from .paper import own_ranks, plan_paper, require_ranks, survey_layer
 
 
 def plan(context: Context) -> Plan:
@@ -37,7 +38,7 @@ def plan(context: Context) -> Plan:
     survey, kept = _survey(context)
     total = sum(entry["experts"] * out * i for entry in survey.values() for out, i in entry["shapes"].values())
     budget = int(total * (1 - context.options.ratio))
-    decide = {"global": _plan_global, "uniform": _plan_uniform, "paper": _plan_paper}[context.options.method]
+    decide = {"global": _plan_global, "paper": plan_paper}.get(context.options.method, _plan_uniform)
     layout = layout_of(context.parent)
     layout["experts"], decisions = decide(survey, budget, context.options)
     for path, entry in survey.items():
@@ -74,12 +75,7 @@ def _survey_layer(context: Context, index: int, layer, statistics: dict) -> dict
             kept = context.statistics.kept(f"spectra-{METRIC}-{full}", make)
             entry["spectra"] = {name: kept[name].numpy() for name in entry["shapes"]}
         if options.method == "paper":
-            tokens = statistics[f"{path}/tokens"]
-            entry["frequency"] = sampling_frequency(tokens, context.statistics.windows.numel())
-            magnitudes, total = statistics[f"{path}/magnitudes"], statistics[f"{path}/magnitude_sum"]
-            outliers = outlier_share(magnitudes, total, options.outlier)
-            ranks = _principal_ranks(experts, options.principal_rank)
-            entry["sensitivity"] = layer_sensitivity(entry["frequency"], ranks, outliers)
+            entry |= survey_layer(experts, statistics, path, context.statistics.windows.numel(), options)
         found[full] = entry
     return found
 
@@ -98,12 +94,6 @@ def _spectra(experts, statistics: dict, path: str, device) -> dict[str, torch.Te
     }
 
 
-def _principal_ranks(experts, threshold):
-    """p_i summed over the expert's matrices (E,) float64."""
-    ranks = [[principal_rank(w, threshold) for w in weights] for weights in split_projections(experts).values()]
-    return torch.tensor(ranks, dtype=torch.float64).sum(0)
-
-
 def _plan_global(survey, budget, options):
     tables = {
         (path, name): rank_table(spectra, entry["shapes"][name])
@@ -120,87 +110,80 @@ def _plan_global(survey, budget, options):
 
 
 def _plan_uniform(survey, budget, options):
-    """One share of the full rank for every matrix: SVD-LLM per expert."""
-    keys = [(path, name) for path, entry in survey.items() for name in entry["shapes"]]
-    shapes = [survey[path]["shapes"][name] for path, name in keys]
-    counts = [survey[path]["experts"] for path, _ in keys]
-    ranks = level_ranks([n * sum(s) for n, s in zip(counts, shapes)], [min(s) for s in shapes], budget)
+    """One share of the full rank for every matrix: the published methods per expert."""
+    items = [(path, name) for path, entry in survey.items() for name in entry["shapes"]]
     layout: dict = {}
     decisions: dict = {}
-    for (path, name), rank, count in zip(keys, ranks, counts):
-        layout.setdefault(path, {})[name] = parts_by_rank([rank] * count)
-        decisions.setdefault(path, {}).setdefault("ranks", {})[name] = rank
-    return layout, decisions
-
-
-def _plan_paper(survey, budget, options):
-    """Sensitivity picks the layers; one rank share for their projections solves the rest."""
-    paths = list(survey)
-    lefts = {path: left_count(entry["frequency"], options.keep_u, options.literal) for path, entry in survey.items()}
-
-    def unit(path, name):  # parameters per unit of rank
-        out, in_features = survey[path]["shapes"][name]
-        return lefts[path] * out + (survey[path]["experts"] if options.literal else 1) * in_features
-
-    dense = {path: sum(e["experts"] * o * i for o, i in e["shapes"].values()) for path, e in survey.items()}
-    halved = max(sum(unit(p, n) * min(s) / 2 for n, s in survey[p]["shapes"].items()) / dense[p] for p in paths)
-    sensitivity = [survey[path]["sensitivity"] for path in paths]
-    selected = {paths[i] for i in select_layers(sensitivity, options.ratio, halved)}
-    order = sorted(selected, key=lambda path: -survey[path]["sensitivity"])
-    items = [(path, name) for path in order for name in survey[path]["shapes"]]
-    left_over = budget - sum(size for path, size in dense.items() if path not in selected)
-    ranks = level_ranks([unit(*item) for item in items], [min(survey[p]["shapes"][n]) for p, n in items], left_over)
-    if min(ranks) == 0:
-        raise StageError(f"ratio {options.ratio} leaves some matrices no rank at all; lower it")
-    layout, decisions = {}, {}
-    for path in paths:
-        entry = survey[path]
-        decisions[path] = {"sensitivity": entry["sensitivity"], "decomposed": path in selected}
-        layout[path] = dense_layout(entry["experts"], entry["shapes"])
-    for (path, name), rank in zip(items, ranks):
-        count = survey[path]["experts"]
-        right = list(range(count)) if options.literal else [0] * count
-        # Which left factor an expert takes is known when the layer is done: the rows are filled in there.
-        rows = [min(e, lefts[path] - 1) for e in range(count)]
-        layout[path][name] = [factor_part(list(range(count)), rank, left=rows, right=right)]
-        decisions[path].setdefault("ranks", {})[name] = rank
+    found = own_ranks(survey, items, budget)
+    require_ranks(found, options.ratio)
+    for (path, name), ranks in found.items():
+        layout.setdefault(path, {})[name] = parts_by_rank(ranks)
+        decisions.setdefault(path, {}).setdefault("ranks", {})[name] = ranks
     return layout, decisions
 
 
 def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
     """Replaces the experts of a loaded layer as planned. Returns errors per projection and expert."""
     report = {}
+    walk = context.compressed_walk() if context.options.update else None
+    seen = walk.statistics(index) if walk else {}
     for path, native in list(find_experts(layer)):
         full = f"{context.parent.layer_names[index]}.{path}"
         if full not in plan.layout["experts"]:
             continue
         grams = expert_grams(statistics, path, context.device, _metric(context.options))
+        after = expert_grams(seen, path, context.device, shrink) if seen else {}
+        magnitudes = _magnitudes(statistics, path) if context.options.method == "asvd" else {}
         weights = split_projections(native)
         frequency = sampling_frequency(statistics[f"{path}/tokens"], context.statistics.windows.numel())
         layout = plan.layout["experts"][full]
+        given = {name: (weights[name], grams[name], after.get(name), magnitudes.get(name)) for name in layout}
         banks = (
             (f"{name}_{i}_{bank}", row, value)
             for name, parts in layout.items()
             for i, part in enumerate(parts)
-            for bank, row, value in _banks(part, weights[name], grams[name], frequency, context.options)
+            for bank, row, value in _banks(part, *given[name], frequency, context.options)
         )
         made = factorized(native, layout, banks)
         layer.set_submodule(path, made)
+        if walk:
+            walk.replace(path, made)
         report[full] = errors_of(made, weights, grams)
     return report
 
 
-def _banks(part, weights, grams, frequency, options) -> Iterator[tuple[str, int | None, torch.Tensor]]:
-    """(bank, row or None for all, tensor) of one part; the left rows of a shared part are set in it."""
+def _magnitudes(statistics: dict, path: str) -> dict[str, torch.Tensor]:
+    """Mean absolute inputs (E, in) of each projection; of an expert without tokens those of its layer."""
+    tokens = statistics[f"{path}/tokens"]
+    means = {}
+    for key in ("abs_in", "abs_mid"):
+        total = statistics[f"{path}/{key}"].double()
+        means[key] = torch.where(tokens[:, None] > 0, total / tokens.clamp(min=1)[:, None], total.sum(0) / tokens.sum())
+    return {"gate": means["abs_in"], "up": means["abs_in"], "down": means["abs_mid"]}
+
+
+def _banks(
+    part, weights, grams, after, magnitudes, frequency, options
+) -> Iterator[tuple[str, int | None, torch.Tensor]]:
+    """(bank, row or None for all, tensor) of one part; the rows of shared factors are set in it."""
     experts = part["experts"]
     if "dense" in part:
         yield from (("dense", row, weights[e]) for row, e in enumerate(experts))
-    elif options.method == "paper":
+        return
+    if options.method == "paper" and options.shared_v:
         make = literal if options.literal else share_and_trim
-        made = make(list(weights), grams, frequency, part["rank"], options.keep_u)
+        kept = options.kept(len(weights) // options.groups)
+        made = share_in_groups(make, list(weights), grams, frequency, part["rank"], kept, options.groups)
         part["left"], part["right"] = made.left_rows, made.right_rows
         yield from (("left", None, made.left), ("right", None, made.right))
-    else:
-        for row, e in enumerate(experts):
+        return
+    for row, e in enumerate(experts):
+        if options.method == "plain":
+            left, right = plain_svd(weights[e], part["rank"])
+        elif options.method == "asvd":
+            left, right = asvd(weights[e], magnitudes[e].to(weights.device), options.alpha, part["rank"])
+        else:
             left, right = whitened_svd(weights[e], grams[e], part["rank"])
-            yield from (("left", row, left), ("right", row, right))
+        if after is not None:  # SVD-LLM's closed-form update
+            left = refit_left([weights[e]], [after[e]], [right])
+        yield from (("left", row, left), ("right", row, right))

@@ -43,7 +43,7 @@ def record(folder) -> dict:
         ("svd", "mixtral", {}),
         ("svd", "qwen2_moe", {"objective": "layerwise", "steps": 12}),
         ("d2-paper", "gpt_oss", {}),  # a base of one, in an architecture whose own weights are transposed
-        ("svd", "mixtral", {"frozen": "nf4"}),
+        pytest.param("svd", "mixtral", {"frozen": "nf4"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_merged_checkpoint_is_its_input_with_the_peft_folder_applied(

@@ -51,7 +51,9 @@ def kill_at(monkeypatch, name: str, count: int):
     monkeypatch.setattr(owner, name, dying)
 
 
-@pytest.mark.parametrize("more", ["", ", batch: 2, train: factors, in_turn: true"])
+@pytest.mark.parametrize(
+    "more", ["", pytest.param(", batch: 2, train: factors, in_turn: true", marks=pytest.mark.slow)]
+)
 def test_killed_in_a_step_or_while_saving_the_files_are_the_same(make, monkeypatch, more):
     make("whole", more).run()
     moments = [("on_step_end", 3), ("_save_optimizer_and_scheduler", 1), ("on_save", 2)]

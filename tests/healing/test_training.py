@@ -58,7 +58,7 @@ def test_only_what_is_named_gets_gradients_and_only_inside_the_layers(compressed
     assert moving == {name for name, p in model.named_parameters() if p.requires_grad} and len(moving) > 1
     assert len(moving) == len(trained.tensors())
     assert all(name.startswith("model.layers.") for name in moving)
-    touched = {*trained.updates().add, *trained.updates().put}
+    touched = {*trained.updates().left, *trained.updates().put}
     linears = {f"{layer}.self_attn.{name}_proj.weight" for layer in LAYERS for name in "qkvo"}
     banks = {name for name in total if ".experts." in name}
     expected = {f"{layer}.mlp.gate.weight" for layer in LAYERS} if train == "router" else banks | linears

@@ -8,9 +8,13 @@ from test_factorized_experts import factorize
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import moesvd_quant
+from moesvd_quant.export import export_checkpoint
 from moesvd_quant.model.experts import expert_count, find_experts, split_projections, weight_parameters
 from moesvd_quant.model.modeling_moesvd import PackedLinear
 from moesvd_quant.model.stream import ModelError, StreamedModel, class_for
+from moesvd_quant.recipe import load_recipe
+from moesvd_quant.runner import Run
 from moesvd_quant.stages.base import require_experts
 
 # Of each form one: all experts at once, identity experts, a block with its router, flat matrices, undecorated, own.
@@ -96,6 +100,16 @@ def test_weights_are_views_into_the_parameters(name):
     for parameter in weight_parameters(native):
         rows = parameter[: expert_count(native)] if parameter.ndim == 3 else parameter
         assert (rows == 2).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMS)
+def test_exported_it_is_the_native_model_with_the_same_logits(name, make_architecture, tmp_path, small):
+    checkpoint = Run(load_recipe("svd", [*small, "svd.ratio=0.2"]), make_architecture(name), tmp_path / "out").run()[-1]
+    export_checkpoint(checkpoint, tmp_path / "plain", "dense")
+    plain = moesvd_quant.load(tmp_path / "plain")
+    assert type(plain) is type(tiny_architecture(name))
+    assert apart(logits(plain), logits(moesvd_quant.load(checkpoint))) < 1e-3
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import torch
 from tiny import ARCHITECTURES, tiny_model
 
 from moesvd_quant.layout import dense_part, factor_part
+from moesvd_quant.model import modeling_moesvd
 from moesvd_quant.model.experts import expert_count, find_experts, find_linears, shapes_of, split_projections
 from moesvd_quant.model.modeling_moesvd import FactorizedExperts
 
@@ -43,9 +44,15 @@ def swap(model, **options):
     return model
 
 
+@pytest.fixture(params=["one by one", "grouped"])
+def products(request, monkeypatch):
+    """Experts one after the other, as a CPU runs them, and in grouped products, as a GPU does."""
+    monkeypatch.setattr(modeling_moesvd, "ONE_BY_ONE", ("cpu",) if request.param == "one by one" else ())
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("split_at", [None, 2])
-def test_full_rank_gives_the_same_logits(architecture, split_at):
+def test_full_rank_gives_the_same_logits(architecture, split_at, products):
     native = tiny_model(architecture)
     with torch.no_grad():
         expected = native(IDS).logits
@@ -55,7 +62,7 @@ def test_full_rank_gives_the_same_logits(architecture, split_at):
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
-def test_gradients_are_those_of_the_dense_product(architecture):
+def test_gradients_are_those_of_the_dense_product(architecture, products):
     native = tiny_model(architecture)
     model = swap(tiny_model(architecture))
     native(IDS, labels=IDS).loss.backward()
@@ -82,7 +89,7 @@ def loop_forward(experts, hidden, index, weights):
 
 
 @pytest.mark.parametrize("parts", ["base and deltas", "shared right", "shared left", "a rank of zero"])
-def test_shared_banks_follow_the_algebra(parts):
+def test_shared_banks_follow_the_algebra(parts, products):
     native = next(module for _, module in find_experts(tiny_model("mixtral")))
     count, everyone = expert_count(native), list(range(expert_count(native)))
     layout = {}

@@ -1,0 +1,118 @@
+"""Tables 4 to 7 of MoE-SVD on any model: `python -m moesvd_quant.ablations`, or `make bench-ablations`."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from .bench import compare
+from .cli.common import progress_bars, resolve_device, resolve_model
+from .evaluation.table import Table, render
+from .model.modeling_moesvd import MANIFEST
+from .recipe import named_texts
+from .runner import sync_threads
+
+OWN = {"shared_v": False}
+METRICS = ("f", "p", "a", "fp", "fa", "pa", "fpa")
+TITLES = {
+    4: "Table 4: how layers are chosen",
+    5: "Table 5: factors of the sensitivity, own factors for each expert",
+    6: "Table 6: left factors trimmed",
+    7: "Table 7: calibration text",
+}
+
+
+def rows_of(number: int, ratio: float, experts: int, calibrations: Sequence[str]) -> dict[str, tuple[dict, str]]:
+    """{label: (options of stage svd, calibration text)} of a table.
+
+    Table 5 shares nothing: its figure for all factors, 8.67, is that of Table 4's row without sharing.
+    """
+    first, paper = calibrations[0], {"method": "paper", "ratio": ratio}
+    if number == 4:
+        return {
+            "SVD, all layers": (paper | OWN | {"select": "uniform"}, first),
+            "SVD, layers by OWL": (paper | OWN | {"select": "owl"}, first),
+            "SVD, layers by sensitivity": (paper | OWN, first),
+            "MoE-SVD": (paper | {"trim_u": max(experts - 2, 0)}, first),
+        }
+    if number == 5:
+        return {"·".join(metric): (paper | OWN | {"select": metric}, first) for metric in METRICS}
+    if number == 6:
+        return {f"{trimmed} of {experts}": (paper | {"trim_u": trimmed}, first) for trimmed in range(experts)}
+    return {Path(text).name.split(".")[0]: (paper, text) for text in calibrations}
+
+
+def run_table(
+    number: int, model: Path, out: Path, texts: dict[str, str], ratio: float, experts: int, calibrations: Sequence[str],
+    samples: int, length: int | None, device: str, report,
+) -> Table:  # fmt: skip
+    """Runs the recipes of a table under OUT; what each removed, and from which layers, and perplexity on each text."""
+    rows, files = rows_of(number, ratio, experts, calibrations), []
+    out.mkdir(parents=True, exist_ok=True)
+    for options, text in rows.values():
+        calibration = {"dataset": text, "samples": samples, "length": length or "auto"}
+        content = yaml.safe_dump({"calibration": calibration, "stages": [{"svd": options}]})
+        # Named by what it says: a recipe that stands in two tables runs once.
+        files.append(str(out / f"svd-{hashlib.sha256(content.encode()).hexdigest()[:12]}.yaml"))
+        Path(files[-1]).write_text(content)
+    records, _ = compare(model, files, out, texts, length, (), device, report)
+    columns = ["", "experts removed %", "layers decomposed", *texts]
+    made: list[list[str | float]] = []
+    for label, name, record in zip(["original", *rows], ["", *(Path(file).stem for file in files)], records):
+        layers = _decomposed(out / name) if name else "none"
+        figures = [float(f"{record['perplexity'][text]['ppl']:.5g}") for text in texts]
+        made.append([label, round(100 * record["accounting"]["expert_ratio"], 2), layers, *figures])
+    return Table(f"{TITLES[number]} ({round(ratio * 100)} % of expert parameters removed)", columns, made)
+
+
+def _decomposed(run: Path) -> str:
+    """Numbers of the layers that a run decomposed; with its projections where not all are."""
+    (manifest,) = run.glob(f"0*-svd/{MANIFEST}")
+    chosen = [(path, d["decomposed"]) for path, d in json.loads(manifest.read_text())["decisions"].items()]
+    most = max(len(names) for _, names in chosen)
+    found = []
+    for path, names in chosen:
+        number = next(part for part in path.split(".") if part.isdigit())
+        if names:
+            found.append(number if len(names) == most else f"{number} ({', '.join(names)})")
+    return " ".join(found)
+
+
+def main(
+    table: Annotated[list[int] | None, typer.Option(help="4, 5, 6 or 7; all by default.")] = None,
+    model: Annotated[str, typer.Option(help="Hugging Face folder, hub name, or `reference`.")] = "reference",
+    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="Calibration text; repeated: rows of Table 7.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Fraction of expert parameters removed.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 256,
+    length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("ablations-out"),
+    device: str = "auto",
+) -> None:
+    """MoE-SVD's Tables 4 to 7 on a model; a table that was interrupted goes on."""
+    from transformers import AutoConfig
+
+    sync_threads()
+    folder, texts = resolve_model(model), named_texts(text or ["wikitext2", "ptb", "c4"])
+    config = AutoConfig.from_pretrained(folder).to_dict()
+    experts = next(config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key))
+    for number in table or sorted(TITLES):
+        if number not in TITLES:
+            raise typer.BadParameter(f"table {number}: give {', '.join(map(str, TITLES))}")
+        for share in ratio or [0.2]:
+            with progress_bars() as report:
+                given = calibration or ["wikitext2", "c4"]
+                made = run_table(
+                    number, folder, out, texts, share, experts, given, samples, length, resolve_device(device), report
+                )
+            name = f"table{number}-{round(share * 100)}"
+            (out / f"{name}.md").write_text(render(made, "markdown"))
+            print(f"{made.title}\n\n{render(made, 'markdown')}\n{out / name}.md", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,46 @@
+"""Verb that looks at a model before anything is done to it: probe."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Device, Json, Out, Overrides, app, progress_bars, resolve_device, resolve_model
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder, hub name, or `reference`.")],
+    overrides: Overrides = None,
+    text: Annotated[list[str] | None, typer.Option(help="Judge on this text too; as for eval; repeat it.")] = None,
+    out: Out = Path("probe"),
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """What a model can bear: spectra, similarity of experts, routing, sensitivity, and the cost of `svd`, forecast."""
+    from rich.console import Console
+
+    from ..checkpoint.files import write_json
+    from ..probe.report import plot_survey, print_survey
+    from ..probe.texts import probe_folder
+    from ..probe.verdict import verdict
+    from ..recipe import load_recipe, named_texts
+    from ..runner import sync_threads
+
+    sync_threads()
+    recipe = load_recipe("svd", overrides or ())
+    texts, folder = named_texts(text or []), resolve_model(model)
+    with progress_bars(as_json) as report:
+        found = probe_folder(folder, recipe, texts, resolve_device(device), report)
+    sentences = verdict(found)
+    content = {"model": str(model), "verdict": sentences} | asdict(found)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "probe.json", json.loads(json.dumps(content)))
+    pictures = plot_survey(found, out)
+    if as_json:
+        print(json.dumps(content))
+        return
+    print_survey(found, sentences, Console(width=140))
+    print(f"figures: {out}/probe.json\nplots: {', '.join(map(str, pictures))}")

@@ -1,0 +1,1 @@
+"""What a model can bear, found out before anything is compressed."""

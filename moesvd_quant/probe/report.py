@@ -1,0 +1,121 @@
+"""A survey as tables for a terminal, and as pictures."""
+
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .survey import Survey
+
+
+def print_survey(survey: Survey, sentences: list[str], console: Console) -> None:
+    """Per layer and projection: effective ranks (share of a random matrix's), similarities, sensitivity; forecasts."""
+    ranks = Table(title="effective rank, a random matrix's being 1; mean CKA between experts (random in brackets)")
+    for head in ("experts of", "projection", "weights", "deltas", "whitened", "CKA W", "CKA U", "CKA V"):
+        ranks.add_column(head, justify="left" if head in ("experts of", "projection") else "right")
+    for path, layer in survey.layers.items():
+        for name, found in layer["projections"].items():
+            rank = found["effective_rank"]
+            share = lambda value, rank=rank: "-" if value is None else f"{value / rank['random']:.2f}"  # noqa: E731
+            cka = found.get("cka")
+            similar = [f"{cka[k]:.2f} ({cka['random'][k]:.2f})" if cka else "-" for k in "WUV"]
+            shares = [share(rank["weights"]), share(rank.get("deltas")), share(found["whitened_rank"])]
+            ranks.add_row(path, name, *shares, *similar)
+    console.print(ranks)
+    use = Table(title="routing and sensitivity")
+    for head in ("experts of", "experts", "busiest", "idlest", "no token", "few tokens", "sensitivity"):
+        use.add_column(head, justify="left" if head == "experts of" else "right")
+    for path, layer in survey.layers.items():
+        busy = [f"{f:.1%}" for f in (max(layer["frequency"]), min(layer["frequency"]))]
+        weak = [str(len(layer["coverage"][kind])) for kind in ("none", "few")]
+        use.add_row(path, str(layer["experts"]), *busy, *weak, f"{layer['sensitivity']:.4g}")
+    console.print(use)
+    costs = Table(title="perplexity of `svd` in 16 bit, times the original's: rehearsed (in brackets: forecast)")
+    costs.add_column("text")
+    for ratio in survey.removed:
+        costs.add_column(f"{ratio:.0%} removed", justify="right")
+    for text, rehearsed in survey.rehearsal.items():
+        pairs = [(rehearsed[ratio], survey.forecast[text][ratio]) for ratio in rehearsed]
+        costs.add_row(text, *(f"{_times(one)} ({_times(two)})" for one, two in pairs))
+    console.print(costs)
+    for sentence in sentences:
+        console.print(f"- {sentence}", highlight=False)
+
+
+def plot_survey(survey: Survey, out: Path) -> list[Path]:
+    """spectra.png, experts.png and forecast.png in a folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    out.mkdir(parents=True, exist_ok=True)
+    names = list(next(iter(survey.layers.values()))["projections"])
+    figure, axes = plt.subplots(3, len(names), figsize=(4.4 * len(names), 9.6), squeeze=False, sharey="row")
+    layers = [layer["projections"] for layer in survey.layers.values()]
+    for column, name in enumerate(names):
+        kinds = {"weights": lambda p: p["spectrum"]["weights"], "deltas": lambda p: p["spectrum"].get("deltas")}
+        kinds["whitened"] = lambda p: p["whitened"]
+        for row, (kind, get) in enumerate(kinds.items()):
+            axis = axes[row][column]
+            for index, projections in enumerate(layers):
+                if (curve := get(projections[name])) is not None:
+                    colour = plt.get_cmap("viridis")(index / max(1, len(layers) - 1))
+                    axis.semilogy(_axis(curve), [max(v, 1e-6) for v in curve], color=colour, alpha=0.8)
+            random = layers[0][name]["spectrum"]["random"]
+            axis.semilogy(_axis(random), random, "k--", label="random matrix")
+            axis.set_title(f"{name}: {kind}")
+            axis.grid(alpha=0.25)
+    axes[0][0].legend()
+    figure.supxlabel("rank, as a share of the full one (light: late layers)")
+    figure.supylabel("singular value, as a share of the largest")
+    made = [_save(figure, out / "spectra.png")]
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    at = range(len(layers))
+    for kind, style in zip("WUV", "o^s"):
+        values = [_over(p, lambda f, k=kind: f["cka"][k]) for p in layers]
+        left.plot(at, values, style + "-", label=f"CKA of {kind}")
+    left.plot(at, [_over(p, lambda f: f["cka"]["random"]["V"]) for p in layers], "k--", label="V of random matrices")
+    right.bar(at, [layer["sensitivity"] for layer in survey.layers.values()])
+    left.set_title("similarity of a layer's experts")
+    right.set_title("sensitivity (MoE-SVD, figure 8)")
+    left.legend()
+    for axis in (left, right):
+        axis.set_xlabel("expert layer")
+        axis.grid(alpha=0.25)
+    made.append(_save(figure, out / "experts.png"))
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for text, rehearsed in survey.rehearsal.items():
+        removed = [100 * survey.removed[ratio] for ratio in rehearsed]
+        (line,) = axis.semilogy(removed, [max(nats, 1e-5) for nats in rehearsed.values()], "o-", label=text)
+        axis.semilogy(removed, [max(n, 1e-5) for n in survey.forecast[text].values()], ":", color=line.get_color())
+    axis.set_xlabel("expert parameters removed, %")
+    axis.set_ylabel("rise of log-perplexity, nats (dotted: forecast)")
+    axis.grid(alpha=0.25)
+    axis.legend()
+    return [*made, _save(figure, out / "forecast.png")]
+
+
+def _times(nats: float) -> str:
+    return f"{math.exp(min(nats, 700)):.4g}"
+
+
+def _axis(curve: list[float]) -> list[float]:
+    return [i / max(1, len(curve) - 1) for i in range(len(curve))]
+
+
+def _over(projections: dict, get) -> float:
+    values = [get(found) for found in projections.values() if "cka" in found]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _save(figure, file: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+    return file

@@ -1,0 +1,183 @@
+"""Walks through a model and gathers what the report shows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+
+from ..allocate import DENSE, allocate, rank_table
+from ..calibration.metric import blend, coverage
+from ..calibration.statistics import outlier_share
+from ..calibration.store import Statistics
+from ..decompose.sensitivity import layer_sensitivity, sampling_frequency
+from ..decompose.whitening import whitened_spectrum
+from ..model.experts import expert_count, find_experts, shapes_of, split_projections
+from ..model.modeling_moesvd import FactorizedExperts
+from ..model.stream import ModelError, StreamedModel
+from ..stages.base import expert_grams, reached
+from .forecast import kept_energy, log_perplexity, lost_energy, output_energy, rounding_energy
+from .rehearsal import TOKENS, Ranks, rehearse
+from .similarity import deltas, effective_rank, expert_similarity, random_like, spectra
+
+RATIOS = (0.2, 0.4, 0.6, 0.8)
+SAMPLED = 8  # experts per layer whose spectra and similarities are looked at
+PRINCIPAL, OUTLIER = 0.01, 2.0  # MoE-SVD's thresholds, as stage svd has them
+CURVE = 64  # points of a spectrum in the report
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Survey:
+    """layers: figures per experts module; forecast (closed form) and rehearsal: {text: {ratio: nats}}; removed: {ratio:
+    share really removed}."""
+
+    layers: dict[str, dict] = field(default_factory=dict)
+    forecast: dict[str, dict[float, float]] = field(default_factory=dict)
+    rehearsal: dict[str, dict[float, float]] = field(default_factory=dict)
+    removed: dict[float, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Text:
+    """Sums of one text: by (path, projection)."""
+
+    statistics: Statistics
+    effects: dict
+    rounded: dict = field(default_factory=dict)
+    kept: dict = field(default_factory=dict)
+    totals: dict = field(default_factory=dict)
+
+    def observe(self, key, weights, metrics, grams) -> None:
+        """Adds a group: weights (E, out, in), metrics and grams (in, in) by expert."""
+        self.rounded[key], self.kept[key], self.totals[key] = 0.0, [], []
+        for weight, metric, gram in zip(weights, metrics, grams):
+            gram = gram.to(weight.device)
+            self.rounded[key] += rounding_energy(weight, gram)
+            self.kept[key].append(kept_energy(weight, metric, gram).cpu())
+            self.totals[key].append(output_energy(weight, gram))
+
+
+def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report: Progress) -> Survey:
+    """Everything about a model folder: what it is calibrated on decides ranks, `texts` what they are judged on.
+
+    All statistics are of the same model, in the same dtype. ModelError for a model without experts, or factorized.
+    """
+    found, model = Survey(), StreamedModel(folder, calibration.dtype, calibration.device)
+    watched = {}
+    for name, statistics in texts.items():
+        watched[name] = _Text(statistics, statistics.effects(partial(report, f"effects on {name}")))
+    for name, statistics in {"calibration": calibration, **texts}.items():
+        if statistics.stored:  # several passes read them side by side
+            statistics.ensure(partial(report, f"reading {name}"))
+    tables: dict = {}
+    count = len(model.layer_names)
+    streams = [text.statistics.layers() for text in watched.values()]
+    for index, (own, *others) in enumerate(zip(calibration.layers(), *streams)):
+        layer, at = model.load_layer(index), model.layer_names[index]
+        for path, experts in find_experts(layer):
+            full = f"{at}.{path}"
+            if isinstance(experts, FactorizedExperts):
+                raise ModelError(f"{full}: is compressed already; probe looks at original models")
+            if not reached(own, path):
+                continue
+            found.layers[full] = _layer(experts, own, path, calibration.windows.numel())
+            metrics = expert_grams(own, path, model.device, blend)
+            for name, weights in split_projections(experts).items():
+                values = [whitened_spectrum(w, m).cpu() for w, m in zip(weights, metrics[name])]
+                found.layers[full]["projections"][name] |= _whitened(torch.stack(values))
+                tables[full, name] = rank_table(torch.stack(values).numpy(), shapes_of(experts)[name])
+                for text, statistics in zip(watched.values(), others):
+                    grams = statistics[f"{path}/{'gram_mid' if name == 'down' else 'gram_in'}"]
+                    text.observe((full, name), weights, metrics[name], grams)
+        model.drop_layer(index)
+        report("layers", index + 1, count)
+    if not tables:
+        raise ModelError(f"{folder}: no experts that text reaches; there is nothing to probe")
+    ranks = _forecast(found, tables, watched)
+    for done, (name, statistics) in enumerate(texts.items()):
+        streamed = StreamedModel(folder, calibration.dtype, calibration.device)
+        scratch = statistics.scratch((len(RATIOS) + 2) * TOKENS * statistics.sizes.row)
+        found.rehearsal[name] = rehearse(streamed, statistics.windows, calibration, ranks, scratch)
+        report("rehearsals", done + 1, len(texts))
+    return found
+
+
+def _forecast(found: Survey, tables: dict, watched: dict[str, _Text]) -> dict[float, Ranks]:
+    """Fills in the forecasts; the ranks of each ratio."""
+    plans: dict[float, Ranks] = {}
+    whole = sum(float(table.costs[-1]) * len(table.errors) for table in tables.values())
+    for ratio in RATIOS:
+        chosen = allocate(tables, int(whole * (1 - ratio))).choices
+        plans[ratio] = ranks = {key: [choice.rank for choice in choices] for key, choices in chosen.items()}
+        costs = {key: dict(zip(table.choices, table.costs)) for key, table in tables.items()}
+        spent = sum(costs[key][choice] for key, choices in chosen.items() for choice in choices)
+        found.removed[ratio] = float(1 - spent / whole)
+        for (path, name), used in ranks.items():
+            dense = min(found.layers[path]["shapes"][name])
+            mean = float(np.mean([dense if rank == DENSE else rank for rank in used]))
+            found.layers[path]["projections"][name].setdefault("mean_rank", {})[str(ratio)] = mean
+        for name, text in watched.items():
+            lost = {key: lost_energy(text.kept[key], text.totals[key], ranks[key]) for key in tables}
+            nats = log_perplexity(lost, text.rounded, text.effects)
+            found.forecast.setdefault(name, {})[ratio] = nats
+    return plans
+
+
+def _layer(experts, statistics: dict, path: str, total_tokens: int) -> dict:
+    """Routing, MoE-SVD's sensitivity, and per projection effective ranks and similarities beside random ones."""
+    tokens = statistics[f"{path}/tokens"]
+    frequency = sampling_frequency(tokens, total_tokens)
+    outliers = outlier_share(statistics[f"{path}/magnitudes"], statistics[f"{path}/magnitude_sum"], OUTLIER)
+    count, rank = expert_count(experts), torch.zeros(len(tokens), dtype=torch.float64)
+    step = max(1, count // SAMPLED)
+    projections = {}
+    for name, weights in split_projections(experts).items():
+        values = torch.stack([spectra(w).cpu() for w in weights])
+        rank += (values > PRINCIPAL * values[:, :1]).sum(1)
+        projections[name] = _projection(weights[::step][:SAMPLED], values)
+    hidden = shapes_of(experts)["down"][0]
+    return {
+        "experts": count,
+        "shapes": {name: list(shape) for name, shape in shapes_of(experts).items()},
+        "frequency": frequency.tolist(),
+        "coverage": coverage(tokens, hidden),
+        "sensitivity": layer_sensitivity(frequency, rank, outliers),
+        "projections": projections,
+    }
+
+
+def _projection(sample: torch.Tensor, values: torch.Tensor) -> dict:
+    """sample (experts, out, in): some experts; values (all experts, k): singular values of all."""
+    out, in_features = sample.shape[1:]
+    random = spectra(random_like((out, in_features)))
+    rank = max(1, int(0.6 * out * in_features / (out + in_features)))  # what 40 % removed leaves
+    found: dict = {
+        "effective_rank": {
+            "weights": float(np.mean([effective_rank(v) for v in values])),
+            "random": effective_rank(random),
+        },
+        "spectrum": {"weights": _curve(values), "random": _curve(random[None])},
+    }
+    if len(sample) > 1:
+        left = torch.stack([spectra(d).cpu() for d in deltas(sample)])
+        noise = torch.stack([random_like((out, in_features), seed) for seed in range(len(sample))])
+        found["effective_rank"]["deltas"] = float(np.mean([effective_rank(v) for v in left]))
+        found["spectrum"]["deltas"] = _curve(left)
+        found["cka"] = expert_similarity(sample, rank) | {"rank": rank, "random": expert_similarity(noise[:3], rank)}
+    return found
+
+
+def _whitened(squared: torch.Tensor) -> dict:
+    """Of squared whitened singular values (experts, k)."""
+    values = squared.sqrt()
+    return {"whitened_rank": float(np.mean([effective_rank(v) for v in values])), "whitened": _curve(values)}
+
+
+def _curve(values: torch.Tensor) -> list[float]:
+    """Mean over matrices of their singular values (n, k) as shares of the largest, at CURVE points."""
+    shares = (values / values[:, :1].clamp(min=1e-300)).mean(0)
+    at = torch.linspace(0, len(shares) - 1, min(CURVE, len(shares))).long()
+    return shares[at].tolist()

@@ -1,0 +1,33 @@
+"""The texts a probe looks at a model with."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from ..calibration.store import Statistics, fingerprint
+from ..calibration.text import calibration_windows, joiner_of, load_documents, token_windows
+from ..model.stream import ModelError, StreamedModel
+from .survey import Progress, Survey, survey
+
+WINDOWS = 128  # of each text to judge on, spread over it evenly
+
+
+def probe_folder(folder: Path, recipe, texts: dict[str, str], device: str, report: Progress) -> Survey:
+    """The survey of a model folder, calibrated as the recipe says and judged on that text and `texts` {name: source}.
+
+    Statistics are kept in the cache; a run with the same calibration uses them again.
+    """
+    wanted, meta = recipe.calibration, StreamedModel(folder)
+    limit = getattr(meta.config.get_text_config(), "max_position_embeddings", None) or 2048
+    length = min(2048, limit) if wanted.length == "auto" else wanted.length
+    if length > limit:
+        raise ModelError(f"calibration.length {length} exceeds the {limit} positions of the model")
+    tokenizer, digest = AutoTokenizer.from_pretrained(folder), fingerprint(folder)
+    own = calibration_windows(wanted.dataset, tokenizer, wanted.samples, length, recipe.seed)
+    statistics = {"calibration": Statistics(folder, digest, own, device)}
+    for name, source in texts.items():
+        windows = token_windows(load_documents(source), tokenizer, length, joiner_of(source))
+        spread = torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).long()
+        statistics[name] = Statistics(folder, digest, windows[spread], device)
+    return survey(folder, statistics["calibration"], statistics, report)
