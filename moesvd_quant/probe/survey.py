@@ -144,7 +144,7 @@ def _layer(experts, statistics: dict, path: str, total_tokens: int) -> dict:
         "shapes": {name: list(shape) for name, shape in shapes_of(experts).items()},
         "frequency": frequency.tolist(),
         "coverage": coverage(tokens, hidden),
-        "sensitivity": layer_sensitivity(frequency, rank, outliers),
+        "sensitivity": layer_sensitivity([frequency, rank, outliers]),
         "projections": projections,
     }
 

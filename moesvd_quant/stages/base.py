@@ -9,6 +9,7 @@ import torch
 
 from ..calibration.compressed import CompressedWalk
 from ..calibration.metric import Grams, blend, coverage
+from ..calibration.paired import PairedWalk
 from ..calibration.store import Statistics
 from ..decompose.whitening import whitened_error
 from ..model.experts import find_experts, unknown_experts
@@ -50,6 +51,7 @@ class Context:
     folder: Path = Path()
     report: Callable[[str, int, int], None] = lambda what, done, total: None
     _walk: CompressedWalk | None = None
+    _pair: PairedWalk | None = None
 
     def each_layer(self, work: LayerFunction, report: Progress, todo: Container[int] | None = None) -> Iterator:
         """(index, work(context, index, layer, its statistics)) of each layer (of `todo`) of the input checkpoint, as
@@ -79,6 +81,12 @@ class Context:
         if self._walk is None:
             self._walk = CompressedWalk(self.parent.folder, self.statistics)
         return self._walk
+
+    def paired_walk(self) -> PairedWalk:
+        """The walk over the original and the parent, with what this stage made of its layers so far."""
+        if self._pair is None:
+            self._pair = PairedWalk(self.parent.folder, self.statistics)
+        return self._pair
 
     def __reduce__(self):
         """For a worker: what it needs to work on a layer, and no more."""

@@ -5,17 +5,17 @@ import hashlib
 import torch
 
 from ..allocate import FLOAT
-from ..calibration.metric import blend, shrink, unknown
 from ..calibration.store import linear_gram
 from ..decompose.whitening import whitened_error
 from ..layout import layout_of, projections_of
 from ..lazy import Lazily, picked
-from ..model.experts import dense_weight, expert_count, find_experts, find_linears, left_over, shapes_of
+from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of
 from ..model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
 from ..quantize.factors import quantize_factors
 from ..quantize.gptq import PackedMatrix, QuantizeError, gptq, quant_format, round_to_nearest
 from .allocation import plan_budget
-from .base import UNREACHED, Context, Plan, StageError, errors_of, expert_grams, reached, require_experts, weak_experts
+from .base import UNREACHED, Context, Plan, StageError, require_experts, weak_experts
+from .inputs import inputs_of
 
 OTHER_BITS = 4  # of linears outside the experts, where a budget decides about the experts
 
@@ -79,18 +79,12 @@ def _pack_experts(layout: dict, shapes: dict, full: str, options, widths: dict |
 
 
 def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
-    """Packs a loaded layer as planned. Returns the whitened error of every matrix."""
-    name, report = context.parent.layer_names[index], {}
-    for path, experts in list(find_experts(layer)):
-        full = f"{name}.{path}"
-        # A whole matrix loses little everywhere: its own inputs tell best. Factors have to choose what to keep.
-        metric = shrink if reached(statistics, path) else unknown
-        own = expert_grams(statistics, path, context.device, metric)
-        factorized = any("left" in part for parts in plan.layout["experts"][full].values() for part in parts)
-        blended = expert_grams(statistics, path, context.device, blend) if factorized else own
-        made, errors = _quantize_experts(context, full, experts, own, blended, plan.layout["experts"][full])
-        layer.set_submodule(path, made)
-        report[full] = errors | {"weak_experts": weak_experts(statistics, path)}
+    """Packs a loaded layer as planned. Returns the error of every matrix."""
+    name = context.parent.layer_names[index]
+    report: dict = {}
+    walk = context.paired_walk() if context.options.error_aware else None
+    if walk:
+        walk.enter()
     for path, linear in list(find_linears(layer)):
         full = f"{name}.{path}"
         if full not in plan.layout["linears"]:
@@ -102,7 +96,17 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
             report[f"{full} (calibration)"] = UNREACHED
         made, error = _quantize_linear(context, full, linear, gram, plan.layout["linears"][full])
         layer.set_submodule(path, made)
+        if walk:
+            walk.replace(path, made)
         report[full] = error
+    for path, experts in list(find_experts(layer)):
+        full = f"{name}.{path}"
+        given = inputs_of(context, experts, statistics, path)
+        made = _quantize_experts(context, full, experts, given, plan.layout["experts"][full])
+        layer.set_submodule(path, made)
+        if walk:
+            walk.replace(path, made)
+        report[full] = given.errors(made) | {"weak_experts": weak_experts(statistics, path)}
     return report
 
 
@@ -135,26 +139,22 @@ def _quantize_linear(context, where, linear, gram, quant):
     return made, whitened_error(linear.weight, packed.dense(), gram)
 
 
-def _quantize_experts(context, full, experts, own, blended, layout):
-    """The packed experts module, and the errors of its matrices."""
-    banks: dict[str, list[PackedMatrix]] = {}
-    wanted = {name: _weights(experts, name) for name in layout}
-    for name, parts in layout.items():
+def _quantize_experts(context, full, experts, given, layout) -> FactorizedExperts:
+    """The packed experts module."""
+    module = FactorizedExperts(experts, layout)
+    _keep_floats(module, experts)
+    for name in sorted(layout, key=lambda name: name == "down"):  # whose inputs the others decide
         # A part after another one of the same experts (a delta after its base) stands for what that one left over.
         done: list[tuple[dict, dict]] = []
-        targets = _targets(experts, wanted[name], done)
-        for i, part in enumerate(parts):
+        targets = _targets(experts, given.weights(name, module), done)
+        for i, part in enumerate(layout[name]):
             if not part["quant"]:
                 continue
-            grams = own if "dense" in part else blended
-            made = _quantize_part(context, full, name, i, part, experts, targets, grams[name])
-            banks |= {f"{name}_{i}_{bank}": packed for bank, packed in made.items()}
+            made = _quantize_part(context, full, name, i, part, experts, targets, given.grams(name, "left" in part))
+            for bank, packed in made.items():
+                _fill(module, f"{name}_{i}_{bank}", packed, stacked=True)
             done.append((part, made))
-    module = FactorizedExperts(experts, layout)
-    for key, packed in banks.items():
-        _fill(module, key, packed, stacked=True)
-    _keep_floats(module, experts)
-    return module, errors_of(module, wanted, own)
+    return module
 
 
 def _keep_floats(module: FactorizedExperts, experts) -> None:
@@ -173,11 +173,6 @@ def _keep_floats(module: FactorizedExperts, experts) -> None:
                             if held
                             else dense_weight(experts, name, expert, tensor.dtype)
                         )
-
-
-def _weights(experts, name: str) -> Lazily:
-    """Effective weights (out, in) of a projection by expert, float32."""
-    return Lazily(expert_count(experts), lambda e: dense_weight(experts, name, e))
 
 
 def _targets(experts, wanted: Lazily, done: list[tuple[dict, dict]]) -> Lazily:

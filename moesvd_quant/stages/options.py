@@ -151,6 +151,19 @@ class GptqOptions(StageOptions):
     attention: bool = Field(True, description="attention, shared-expert and dense-layer linears as well")
     lm_head: bool = Field(False, description="the output head as well")
     rtn: bool = Field(False, description="round to nearest instead of GPTQ: the baseline")
+    error_aware: bool = Field(
+        False, description="fit experts to the original's outputs on the inputs that compressed layers give them"
+    )
+
+    @model_validator(mode="after")
+    def _rounds_blindly(self):
+        if self.rtn and self.error_aware:
+            raise ValueError("error_aware: not with rtn, which looks at no inputs")
+        return self
+
+    def in_order(self) -> bool:
+        """Whether a layer depends on what the stage made of the ones before it."""
+        return self.error_aware
 
     def is_open(self) -> bool:
         """Whether a budget has to decide something."""

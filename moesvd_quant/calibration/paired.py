@@ -1,0 +1,149 @@
+"""The original and its compressed copy side by side: what experts should give for what they will be given.
+
+Statistics of the original show inputs that a compressed model never has: its earlier layers err. Here both models go
+through the layers together, and each expert is fitted to give for the compressed inputs what the original gave for its
+own (asymmetric calibration: Li et al., GPTAQ, 2025). Down is fitted last, on what the new gate and up give.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..lazy import Lazily
+from ..memory import Batches
+from ..model.experts import activate, dense_weight, expert_count, find_experts, route, shapes_of
+from ..model.native_experts import Routed
+from ..model.stream import StreamedModel
+from .store import Statistics
+
+# Of the mean variance of an input: how much a corrected weight is held to the original one.
+RIDGE = 0.01
+
+
+def corrected(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    """W' (out, in) float64 that gives W x for the compressed input z of the same token:
+    argmin sum |W x - W' z|^2 + r |W - W'|^2 = (W C + r W) (G + r I)^-1, r = RIDGE times the mean diagonal of G.
+
+    weight (out, in); gram G = sum z z^T, cross C = sum x z^T, both (in, in).
+    """
+    gram, cross, weight = gram.double(), cross.double(), weight.double()
+    held = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + held, weight @ (cross + held), left=False)
+
+
+def output_error(weight, approximation, original, gram, cross) -> float:
+    """sum |W x - V z|^2 / sum |W x|^2 by the Gram matrices of x and z and their cross sum; 0 where W gives nothing."""
+    weight, approximation = weight.double(), approximation.double()
+    energy = float(((weight @ original.double()) * weight).sum())
+    given = float(((approximation @ gram.double()) * approximation).sum())
+    common = float(((weight @ cross.double()) * approximation).sum())
+    return max(0.0, energy - 2 * common + given) / energy if energy > 0 else 0.0
+
+
+class PairedExperts:
+    """An experts module of the original, and the inputs that it and its compressed copy get for the same tokens.
+
+    pairs: per batch (x, z, token, expert), of the original's routing; `sums` are those of gate and up's inputs.
+    """
+
+    def __init__(self, native: nn.Module, pairs: Callable[[], Iterator[tuple[Routed, torch.Tensor]]]):
+        self.native, self.pairs, self.count = native, pairs, expert_count(native)
+        self.tokens = torch.zeros(self.count, dtype=torch.int64)
+        for routed, _ in pairs():
+            self.tokens += torch.bincount(routed.expert.cpu(), minlength=self.count)[: self.count]
+        hidden, inner = shapes_of(native)["down"]
+        self.gate_up = self._sums(hidden, lambda expert, x, z: (x, z))
+        self._inner = inner
+
+    def weights(self, name: str) -> Lazily:
+        """The original's weights (out, in) by expert, float32."""
+        return Lazily(self.count, lambda expert: dense_weight(self.native, name, expert))
+
+    def down(self, made: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gram matrices (E, inner, inner) of down's inputs as gate and up of `made` give them, and cross sums."""
+
+        def inner(expert, x, z):
+            return self._middle(self.native, expert, x), self._middle(made, expert, z)
+
+        return self._sums(self._inner, inner)
+
+    def targets(self, name: str, gram: torch.Tensor, cross: torch.Tensor) -> Lazily:
+        """Corrected weights by expert; each is helped by as many of its layer's inputs as it has features."""
+        total, weights = self.tokens.sum(), self.weights(name)
+        pooled = gram.sum(0) * len(gram[0]) / total, cross.sum(0) * len(gram[0]) / total
+        return Lazily(self.count, lambda e: corrected(weights[e], gram[e] + pooled[0], cross[e] + pooled[1]))
+
+    def _middle(self, experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+        names = [name for name in shapes_of(experts) if name != "down"]
+        return activate(experts, {name: x @ dense_weight(experts, name, expert, x.dtype).T for name in names}, expert)
+
+    def _sums(self, size: int, of: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        first = next(self.native.parameters())
+        gram = torch.zeros(self.count, size, size, device=first.device)
+        cross = torch.zeros_like(gram)
+        for routed, other in self.pairs():
+            start = 0
+            for expert, n in enumerate(torch.bincount(routed.expert, minlength=self.count).tolist()[: self.count]):
+                token = routed.token[start : start + n]
+                start += n
+                if n:
+                    x, z = of(expert, routed.x[token], other[token])
+                    gram[expert] += z.float().T @ z.float()
+                    cross[expert] += x.float().T @ z.float()
+        return gram, cross
+
+
+class PairedWalk:
+    """Takes windows through an original and a model that is compressed layer by layer.
+
+    For each layer in order: `enter`, then `replace` as modules are made; `experts` sees what was replaced before.
+    """
+
+    def __init__(self, parent: Path, known: Statistics):
+        """parent: folder of the input checkpoint; known: statistics of the original, whose windows are walked."""
+        self.dtype, self.scratch = known.dtype, known.scratch(known.all_hidden(8))
+        models = [StreamedModel(folder, known.dtype, known.device) for folder in (known.folder, parent)]
+        self._walks = [model.walk(known.windows, known.batch_size, self.scratch) for model in models]
+
+    def enter(self) -> None:
+        """Goes on to the next layer; the original's experts are observed on the way."""
+        self.original, self.compressed = (next(walk) for walk in self._walks)
+        with torch.no_grad():
+            self._seen = self._observe(self.original, self.original.outputs)
+
+    def replace(self, path: str, made: nn.Module) -> None:
+        """Puts a copy of what a stage made into the compressed layer."""
+        self.compressed.layer.set_submodule(path, copy.deepcopy(made).to(self.dtype))
+
+    def experts(self, path: str) -> PairedExperts:
+        """The module at a path of the layer, with the inputs it has now."""
+        with torch.no_grad():
+            given = self._observe(self.compressed, lambda: self.compressed.run(self.compressed.hidden))[path]
+        mine = self._seen[path]
+
+        def pairs():
+            for x, token, expert, z in zip(*mine, given[0]):
+                yield Routed(x, token, expert), z
+
+        return PairedExperts(self.original.layer.get_submodule(path), pairs)
+
+    def _observe(self, visit, run: Callable[[], object]) -> dict[str, list[Batches]]:
+        """{path: [inputs, token, expert of each pair]} per batch, of each experts module while `run` runs the layer."""
+        seen: dict[str, list[Batches]] = {}
+        hooks = []
+        for path, module in find_experts(visit.layer):
+            kept = seen[path] = [Batches(self.scratch, visit.hidden.device) for _ in range(3)]
+
+            def keep(module, inputs, kept=kept):
+                routed = route(module, *inputs)
+                for batches, tensor in zip(kept, (routed.x, routed.token, routed.expert)):
+                    batches.append(tensor)
+
+            hooks.append(module.register_forward_pre_hook(keep))
+        run()
+        for hook in hooks:
+            hook.remove()
+        return seen

@@ -1,0 +1,73 @@
+"""What the experts of a layer are fitted to, and under which inputs they are judged: the original's, or those that the
+compressed model will really give them."""
+
+from ..calibration.metric import Grams, blend, shrink, unknown
+from ..calibration.paired import PairedExperts, output_error
+from ..lazy import Lazily
+from ..model.experts import dense_weight, expert_count
+from ..model.modeling_moesvd import FactorizedExperts
+from .base import Context, errors_of, expert_grams, reached
+
+
+class OriginalInputs:
+    """The input checkpoint's weights, under the inputs that the original model gives them."""
+
+    def __init__(self, context: Context, experts, statistics: dict, path: str):
+        known = reached(statistics, path)
+        self.experts = experts
+        # A whole matrix loses little everywhere: its own inputs tell best. Factors have to choose what to keep.
+        self.own = expert_grams(statistics, path, context.device, shrink if known else unknown)
+        self.blended = expert_grams(statistics, path, context.device, blend) if known else self.own
+
+    def weights(self, name: str, made: FactorizedExperts) -> Lazily:
+        """What a projection should be, (out, in) float32 by expert."""
+        return Lazily(expert_count(self.experts), lambda e: dense_weight(self.experts, name, e))
+
+    def grams(self, name: str, factors: bool) -> Grams:
+        """Gram matrices (in, in) by expert, for factors or for whole matrices."""
+        return self.blended[name] if factors else self.own[name]
+
+    def errors(self, made: FactorizedExperts) -> dict[str, list[float]]:
+        """Whitened error of every matrix, {projection: [per expert]}."""
+        return errors_of(made, {name: self.weights(name, made) for name in made.layout}, self.own)
+
+
+class PairedInputs:
+    """The original's outputs as targets, under the inputs that the layers compressed before now give.
+
+    Down has to be asked for last: its inputs are what gate and up of `made` give.
+    """
+
+    def __init__(self, context: Context, pair: PairedExperts, statistics: dict, path: str):
+        self.pair, self.device = pair, context.device
+        self.original = {"gate": statistics[f"{path}/gram_in"], "down": statistics[f"{path}/gram_mid"]}
+        self.original["up"] = self.original["gate"]
+        self.sums = {"gate": pair.gate_up, "up": pair.gate_up}
+
+    def weights(self, name: str, made: FactorizedExperts) -> Lazily:
+        """What a projection should be, (out, in) float64 by expert: corrected for its inputs."""
+        if name not in self.sums:
+            self.sums[name] = self.pair.down(made)
+        return self.pair.targets(name, *self.sums[name])
+
+    def grams(self, name: str, factors: bool) -> Grams:
+        """Gram matrices (in, in) by expert, for factors or for whole matrices; after `weights`."""
+        return Grams(self.sums[name][0], self.pair.tokens, blend if factors else shrink, self.device)
+
+    def errors(self, made: FactorizedExperts) -> dict[str, list[float]]:
+        """Error of every matrix's output beside the original's, relative, {projection: [per expert]}."""
+        found = {}
+        for name in made.layout:
+            weights, (gram, cross) = self.pair.weights(name), self.sums[name]
+            found[name] = [
+                output_error(weights[e], made.dense(name, e), self.original[name][e].to(self.device), gram[e], cross[e])
+                for e in range(made.experts)
+            ]
+        return found
+
+
+def inputs_of(context: Context, experts, statistics: dict, path: str) -> OriginalInputs | PairedInputs:
+    """Those of the stage's options; experts that no token reaches know of no other inputs."""
+    if context.options.error_aware and reached(statistics, path):
+        return PairedInputs(context, context.paired_walk().experts(path), statistics, path)
+    return OriginalInputs(context, experts, statistics, path)
