@@ -96,6 +96,7 @@ class Memory:
 class Sizes:
     """Bytes that a walk through a model has to do with."""
 
+    item: int  # a weight
     layer: int  # weights of the largest decoder layer
     row: int  # hidden state of a token
     activations: int  # of a batch in a layer, at most
@@ -110,7 +111,8 @@ class Sizes:
         inner = max(p.shape[-1] for p in meta.layers.parameters())
         heads = getattr(config, "num_attention_heads", 1) if config._attn_implementation == "eager" else 0
         scores = 3 * heads * rows * windows.shape[1]
-        return Sizes(max(layers), config.hidden_size * item, 4 * (rows * (8 * config.hidden_size + 4 * inner) + scores))
+        activations = 4 * (rows * (8 * config.hidden_size + 4 * inner) + scores)
+        return Sizes(item, max(layers), config.hidden_size * item, activations)
 
 
 class Batches:

@@ -13,8 +13,10 @@ from .memory import Memory, MemoryLimitError, Sizes, anonymous_bytes
 from .model.experts import expert_count, find_experts, find_linears, shapes_of
 from .model.stream import StreamedModel
 
-IMPORTS = 160 * 10**6  # libraries that are loaded when they are first used, gptqmodel above all
-HALF, SINGLE, DOUBLE = 2, 4, 8
+IMPORTS = 156 * 10**6  # gptqmodel, which is loaded when it is first used
+SINGLE, DOUBLE = 4, 8
+FACTORS = 1.6  # a layer, and what becomes of it
+CHECK, CHUNK = 256, 32  # tokens whose predictions verification compares, and how many of them at a time
 
 
 @dataclass(frozen=True)
@@ -65,23 +67,21 @@ class Needs:
 
 def forecast(meta: StreamedModel, sizes: Sizes, tokens: int, statistics, memory: Memory, workers: int) -> Needs:
     """meta: the original model; sizes: of its walk; tokens: of calibration; statistics: their store."""
-    base = anonymous_bytes() + IMPORTS
-    layers = [_layer(layer, sizes) for layer in meta.layers]
-    outer = sum(p.numel() for p in _outer(meta)) * SINGLE
-    grams = max(layer.grams for layer in layers)
-    each = max(layer.each for layer in layers)
-    room = memory.limit - base - max(layer.walked for layer in layers) - sizes.activations
+    base = anonymous_bytes()
+    layers = [_layer(layer, sizes.item) for layer in meta.layers]
+    embeddings, head = (sizes.item * m.weight.numel() for m in _ends(meta))
+    predictions = meta.model.get_output_embeddings().weight.shape[0] * (2 * CHECK * SINGLE + 4 * CHUNK * DOUBLE)
+    grams, each = max(layer.grams for layer in layers), max(layer.each for layer in layers)
+    walked, loading = max(layer.walked for layer in layers), max(layer.loading for layer in layers)
+    room = memory.limit - base - walked - sizes.activations
     at_once = max(each, min(grams, room // each * each)) if each else 0
     hidden = 2 * tokens * sizes.row
     in_memory = hidden if room > hidden + sizes.layer else 0
-    stage = max(layer.worked for layer in layers)
-    walked = max(layer.walked for layer in layers)
-    loading = max(layer.loading for layer in layers)
     peak = {
-        "embeddings": base + outer // 2 + in_memory // 2,
+        "embeddings": base + embeddings + in_memory // 2,
         "reading the model": base + max(loading, walked + at_once + sizes.activations) + in_memory,
-        "a layer's decomposition and quantization": base + stage,
-        "verification": base + max(loading, outer),
+        "a layer's decomposition and quantization": base + IMPORTS + max(layer.worked for layer in layers),
+        "verification": base + IMPORTS + max(loading, head + predictions),
     }
     least = {**peak, "reading the model": base + max(loading, walked + each + sizes.activations)}
     stored = statistics.needed if statistics.stored and not statistics.complete() else 0
@@ -98,7 +98,8 @@ class _Layer:
     worked: int  # original and factors in the stored precision, and the working set of its largest matrix
 
 
-def _layer(layer: nn.Module, sizes: Sizes) -> _Layer:
+def _layer(layer: nn.Module, item: int) -> _Layer:
+    """item: bytes of a weight in the walk."""
     count = sum(p.numel() for p in layer.parameters())
     largest = max(p.numel() for p in layer.parameters())
     linears = sum(SINGLE * linear.in_features**2 for _, linear in find_linears(layer))
@@ -108,19 +109,18 @@ def _layer(layer: nn.Module, sizes: Sizes) -> _Layer:
         one = SINGLE * (hidden**2 + inner**2)
         each, grams = max(each, one), grams + one * expert_count(experts)
         work = max(work, *(_working_set(*shape) for shape in shapes_of(experts).values()))
-    item = next(layer.parameters()).dtype.itemsize
     loading = item * max(count, 2 * largest)  # parts and their whole, side by side
-    return _Layer(loading, item * count + linears, grams, each, 2 * HALF * count + work)
+    stored = next(layer.parameters()).dtype.itemsize
+    return _Layer(loading, item * count + linears, grams, each, int(FACTORS * stored * count) + work)
 
 
 def _working_set(out: int, columns: int) -> int:
     """The pooled Gram matrix, the expert's own with its blend, and both sides of a product in double precision."""
-    return columns**2 * (4 * SINGLE + DOUBLE) + 5 * DOUBLE * out * columns + 4 * DOUBLE * min(out, columns) ** 2
+    return columns**2 * (4 * SINGLE + DOUBLE) + 4 * DOUBLE * out * columns + 3 * DOUBLE * min(out, columns) ** 2
 
 
-def _outer(meta: StreamedModel):
-    inside = {id(p) for p in meta.layers.parameters()}
-    return [p for p in meta.model.parameters() if id(p) not in inside]
+def _ends(meta: StreamedModel):
+    return meta.model.get_input_embeddings(), meta.model.get_output_embeddings()
 
 
 def _rounded_up(size: int) -> str:
