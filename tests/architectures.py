@@ -81,6 +81,8 @@ MORE: dict[str, dict] = {
     "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
     "hunyuan_v1_moe": dict(head_dim=16),
     "inkling2": dict(vision_config=dict(text_hidden_size=64)),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
+    "kimi_linear": dict(num_hidden_layers=4),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "mistral4": dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
     "muse_spark": dict(

@@ -118,16 +118,21 @@ def record(model: nn.Module, layers: nn.ModuleList, batches, hidden: Batches) ->
 def without_embeddings(model: nn.Module):
     """Within it, input embeddings that are not in memory are zeros that take none: where no layer works, nothing
     depends on them."""
-    embeddings = model.get_input_embeddings()
-    weight = embeddings.weight
-    if weight.device.type == "meta":
-        device = next(p.device for p in model.parameters() if p.device.type != "meta")
+    held = [
+        (module, name, weight)
+        for module in model.get_input_embeddings().modules()  # some have a norm of their own
+        for name, weight in module._parameters.items()
+        if weight is not None and weight.device.type == "meta"
+    ]
+    device = next(p.device for p in model.parameters() if p.device.type != "meta") if held else None
+    for module, name, weight in held:
         zeros = torch.zeros((), dtype=weight.dtype, device=device).expand(weight.shape)
-        embeddings._parameters["weight"] = nn.Parameter(zeros, requires_grad=False)
+        module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
     try:
         yield
     finally:
-        embeddings._parameters["weight"] = weight
+        for module, name, weight in held:
+            module._parameters[name] = weight
 
 
 def finish(
