@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import moesvd_quant
@@ -219,7 +220,8 @@ def test_a_pruned_base_is_stored_small_quantized_and_counted_exactly(architectur
     assert 0 < (outputs[2] - outputs[1]).norm() < 0.15 * (outputs[1] - outputs[0]).norm()
     for checkpoint in (first, second):
         account = json.loads((checkpoint / "moesvd.json").read_text())["accounting"]
-        assert account["disk_bytes"] == sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+        tensors = [t for file in checkpoint.glob("*.safetensors") for t in load_file(file).values()]
+        assert account["tensor_bytes"] == sum(t.numel() * t.element_size() for t in tensors)
         assert account["expert_ratio"] == pytest.approx(0.4, abs=0.01)
     found = json.loads((first / "moesvd.json").read_text())["decisions"]
     assert next(iter(found.values()))["base channels"] == {"stored": inner * 3 // 4, "used": inner // 2}
