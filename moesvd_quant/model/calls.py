@@ -115,9 +115,9 @@ def record(model: nn.Module, layers: nn.ModuleList, batches, hidden: Batches) ->
 
 
 @contextmanager
-def without_embeddings(model: nn.Module):
-    """Within it, input embeddings that are not in memory are zeros that take none: where no layer works, nothing
-    depends on them."""
+def without_embeddings(model: nn.Module, value: float = 0.0):
+    """Within it, input embeddings that are not in memory are one number that takes none: where no layer works, hardly
+    a model depends on them."""
     held = [
         (module, name, weight)
         for module in model.get_input_embeddings().modules()  # some have a norm of their own
@@ -126,8 +126,8 @@ def without_embeddings(model: nn.Module):
     ]
     device = next(p.device for p in model.parameters() if p.device.type != "meta") if held else None
     for module, name, weight in held:
-        zeros = torch.zeros((), dtype=weight.dtype, device=device).expand(weight.shape)
-        module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+        same = torch.full((), value, dtype=weight.dtype, device=device).expand(weight.shape)
+        module._parameters[name] = nn.Parameter(same, requires_grad=False)
     try:
         yield
     finally:

@@ -352,11 +352,23 @@ class StreamedModel:
         embeddings, head = self._embeddings()
         self.load(f"{embeddings}." if self._tied(f"{head}.weight") else f"{head}.")
         self.model.tie_weights()
+        if self._embeddings_follow():
+            self.load(f"{embeddings}.")
         try:
             yield
         finally:
             self.drop(embeddings)
             self.drop(head)
+
+    def _embeddings_follow(self) -> bool:
+        """Whether what comes after the layers reads the input embeddings as well."""
+        if not any(p.device.type == "meta" for p in self.model.get_input_embeddings().parameters()):
+            return False
+        found = []
+        for value in (0.0, 1.0):
+            with without_embeddings(self.model, value):
+                found.append(finish(self.model, self.layers, self.hidden[0], self.batches[0], self.like))
+        return not torch.equal(*found)
 
     def head(self, hidden: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """Logits (n, length, vocabulary) of token ids `batch` whose last decoder layer gave `hidden`; after a walk."""
