@@ -174,7 +174,7 @@ def _times(stages: list[Stage]) -> list[list[str]]:
         [
             stage.name,
             f"{stage.run['seconds']:,.0f} s",
-            f"{stage.run['peak_rss_bytes'] / 1e9:.2f} GB",
+            f"{stage.run['anonymous_bytes']['peak'] / 1e9:.2f} GB",
             stage.run["finished"],
         ]
         for stage in stages

@@ -175,7 +175,7 @@ def _label(stage) -> str:
         pruned = f"-p{round(options.static * 100)}+{round(options.dynamic * 100)}-"
         return f"d2-{options.merge}{pruned if options.static or options.dynamic else ''}{round(options.ratio * 100)}"
     if stage.name == "gptq":
-        return f"{'rtn' if options.rtn else 'gptq'}{options.bits or ''}"
+        return f"{'rtn' if options.rtn else 'gptq'}{options.bits or ''}{'-aware' if options.error_aware else ''}"
     if stage.name == "lora":
         what = {"adapters": f"lora{options.rank}", "factors": "tuned", "router": "router"}[options.train]
         return what + {"lm": "", "distill": "-distilled", "layerwise": "-layerwise"}[options.objective]

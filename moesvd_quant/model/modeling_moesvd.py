@@ -151,7 +151,7 @@ class PackedLinear(Packed):
             self.add_bank("left", (out_features, self.rank), None, dtype, device)
             self.add_bank("right", (self.rank, in_features), None, dtype, device)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)  # follows casts
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)  # follows casts
 
     @property
     def rank(self) -> int:
