@@ -52,7 +52,9 @@ def _expert_macs(experts: nn.Module, top_k: int) -> float:
         for part in parts:
             share = top_k * len(part["experts"]) / experts.experts  # of the part's experts, per token
             for bank, (_, rows, columns) in part_banks(part, *experts.shapes[name]).items():
-                # Inputs of down differ between the experts of a token: a shared bank meets each of them.
-                once = bank == experts.shared_input(part) and name != "down"
+                # Inputs of down differ between the experts of a token: a shared right factor meets each of them, a base
+                # their sum where the module can make it.
+                summed = bank == "dense" and hasattr(experts.form, "combine")
+                once = bank == experts.shared_input(part) and (name != "down" or summed)
                 total += (1 if once else share) * rows * columns
     return total

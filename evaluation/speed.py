@@ -71,7 +71,7 @@ def _filled(model: nn.Module, device: str) -> nn.Module:
 
 def uniform_layout(folder: str | Path, ratio: float) -> dict:
     """Layout in which every expert matrix has factors of one rank share, `ratio` of the parameters gone."""
-    from ..allocate import level_ranks
+    from ..decompose.ranks import level_ranks
     from ..layout import empty_layout, factor_part
     from ..model.experts import shapes_of
     from ..model.stream import read_config

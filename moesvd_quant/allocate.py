@@ -13,7 +13,8 @@ FLOAT = 16  # in place of bits: not quantized
 MAX_RANKS = 4  # distinct choices per layer and projection: each is one tensor and one grouped product
 # Between which the price of a unit of cost is sought (error per unit; at the upper one nothing is worth having).
 PRICES, BISECTIONS = (1e-16, 1.0), 60
-ROUNDS = 3  # which few choices of a group are best depends on the price, and the price on them
+# Which few choices of a group are best depends on the price, and the price on them: tried from around the free price.
+STARTS, ROUNDS = (0.7, 0.85, 1.0, 1.2, 1.5), 2
 
 
 class Choice(NamedTuple):
@@ -84,16 +85,18 @@ def allocate(
     if budget < least:
         raise ValueError(f"a budget of {budget:.0f} cannot be met, the least possible is {least:.0f}")
     everything = {name: np.arange(len(table.choices)) for name, table in tables.items()}
-    low, high, bound = _price(tables, everything, budget)
+    low, _, bound = _price(tables, everything, budget)
     best, least_error = {}, np.inf
-    for _ in range(ROUNDS):
-        few = _restrict(tables, low, ties, distinct)
-        low, high, _ = _price(tables, few, budget)
-        chosen = _choose(tables, few, high)
-        _spend_rest(chosen, tables, few, budget - _spent(chosen, tables), ties, distinct)
-        error = _error(chosen, tables)
-        if error < least_error:
-            best, least_error = chosen, error
+    for share in STARTS:
+        price = low * share
+        for _ in range(ROUNDS):
+            few = _restrict(tables, price, ties, distinct)
+            price, high, _ = _price(tables, few, budget)
+            chosen = _choose(tables, few, high)
+            _spend_rest(chosen, tables, few, budget - _spent(chosen, tables), ties, distinct)
+            error = _error(chosen, tables)
+            if error < least_error:
+                best, least_error = chosen, error
     choices = {name: [tables[name].choices[i] for i in at] for name, at in best.items()}
     return Allocation(choices, least_error, bound)
 

@@ -74,7 +74,7 @@ def _native_state(model) -> dict[str, torch.Tensor]:
     banks = set()
     for path, module in model.named_modules():
         if isinstance(module, PackedLinear):
-            banks |= {f"{path}.weight"}
+            banks |= {f"{path}.weight", f"{path}.left", f"{path}.right"}
         if isinstance(module, FactorizedExperts):
             banks |= {f"{path}.{key}" for key, *_ in module.banks()}
             banks |= {f"{path}.{key}" for key in channel_tensors(module.layout)}

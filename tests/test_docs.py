@@ -34,7 +34,7 @@ def test_every_command_of_the_readme_runs(make_model, tmp_path, monkeypatch, cap
     assert (
         Path("out/plot.png").is_file()
         and Path("out/report.html").is_file()
-        and Path("plain/model.safetensors").is_file()
+        and Path("plain/model.safetensors.index.json").is_file()
     )
 
 

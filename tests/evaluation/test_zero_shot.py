@@ -55,6 +55,7 @@ def data(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", LOCAL)
 def test_prompts_are_those_of_lm_eval(task):
     manager = TaskManager()
@@ -69,6 +70,7 @@ def test_prompts_are_those_of_lm_eval(task):
     assert [m["metric"] for m in ours["metric_list"]] == [m["metric"] for m in theirs["metric_list"]]
 
 
+@pytest.mark.slow
 def test_local_layouts_become_the_questions_they_are(data):
     manager = TaskManager(include_path=str(FOLDER), metadata={"data": str(data)})
     tasks = manager.load([f"{name}_local" for name in LOCAL])["tasks"]
