@@ -120,7 +120,7 @@ def test_kill_9_at_random_times(make, compressed, tmp_path, small):
     command = [sys.executable, "-m", "moesvd_quant.cli", "run", str(tmp_path / "r.yaml"), *small]
     command += ["--model", str(compressed("svd", "mixtral", "svd.ratio=0.3")), "--out", str(tmp_path / "parts")]
     killed = 0
-    for tenths in range(80, 400, 15):
+    for tenths in range(50, 400, 5):
         process = subprocess.Popen(command, env=os.environ | {"MOESVD_THREADS": str(torch.get_num_threads())})
         time.sleep(tenths / 10)
         if process.poll() is not None:
@@ -128,5 +128,5 @@ def test_kill_9_at_random_times(make, compressed, tmp_path, small):
         process.send_signal(signal.SIGKILL)
         process.wait()
         killed += 1
-    assert process.returncode == 0 and killed > 3
+    assert process.returncode == 0 and killed > 2
     assert files(make("parts", ", batch: 16")) == whole
