@@ -6,6 +6,7 @@ import io
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 
 from .perplexity import relative_change
@@ -212,6 +213,12 @@ def _peak(memory: dict) -> int | None:
 
 def _megabytes(size: int | None) -> str | float:
     return "-" if size is None else round(size / 1e6, 3)
+
+
+def save(table: Table, file: Path) -> None:
+    """Writes FILE.md, FILE.csv and FILE.json."""
+    for form, ending in (("markdown", "md"), ("csv", "csv"), ("json", "json")):
+        file.with_name(f"{file.name}.{ending}").write_text(render(table, form))
 
 
 def render(table: Table, form: str = "terminal") -> str:

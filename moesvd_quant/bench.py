@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .evaluation.plot import plot_bytes
 from .evaluation.record import RECORD, Wanted, evaluate, same_protocol, write
-from .evaluation.table import Table, render, table8
+from .evaluation.table import Table, save, table8
 from .recipe import Evaluate, load_recipe
 from .runner import Run
 
@@ -22,17 +22,14 @@ def compare(
     overrides: Sequence[str] = (),
     device: str = "cpu",
     report: Report = lambda what, done, total: None,
+    more: Sequence[dict] = (),
 ) -> tuple[list[dict], Table]:
     """Runs each recipe under OUT/NAME and evaluates its last checkpoint and the original on `texts`.
 
     Writes OUT/table8.md, .csv, .json and OUT/perplexity-against-bytes.png. Recipes are loaded before any runs;
-    finished runs and records by the same protocol stay. Returns the records and their table.
+    finished runs and records by the same protocol stay. Returns the records and their table, with the records `more` of
+    what no recipe makes.
     """
-    return compare_all(model, recipes, out, texts, length, overrides, device, report)
-
-
-def compare_all(model, recipes, out: Path, texts, length, overrides, device, report, more: Sequence[dict] = ()):
-    """`compare`, with the records `more` of what no recipe makes."""
     measure = Wanted(texts, length=length)
     loaded = [load_recipe(name, [*overrides, "evaluate.perplexity=[]", "keep=last"]) for name in recipes]
     evaluated = Evaluate(perplexity=texts, length=length or "auto")  # a stage that trains refuses these as its text
@@ -45,8 +42,7 @@ def compare_all(model, recipes, out: Path, texts, length, overrides, device, rep
     report("recipes", len(wanted), len(wanted))
     records += more
     table = table8(records)
-    for form, ending in (("markdown", "md"), ("csv", "csv"), ("json", "json")):
-        (out / f"table8.{ending}").write_text(render(table, form))
+    save(table, out / "table8")
     plot_bytes(records, out / "perplexity-against-bytes.png")
     return records, table
 

@@ -1,16 +1,19 @@
 """The memory-perplexity front of a model: many budgets, and what else one could do with the same bytes."""
 
-import shutil
+import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from .bench import compare_all, measured, written
-from .evaluation.record import RECORD, Wanted, write
+from .bench import compare, written
+from .checkpoint.finish import carry_files
+from .evaluation.record import RECORD, Wanted, evaluate, same_protocol, write
 from .evaluation.table import Table
 from .model.experts import find_experts, find_linears, weight_parameters
 from .model.load import load
+from .model.stream import StreamedModel
 
 Report = Callable[[str, int, int], None]
 BASELINES = ("gptq4", "gptq3", "gptq2", "moe-svd-paper", "moe-svd-paper-gptq4")
@@ -38,39 +41,33 @@ def front(
     recipes |= {name: (name, []) for name in BASELINES}
     files = written(recipes, out / "recipes", overrides)
     nf4 = nf4_record(model, out / "nf4", Wanted(texts, length=length), device)
-    return compare_all(model, list(files.values()), out, texts, length, (), device, report, [nf4])
+    return compare(model, [str(file) for file in files.values()], out, texts, length, (), device, report, [nf4])
 
 
 def nf4_record(model: Path, out: Path, wanted: Wanted, device: str = "cpu") -> dict:
     """The record of a model whose experts and linears are in bitsandbytes' NF4: evaluated as dense weights that hold
     its values, with the bytes that it would store (codes, and a float32 scale for each block). Needs the whole model
     in memory."""
-    if (out / RECORD).is_file():
-        return measured(out, out, wanted, device)
-    made, saved = load(model), 0
+    file = out / RECORD
+    if file.is_file() and same_protocol(found := json.loads(file.read_text()), wanted):
+        return found
+    made = load(model)
+    layers = made.get_submodule(StreamedModel(model).layers_path)
+    weights = sum(p.numel() for _, experts in find_experts(layers) for p in weight_parameters(experts))
     with torch.no_grad():
-        for layer in made.get_decoder().layers:
-            for parameter in _matrices(layer):
-                saved += _round_to_nf4(parameter)
-    made.save_pretrained(out)
-    shutil.copyfile(model / "tokenizer.json", out / "tokenizer.json")
-    shutil.copyfile(model / "tokenizer_config.json", out / "tokenizer_config.json")
-    record = measured(out, out, wanted, device)
-    record["name"], memory = "nf4", record["memory"]
+        saved_experts = sum(_round_to_nf4(p) for _, experts in find_experts(layers) for p in weight_parameters(experts))
+        saved = saved_experts + sum(_round_to_nf4(linear.weight) for _, linear in find_linears(layers))
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        made.save_pretrained(folder)
+        carry_files(model, Path(folder))
+        record = evaluate(folder, wanted, device, "nf4") | {"path": out.name}
     for key in ("disk_bytes", "resident_bytes"):
-        memory[key] -= saved
-    record["accounting"]["bits_per_expert_weight"] = 4.5
-    for path in out.glob("*.safetensors"):
-        path.unlink()
-    write(record, out / RECORD)
+        record["memory"][key] -= saved
+    item = next(layers.parameters()).element_size()
+    record["accounting"]["bits_per_expert_weight"] = 8 * (item * weights - saved_experts) / weights
+    write(record, file)
     return record
-
-
-def _matrices(layer):
-    for _, experts in find_experts(layer):
-        yield from weight_parameters(experts)
-    for _, linear in find_linears(layer):
-        yield linear.weight
 
 
 def _round_to_nf4(parameter: torch.Tensor) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from .bench import Report, measured
 from .evaluation.plot import plot_sweep
 from .evaluation.record import RECORD, Wanted, write
-from .evaluation.table import Table, render, table12
+from .evaluation.table import Table, save, table12
 from .recipe import load_recipe
 from .runner import Run
 
@@ -50,8 +50,7 @@ def sweep(
         write(records[-1], checkpoint / RECORD)
     report("runs", len(runs), len(runs))
     table = table12(records)
-    for form, ending in (("markdown", "md"), ("csv", "csv"), ("json", "json")):
-        (out / f"table12.{ending}").write_text(render(table, form))
+    save(table, out / "table12")
     if wanted.texts:
         plot_sweep(records, out / "perplexity-against-samples.png")
     return records, table

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..lazy import Lazily
 from ..memory import Batches
-from ..model.experts import activate, dense_weight, expert_count, find_experts, route, shapes_of
+from ..model.experts import dense_weight, expert_count, find_experts, intermediate, pairs_of, route, shapes_of
 from ..model.native_experts import Routed
 from ..model.stream import StreamedModel
 from .store import Statistics
@@ -46,17 +46,14 @@ def output_error(weight, approximation, original, gram, cross) -> float:
 class PairedExperts:
     """An experts module of the original, and the inputs that it and its compressed copy get for the same tokens.
 
-    pairs: per batch (x, z, token, expert), of the original's routing; `sums` are those of gate and up's inputs.
+    pairs: per batch the original's routing and the compressed inputs; `gate_up`: sums of the inputs of gate and up.
     """
 
     def __init__(self, native: nn.Module, pairs: Callable[[], Iterator[tuple[Routed, torch.Tensor]]]):
         self.native, self.pairs, self.count = native, pairs, expert_count(native)
-        self.tokens = torch.zeros(self.count, dtype=torch.int64)
-        for routed, _ in pairs():
-            self.tokens += torch.bincount(routed.expert.cpu(), minlength=self.count)[: self.count]
-        hidden, inner = shapes_of(native)["down"]
-        self.gate_up = self._sums(hidden, lambda expert, x, z: (x, z))
-        self._inner = inner
+        self.tokens = torch.zeros(self.count, dtype=torch.int64)  # counted with the first sums
+        hidden, self._inner = shapes_of(native)["down"]
+        self.gate_up = self._sums(hidden, self._given)
 
     def weights(self, name: str) -> Lazily:
         """The original's weights (out, in) by expert, float32."""
@@ -66,7 +63,7 @@ class PairedExperts:
         """Gram matrices (E, inner, inner) of down's inputs as gate and up of `made` give them, and cross sums."""
 
         def inner(expert, x, z):
-            return self._middle(self.native, expert, x), self._middle(made, expert, z)
+            return intermediate(self.native, expert, x), intermediate(made, expert, z)
 
         return self._sums(self._inner, inner)
 
@@ -76,23 +73,20 @@ class PairedExperts:
         pooled = gram.sum(0) * len(gram[0]) / total, cross.sum(0) * len(gram[0]) / total
         return Lazily(self.count, lambda e: corrected(weights[e], gram[e] + pooled[0], cross[e] + pooled[1]))
 
-    def _middle(self, experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
-        names = [name for name in shapes_of(experts) if name != "down"]
-        return activate(experts, {name: x @ dense_weight(experts, name, expert, x.dtype).T for name in names}, expert)
+    def _given(self, expert: int, x: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.tokens[expert] += len(x)
+        return x, z
 
     def _sums(self, size: int, of: Callable) -> tuple[torch.Tensor, torch.Tensor]:
         first = next(self.native.parameters())
         gram = torch.zeros(self.count, size, size, device=first.device)
         cross = torch.zeros_like(gram)
         for routed, other in self.pairs():
-            start = 0
-            for expert, n in enumerate(torch.bincount(routed.expert, minlength=self.count).tolist()[: self.count]):
-                token = routed.token[start : start + n]
-                start += n
-                if n:
-                    x, z = of(expert, routed.x[token], other[token])
-                    gram[expert] += z.float().T @ z.float()
-                    cross[expert] += x.float().T @ z.float()
+            for expert, rows in pairs_of(routed.expert, self.count):
+                token = routed.token[rows]
+                x, z = of(expert, routed.x[token], other[token])
+                gram[expert] += z.float().T @ z.float()
+                cross[expert] += x.float().T @ z.float()
         return gram, cross
 
 

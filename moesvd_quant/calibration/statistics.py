@@ -11,7 +11,17 @@ import torch
 from torch import nn
 
 from ..memory import Batches
-from ..model.experts import activate, dense_weights, expert_count, find_experts, find_linears, gather, route, shapes_of
+from ..model.experts import (
+    dense_weight,
+    expert_count,
+    find_experts,
+    find_linears,
+    gather,
+    intermediate,
+    pairs_of,
+    route,
+    shapes_of,
+)
 from ..model.native_experts import Routed
 from ..model.stream import ModelError
 
@@ -123,26 +133,11 @@ class ExpertsRecorder:
             assert self.kept is not None
             for x, token, expert in zip(*self.kept):
                 pairs = Routed(x.to(self.device), token.to(self.device), expert)
-                for index, rows in self._rows(expert):
+                for index, rows in pairs_of(expert, self.count):
                     if index in self.group:
                         x = pairs.x[pairs.token[rows]]
-                        self._observe(index, x, self._inner(index, x)[0])
+                        self._observe(index, x, intermediate(self.module, index, x))
             yield self.group, self.sums
-
-    def _rows(self, expert: torch.Tensor) -> Iterator[tuple[int, slice]]:
-        """(expert, its pairs) of those that have any, from the sorted experts of all pairs; identity experts after the
-        last one are left out."""
-        start = 0
-        for index, size in enumerate(torch.bincount(expert, minlength=self.count).tolist()[: self.count]):
-            if size:
-                yield index, slice(start, start + size)
-            start += size
-
-    def _inner(self, expert: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input of down (n, inner) of an expert, and the weight of down."""
-        weights = dense_weights(self.module, expert, x.dtype)
-        pairs = {name: x @ weights[name].T for name in weights if name != "down"}
-        return activate(self.module, pairs, expert), weights["down"]
 
     def forward(self, *inputs):
         routed = route(self.module, *inputs)
@@ -150,12 +145,12 @@ class ExpertsRecorder:
             for kept, value in zip(self.kept, (routed.x, routed.token, routed.expert)):
                 kept.append(value)
         y = routed.x[routed.token]  # what identity experts hand on
-        for expert, rows in self._rows(routed.expert):
+        for expert, rows in pairs_of(routed.expert, self.count):
             x = y[rows]
-            inner, down = self._inner(expert, x)
+            inner = intermediate(self.module, expert, x)
             if expert in self.group:
                 self._observe(expert, x, inner)
-            out = inner @ down.T
+            out = inner @ dense_weight(self.module, "down", expert, x.dtype).T
             if self.module.has_bias:
                 out = out + self.module.down_proj_bias[expert]
             y[rows] = self.module.post_expert_norm(out) if self.module.has_post_expert_norm else out

@@ -86,6 +86,22 @@ def activate(experts: nn.Module, pairs: dict[str, torch.Tensor], expert: int) ->
     return apply_gate(experts, type(experts), joint)
 
 
+def intermediate(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """Input of down (n, intermediate) of one expert for its inputs x (n, hidden)."""
+    names = [name for name in shapes_of(experts) if name != "down"]
+    return activate(experts, {name: x @ dense_weight(experts, name, expert, x.dtype).T for name in names}, expert)
+
+
+def pairs_of(expert: torch.Tensor, count: int) -> Iterator[tuple[int, slice]]:
+    """(expert, its pairs) of those of `count` that have any, from the sorted experts of all pairs; identity experts
+    after the last one are left out."""
+    start = 0
+    for index, size in enumerate(torch.bincount(expert, minlength=count).tolist()[:count]):
+        if size:
+            yield index, slice(start, start + size)
+        start += size
+
+
 def find_linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path in the layer, module) of all linears that are neither experts nor routers: attention, recurrent layers,
     shared experts, dense layers. A class of its own that multiplies in its own way is none."""

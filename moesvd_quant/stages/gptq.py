@@ -1,6 +1,7 @@
 """Stage `gptq`: experts (dense or factorized) and other linear layers in 2, 3, 4 or 8 bits."""
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 
@@ -14,7 +15,7 @@ from ..model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
 from ..quantize.factors import quantize_factors
 from ..quantize.gptq import PackedMatrix, QuantizeError, gptq, quant_format, round_to_nearest
 from .allocation import plan_budget
-from .base import UNREACHED, Context, Plan, StageError, require_experts, weak_experts
+from .base import UNREACHED, Context, Plan, StageError, factorized, require_experts, weak_experts
 from .inputs import inputs_of
 
 OTHER_BITS = 4  # of linears outside the experts, where a budget decides about the experts
@@ -141,8 +142,7 @@ def _quantize_linear(context, where, linear, gram, quant):
 
 def _quantize_experts(context, full, experts, given, layout) -> FactorizedExperts:
     """The packed experts module."""
-    module = FactorizedExperts(experts, layout)
-    _keep_floats(module, experts)
+    module = factorized(experts, layout, _floats(experts, layout))
     for name in sorted(layout, key=lambda name: name == "down"):  # whose inputs the others decide
         # A part after another one of the same experts (a delta after its base) stands for what that one left over.
         done: list[tuple[dict, dict]] = []
@@ -157,22 +157,18 @@ def _quantize_experts(context, full, experts, given, layout) -> FactorizedExpert
     return module
 
 
-def _keep_floats(module: FactorizedExperts, experts) -> None:
-    """Fills the parts that the plan leaves in floating point with what they hold already."""
-    for name, parts in module.layout.items():
+def _floats(experts, layout) -> Iterator[tuple[str, int | None, torch.Tensor]]:
+    """(bank, row or None for all, tensor) of the parts that the plan leaves in floating point, as they are."""
+    for name, parts in layout.items():
         for i, part in enumerate(parts):
             if part["quant"]:
                 continue
-            for bank in part_banks(part, *module.shapes[name]):
-                tensor = getattr(module, f"{name}_{i}_{bank}")
-                with torch.no_grad():
-                    for expert, row in zip(part["experts"], part[bank]):
-                        held = isinstance(experts, FactorizedExperts)
-                        tensor[row] = (
-                            experts.bank(name, i, bank, tensor.dtype, row)
-                            if held
-                            else dense_weight(experts, name, expert, tensor.dtype)
-                        )
+            if isinstance(experts, FactorizedExperts):
+                keys = [f"{name}_{i}_{bank}" for bank in part_banks(part, *experts.shapes[name])]
+                yield from ((key, None, getattr(experts, key)) for key in keys)
+            else:
+                rows = zip(part["dense"], part["experts"])
+                yield from ((f"{name}_{i}_dense", row, dense_weight(experts, name, expert)) for row, expert in rows)
 
 
 def _targets(experts, wanted: Lazily, done: list[tuple[dict, dict]]) -> Lazily:
