@@ -11,9 +11,13 @@ def family(name: str) -> str:
 
 def plot_bytes(records: list[dict], file: Path) -> None:
     """The figure of `figure_bytes` as PNG."""
+    figure = figure_bytes(records)
+    _save(figure, file)
+
+
+def _save(figure, file: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure = figure_bytes(records)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -89,9 +93,7 @@ def plot_speed(result: dict, file: Path) -> None:
             axis.grid(alpha=0.25)
     axes[0, 0].legend(frameon=False)
     figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    _save(figure, file)
 
 
 def plot_sweep(records: list[dict], file: Path) -> None:
@@ -120,6 +122,4 @@ def plot_sweep(records: list[dict], file: Path) -> None:
         axis.grid(alpha=0.25)
     axes[0, 0].legend(frameon=False)
     figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    _save(figure, file)

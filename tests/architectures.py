@@ -4,6 +4,7 @@ of its fields, plus what an architecture needs besides."""
 import copy
 
 import torch
+from tiny import enlarge
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moesvd_quant.model.modeling_moesvd import native_class
@@ -150,10 +151,5 @@ def tiny_architecture(name: str, dtype=torch.float32, seed: int = 0):
     config = tiny_config(name)
     torch.manual_seed(seed)
     model = native_class(type(config))._from_config(config).eval()
-    with torch.no_grad():
-        for key, tensor in model.named_parameters():
-            if tensor.dim() > 1 and "embed" not in key:
-                tensor.copy_(torch.randn_like(tensor) * tensor.shape[-1] ** -0.5)
-            elif "bias" in key or "sinks" in key:
-                tensor.copy_(torch.randn_like(tensor) * 0.1)
+    enlarge(model)
     return model.to(dtype)

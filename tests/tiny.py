@@ -61,16 +61,29 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, bos_token=end, eos_token=end, pad_token=end)
 
 
+@torch.no_grad()
+def enlarge(model) -> None:
+    """Draws weights anew, so large that experts matter."""
+    for key, tensor in model.named_parameters():
+        if tensor.dim() > 1 and "embed" not in key:
+            tensor.copy_(torch.randn_like(tensor) * tensor.shape[-1] ** -0.5)
+        elif "bias" in key or "sinks" in key:
+            tensor.copy_(torch.randn_like(tensor) * 0.1)
+
+
+@torch.no_grad()
+def fill_banks(experts, generator) -> None:
+    """Random float banks of a FactorizedExperts."""
+    for key, _, _ in experts.banks():
+        bank = getattr(experts, key)
+        bank.copy_(torch.randn(bank.shape, generator=generator) * bank.shape[-1] ** -0.5)
+
+
 def tiny_model(architecture: str, dtype=torch.float32, seed: int = 0, **more):
     """A random model whose weights are large enough that experts matter; `more` goes to the config."""
     name, options = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
     config = getattr(transformers, name)(**(_COMMON | options | more))
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for key, tensor in model.named_parameters():
-            if tensor.dim() > 1 and "embed" not in key:
-                tensor.copy_(torch.randn_like(tensor) * tensor.shape[-1] ** -0.5)
-            elif "bias" in key or "sinks" in key:
-                tensor.copy_(torch.randn_like(tensor) * 0.1)
+    enlarge(model)
     return model.to(dtype).eval()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_model
+from tiny import ARCHITECTURES, fill_banks, tiny_model
 
 from moesvd_quant.layout import dense_part, factor_part
 from moesvd_quant.model import modeling_moesvd
@@ -106,9 +106,7 @@ def test_shared_banks_follow_the_algebra(parts, products):
     made = FactorizedExperts(native, layout)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for key, _, _ in made.banks():
-            bank = getattr(made, key)
-            bank.copy_(torch.randn(bank.shape, generator=generator) * bank.shape[-1] ** -0.5)
+        fill_banks(made, generator)
         hidden = torch.randn(11, 64, generator=generator)
         index = torch.stack([torch.randperm(count, generator=generator)[:2] for _ in range(11)])
         weights = torch.rand(11, 2, generator=generator)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_model
+from tiny import fill_banks, tiny_model
 
 from moesvd_quant.layout import factor_part
 from moesvd_quant.model import modeling_moesvd
@@ -27,9 +27,7 @@ def pruned(architecture="mixtral", dynamic=True):
     made = FactorizedExperts(native, layout)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for key, _, _ in made.banks():
-            bank = getattr(made, key)
-            bank.copy_(torch.randn(bank.shape, generator=generator) * bank.shape[-1] ** -0.5)
+        fill_banks(made, generator)
         made.channels.copy_(torch.randperm(shapes_of(native)["down"][1], generator=generator)[:STORED].sort().values)
         for key in ("channel_prior", "channel_weight") if dynamic else ():
             values = torch.rand(STORED, generator=generator)
