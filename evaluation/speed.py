@@ -62,8 +62,10 @@ def _filled(model: nn.Module, device: str) -> nn.Module:
                 tensor.fill_(1)
             elif tensor.is_floating_point():
                 tensor.normal_(0, 0.02, generator=generator)
-            else:  # codes and the bits of scales: anything that is a small number
-                tensor.random_(0, 4096 if tensor.dtype == torch.int16 else 256, generator=generator)
+            elif tensor.dtype == torch.int32:  # the bits of a float, or a channel
+                tensor.view(torch.float32).fill_(0.01) if name.endswith("_base") else tensor.zero_()
+            else:
+                tensor.random_(0, 256, generator=generator)
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     model.tie_weights()
     return model.to(device)

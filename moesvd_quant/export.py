@@ -13,7 +13,16 @@ from .accounting import original_model, stored_tensors
 from .checkpoint.files import write_json, write_one_by_one
 from .checkpoint.finish import OUTER_FILE, carry_files, layer_file, write_index
 from .model.experts import split_projections
-from .model.modeling_moesvd import JOINT, FactorizedExperts, PackedLinear, channel_tensors, part_banks
+from .model.modeling_moesvd import (
+    JOINT,
+    KINDS,
+    FactorizedExperts,
+    PackedLinear,
+    channel_tensors,
+    pack,
+    part_banks,
+    unpack,
+)
 from .model.native_experts import form_of
 from .model.stream import ModelError, StreamedModel
 from .quantize.gptq import PackedMatrix, QuantizeError, to_standard
@@ -79,8 +88,7 @@ def _native_state(model) -> dict[str, torch.Tensor]:
             banks |= {f"{path}.{key}" for key, *_ in module.banks()}
             banks |= {f"{path}.{key}" for key in channel_tensors(module.layout)}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    kinds = ("_codes", "_scales", "_zeros")
-    ours = banks | {bank + kind for bank in banks for kind in kinds}
+    ours = banks | {f"{bank}_{kind}" for bank in banks for kind in KINDS}
     return {k: v for k, v in model.state_dict().items() if k not in ours and k not in tied}
 
 
@@ -135,7 +143,7 @@ def _packed_modules(modules: dict):
             if module.rank:
                 raise ModelError(f"{path}: has a low-rank term beside its packed weight; export it --to dense")
             get = module._parameters.get
-            tensors = {k: get(f"weight_{k}") for k in ("codes", "scales", "zeros") if get(f"weight_{k}") is not None}
+            tensors = {k: get(f"weight_{k}") for k in KINDS if get(f"weight_{k}") is not None}
             yield path, PackedMatrix(tensors, module.quant, module.in_features), module.bias
         if isinstance(module, FactorizedExperts):
             if module.has_bias:
@@ -148,16 +156,24 @@ def _packed_modules(modules: dict):
                     columns = part_banks(part, *module.shapes[name])["dense"][-1]
                     for expert, row in zip(part["experts"], part["dense"]):
                         get = module._parameters.get
-                        kinds = [k for k in ("codes", "scales", "zeros") if get(f"{name}_{i}_dense_{k}") is not None]
+                        kinds = [k for k in KINDS if get(f"{name}_{i}_dense_{k}") is not None]
                         tensors = {k: get(f"{name}_{i}_dense_{k}")[row] for k in kinds}
-                        for own, half in _halves(name, tensors):
-                            yield f"{path}.{expert}.{own}_proj", PackedMatrix(half, quant, columns), None
+                        for own, half in _halves(name, PackedMatrix(tensors, quant, columns)):
+                            yield f"{path}.{expert}.{own}_proj", half, None
 
 
-def _halves(name: str, tensors: dict[str, torch.Tensor]):
+def _halves(name: str, packed: PackedMatrix) -> Iterator[tuple[str, PackedMatrix]]:
     """(projection of the native model, its rows) of a packed matrix."""
-    names = ("gate", "up") if name == JOINT else (name,)
-    yield from ((own, {k: t.chunk(len(names))[at] for k, t in tensors.items()}) for at, own in enumerate(names))
+    if name != JOINT:
+        yield name, packed
+        return
+    tensors, quant = packed.tensors, packed.quant
+    apart = {kind: tensors[kind].chunk(2) for kind in ("codes", "scales")} | {"base": (tensors["base"],) * 2}
+    if "zeros" in tensors:
+        values = unpack(tensors["zeros"], quant["bits"], tensors["scales"].numel())
+        apart["zeros"] = tuple(pack(half, quant["bits"]) for half in values.chunk(2))
+    for at, own in enumerate(("gate", "up")):
+        yield own, PackedMatrix({kind: halves[at] for kind, halves in apart.items()}, quant, packed.columns)
 
 
 def _standard(modules: dict, quants: dict[str, dict]) -> dict[str, torch.Tensor]:

@@ -24,8 +24,8 @@ def disk(folder):
 
 def test_bank_bytes_are_those_of_the_stored_tensors():
     quant = {"bits": 3, "group_size": 64, "sym": False}
-    # 100 columns: 13 x 3 bytes of codes, 2 scales of 2 bytes, 1 x 3 bytes of zeros, in each of 6 rows
-    assert bank_bytes((6, 100), quant, torch.float32) == 6 * (39 + 4 + 3)
+    # 100 columns: 13 x 3 bytes of codes, 2 scales of a byte in each of 6 rows; 4 bytes of base, 2 x 3 of 12 zeros
+    assert bank_bytes((6, 100), quant, torch.float32) == 6 * (39 + 2) + 4 + 6
     assert bank_bytes((6, 100), None, torch.bfloat16) == 1200
 
 

@@ -8,8 +8,7 @@ They need torch and transformers alone, so that a checkpoint opens without moesv
 A projection is a list of parts; a part holds one bank of dense rows, or a bank of left and one of right
 factors of a single rank, for the experts it names. Experts that no part names have weight zero. Gate and up may be one
 projection, `gate_up`, whose rows are those of gate and then those of up: they then share their right factors. A bank is
-floating point, or packed (see `unpack`). Packed tensors and the bits of their scales are integers, so that
-no cast of the model can touch them.
+floating point, or packed (see `dequantize`). All that is packed is integers, so that no cast of the model can touch it.
 
 A dense part may be pruned along the intermediate dimension: it then has `rows` of gate and up, or `columns` of down,
 only for the `channels` of its module. Where up and down also say `dynamic`, each token uses just that many of them.
@@ -32,9 +31,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from .modeling_deepseek import DeepseekForCausalLM as DeepseekForCausalLM  # its model type is registered by that
 from .native_experts import apply_gate, form_of
 
-FORMAT = 1
+FORMAT = 2
 SHIPPED = ("modeling_moesvd.py", "native_experts.py", "modeling_deepseek.py")  # what a checkpoint needs to open itself
 MANIFEST = "moesvd.json"
+KINDS = ("codes", "scales", "base", "zeros")  # tensors of a packed bank, see `dequantize`
+STEPS = 16  # levels of scales to an octave
+SCALES = torch.tensor([2.0 ** (-level / STEPS) for level in range(256)])  # a table, so that all routes give equal bits
 JOINT = "gate_up"  # gate and up as one projection
 ONE_BY_ONE = ("cpu",)  # devices on which a product for each expert is as fast as one grouped product
 
@@ -60,15 +62,23 @@ def unpack(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
     return (word.unsqueeze(-1) >> shift & (1 << bits) - 1).to(torch.uint8).flatten(-2)[..., :n]
 
 
-def dequantize(codes, scales, zeros, quant: dict, columns: int, dtype: torch.dtype) -> torch.Tensor:
+def scale_levels(scale: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """uint8 level of each scale (at most base): the nearest of base * SCALES, in the logarithm."""
+    return ((base / scale).log2() * STEPS).round().clamp(0, 255).to(torch.uint8)
+
+
+def dequantize(codes, scales, base, zeros, quant: dict, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """(codes - zero) * scale per group of `group_size` columns (the last one may be short).
 
-    codes uint8 (..., rows, packed), scales int16 (the bits of fp16) (..., rows, groups), zeros packed along
-    the groups or None where symmetric (zero = 2**(bits-1)). Returns (..., rows, columns) in `dtype`.
+    codes uint8 (..., rows, packed); scales uint8 (..., rows, groups), levels of SCALES below the matrix's base; base
+    int32 (..., 1), the bits of fp32; zeros packed along rows and groups together, or None where symmetric (zero =
+    2**(bits-1)). Returns (..., rows, columns) in `dtype`.
     """
-    bits, size, groups = quant["bits"], quant["group_size"], scales.shape[-1]
-    scale = scales.view(torch.float16).float().unsqueeze(-1)
-    zero = 2 ** (bits - 1) if zeros is None else unpack(zeros, bits, groups).float().unsqueeze(-1)
+    bits, size, (rows, groups) = quant["bits"], quant["group_size"], scales.shape[-2:]
+    scale = (SCALES.to(scales.device)[scales.int()] * base.view(torch.float32).unsqueeze(-1)).unsqueeze(-1)
+    zero: Any = 2 ** (bits - 1)
+    if zeros is not None:
+        zero = unpack(zeros, bits, rows * groups).unflatten(-1, (rows, groups)).float().unsqueeze(-1)
     value = F.pad(unpack(codes, bits, columns).float(), (0, groups * size - columns)).unflatten(-1, (groups, size))
     return ((value - zero) * scale).flatten(-2)[..., :columns].to(dtype)
 
@@ -77,14 +87,15 @@ def bank_tensors(name: str, shape: tuple, quant: dict | None, dtype: torch.dtype
     """Tensors that store a bank of `shape` (..., rows, columns): {name: (shape, dtype)}."""
     if quant is None:
         return {name: (tuple(shape), dtype)}
-    *lead, columns = shape
+    *lead, rows, columns = shape
     bits, groups = quant["bits"], -(-columns // quant["group_size"])
     tensors = {
-        f"{name}_codes": ((*lead, -(-columns // 8) * bits), torch.uint8),
-        f"{name}_scales": ((*lead, groups), torch.int16),
+        f"{name}_codes": ((*lead, rows, -(-columns // 8) * bits), torch.uint8),
+        f"{name}_scales": ((*lead, rows, groups), torch.uint8),
+        f"{name}_base": ((*lead, 1), torch.int32),
     }
     if not quant["sym"]:
-        tensors[f"{name}_zeros"] = ((*lead, -(-groups // 8) * bits), torch.uint8)
+        tensors[f"{name}_zeros"] = ((*lead, -(-rows * groups // 8) * bits), torch.uint8)
     return tensors
 
 
@@ -145,10 +156,9 @@ class Packed(nn.Module):
         if quant is None:
             bank = getattr(self, name)  # an adapter may stand in front of the parameter
             return (bank if row is None else bank[row]).to(dtype)
-        codes, scales, zeros = (self._parameters.get(f"{name}_{kind}") for kind in ("codes", "scales", "zeros"))
-        if row is not None:
-            codes, scales, zeros = codes[row], scales[row], None if zeros is None else zeros[row]
-        return dequantize(codes, scales, zeros, quant, columns, dtype)
+        stored = [self._parameters.get(f"{name}_{kind}") for kind in KINDS]
+        codes, scales, base, zeros = (t if row is None or t is None else t[row] for t in stored)
+        return dequantize(codes, scales, base, zeros, quant, columns, dtype)
 
 
 class PackedLinear(Packed):
@@ -209,7 +219,8 @@ class FactorizedExperts(Packed):
             if name not in holders:
                 self.add_module(name, child)
         for name, other in native.named_parameters(recurse=False):  # biases
-            if name.partition("_codes")[0].partition("_scales")[0].partition("_zeros")[0] not in weights:
+            head, _, kind = name.rpartition("_")
+            if (head if kind in KINDS else name) not in weights:
                 self.register_parameter(name, other)
         self.is_transposed = False  # banks are (rows, out, in), whatever the native weights were; peft asks
         self.layout = layout
