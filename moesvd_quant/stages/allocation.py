@@ -2,6 +2,7 @@
 under a byte budget."""
 
 from collections.abc import Hashable, Iterable
+from dataclasses import replace
 from fnmatch import fnmatch
 from math import prod
 
@@ -26,7 +27,7 @@ def plan_ratio(context: Context) -> Plan:
         raise StageError("no calibration token reached any expert; give other calibration text")
     dense = sum(len(t.errors) * t.costs[t.choices.index(Choice(DENSE))] for t in found.tables.values())
     made = allocate(found.tables, dense * (1 - context.options.ratio))
-    return _planned(context, found, found.tables, made)
+    return replace(_planned(context, found, found.tables, made), widths={})  # a gptq stage to come has its own
 
 
 def plan_budget(context: Context, ranks: bool) -> Plan:

@@ -69,7 +69,7 @@ def test_a_lost_or_foreign_tensor_raises(checkpoint, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy)
     (copy / "moesvd.json").unlink()  # whoever edits weights has no digests
-    file = copy / "model-layer-00000.safetensors"
+    file = copy / "model-layer-00001.safetensors"
     tensors = load_file(file)
     lost = next(name for name in tensors if "experts" in name and name.endswith("codes"))
     save_file({k: v for k, v in tensors.items() if k != lost}, file, metadata={"format": "pt"})
