@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from ..model.experts import find_experts, split_projections, weight_parameters
-from ..model.stream import ModelError, StreamedModel
+from ..model.folder import ModelError
+from ..model.stream import StreamedModel
 
 
 def expert_fisher(

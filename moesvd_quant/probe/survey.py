@@ -14,8 +14,9 @@ from ..calibration.store import Statistics
 from ..decompose.sensitivity import layer_sensitivity, sampling_frequency
 from ..decompose.whitening import whitened_spectrum
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
+from ..model.folder import ModelError
 from ..model.modeling_moesvd import FactorizedExperts
-from ..model.stream import ModelError, StreamedModel
+from ..model.stream import StreamedModel
 from ..stages.base import expert_grams, reached
 from .forecast import kept_energy, log_perplexity, lost_energy, output_energy, rounding_energy
 from .rehearsal import TOKENS, Ranks, rehearse
