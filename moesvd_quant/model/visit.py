@@ -1,5 +1,6 @@
 """A decoder layer that the walk is at."""
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -40,6 +41,10 @@ class LayerVisit:
         """What a layer that stands in for this one puts out for one batch of the walk."""
         args, kwargs = self.calls[batch]
         return _hidden(layer(self.hidden[batch], *args, **kwargs))
+
+    def put_copy(self, path: str, made: nn.Module, dtype: torch.dtype | None) -> None:
+        """From now on a copy of a module, in the precision of the walk (None: its own), works at this path."""
+        self.layer.set_submodule(path, copy.deepcopy(made).to(dtype))
 
     def _run(self, hidden: Batches) -> Iterator:
         return (self.layer(states, *args, **kwargs) for states, (args, kwargs) in zip(hidden, self.calls))
