@@ -24,7 +24,6 @@ def run_one(model: str, out: str, room: float, overrides: list[str]) -> None:
 
     import moesvd_quant  # noqa: F401
     from moesvd_quant.memory import PeakMeter, anonymous_bytes
-    from moesvd_quant.needs import IMPORTS
     from moesvd_quant.quantize.gptq import _core
     from moesvd_quant.recipe import load_recipe
     from moesvd_quant.runner import Run, sync_threads
@@ -32,12 +31,12 @@ def run_one(model: str, out: str, room: float, overrides: list[str]) -> None:
     sync_threads()
     _core()
     start = anonymous_bytes()
-    limit = start + IMPORTS + int(room * 1e9) if room else None
+    limit = start + int(room * 1e9) if room else None
     started = time.time()
     with PeakMeter() as meter:
         report = lambda what, done, total: print(f"{what} {done}/{total}", file=sys.stderr, flush=True)  # noqa: E731
         job = Run(load_recipe("svd-gptq4", overrides), Path(model), Path(out), report=report, memory=limit)
-        forecast = job.needs().memory - start - IMPORTS
+        forecast = job.needs().memory - start
         job.run()
     figures = {"imports": start, "forecast": forecast, "peak": meter.peak - start, "seconds": time.time() - started}
     print(json.dumps(figures))
