@@ -31,7 +31,7 @@ demo: venv
 bench-quality: venv
 	$(BIN)/python -m moesvd_quant.quality $(QUALITY)
 
-# Two synthetic models of 6 GB: needs 50 GB of disk and hours.
+# Two synthetic models of 6 GB, each with and without a limit: needs 50 GB of disk and hours. Goes on where it was.
 bench-scale: venv
 	MOESVD_THREADS=1 $(BIN)/python tests/bench_scale.py --folder bench-scale
 
