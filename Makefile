@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo arch-table bench-quality bench-scale bench-healing bench-ablations clean
+.PHONY: venv test test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations clean
 
 venv: .venv/.installed
 
@@ -31,9 +31,13 @@ demo: venv
 bench-quality: venv
 	$(BIN)/python -m moesvd_quant.quality $(QUALITY)
 
-# Two synthetic models of 6 GB: needs 50 GB of disk and hours.
+# Two synthetic models of 6 GB, each with and without a limit: needs 50 GB of disk and hours. Goes on where it was.
 bench-scale: venv
 	MOESVD_THREADS=1 $(BIN)/python tests/bench_scale.py --folder bench-scale
+
+# One worker and two, in processes and on Ray: minutes, and two cores that nothing else uses.
+bench-workers: venv
+	MOESVD_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python tests/bench_workers.py --folder bench-workers
 
 arch-table: venv
 	$(BIN)/python tests/architecture_table.py docs/architectures.md .arch-table.jsonl
@@ -57,4 +61,4 @@ bench-ablations: venv
 	$(BIN)/python -m moesvd_quant.ablations $(ABLATIONS)
 
 clean:
-	rm -rf demo-out quality-out bench-healing ablations-out .arch-table.jsonl
+	rm -rf demo-out quality-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl

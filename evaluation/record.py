@@ -91,7 +91,7 @@ def _open(folder: Path, wanted: Wanted, device: str, progress: Report) -> _Opene
 
     import moesvd_quant
 
-    from ..model.stream import read_config
+    from ..model.folder import read_config
 
     config = read_config(folder)
     dtype = torch.float32 if str(device) == "cpu" else None

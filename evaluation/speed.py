@@ -27,8 +27,8 @@ def open_model(folder: str | Path, device: str = "cpu", layout: dict | None = No
     shape; so does `layout`, a layout of ours for the config."""
     import moesvd_quant
 
+    from ..model.folder import read_config
     from ..model.modeling_moesvd import config_class, model_class
-    from ..model.stream import read_config
 
     folder = Path(folder)
     if layout is None and any(folder.glob("*.safetensors")):
@@ -76,7 +76,7 @@ def uniform_layout(folder: str | Path, ratio: float) -> dict:
     from ..decompose.ranks import level_ranks
     from ..layout import empty_layout, factor_part
     from ..model.experts import shapes_of
-    from ..model.stream import read_config
+    from ..model.folder import read_config
 
     config = read_config(Path(folder))
     with init_empty_weights():

@@ -13,6 +13,7 @@ from .accounting import original_model, stored_tensors
 from .checkpoint.files import write_json, write_one_by_one
 from .checkpoint.finish import OUTER_FILE, carry_files, layer_file, write_index
 from .model.experts import split_projections
+from .model.folder import ModelError
 from .model.modeling_moesvd import (
     JOINT,
     KINDS,
@@ -24,7 +25,7 @@ from .model.modeling_moesvd import (
     unpack,
 )
 from .model.native_experts import form_of
-from .model.stream import ModelError, StreamedModel
+from .model.stream import StreamedModel
 from .quantize.gptq import PackedMatrix, QuantizeError, to_standard
 
 

@@ -21,6 +21,8 @@ from .budget import UNITS
 from .checkpoint.files import write_at
 
 M_MMAP_THRESHOLD, MAPPED = -3, 2**20  # of glibc's mallopt; bytes
+# What configs call the number of experts that a token is sent to.
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
 FULL = "make room, set MOESVD_CACHE to a larger disk, or raise --memory. Nothing that was finished is lost"
 
 
@@ -111,7 +113,9 @@ class Sizes:
         inner = max(p.shape[-1] for p in meta.layers.parameters())
         heads = getattr(config, "num_attention_heads", 1) if config._attn_implementation == "eager" else 0
         scores = 3 * heads * rows * windows.shape[1]
-        activations = 4 * (rows * (8 * config.hidden_size + 4 * inner) + scores)
+        # Pairs of a token and an expert: their inputs, weighted outputs, and these in the order of the tokens.
+        chosen = 3 * max((getattr(config, name, None) or 0 for name in CHOSEN), default=0)
+        activations = 4 * (rows * ((8 + chosen) * config.hidden_size + 4 * inner) + scores)
         return Sizes(item, max(layers), config.hidden_size * item, activations)
 
 

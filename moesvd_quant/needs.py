@@ -4,16 +4,18 @@ Peaks are of anonymous memory. Every term is a tensor that the code holds; what 
 """
 
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
 
+from .calibration.recording import linear_sums
 from .memory import Memory, MemoryLimitError, Sizes, anonymous_bytes
-from .model.experts import expert_count, find_experts, find_linears, shapes_of
+from .model.experts import expert_count, find_experts, shapes_of
 from .model.stream import StreamedModel
 
-IMPORTS = 156 * 10**6  # gptqmodel, which is loaded when it is first used
+IMPORTS = 156 * 10**6  # gptqmodel, where it is not loaded yet
 SINGLE, DOUBLE = 4, 8
 FACTORS = 1.6  # a layer, and what becomes of it
 CHECK, CHUNK = 256, 32  # tokens whose predictions verification compares, and how many of them at a time
@@ -67,7 +69,7 @@ class Needs:
 
 def forecast(meta: StreamedModel, sizes: Sizes, tokens: int, statistics, memory: Memory, workers: int) -> Needs:
     """meta: the original model; sizes: of its walk; tokens: of calibration; statistics: their store."""
-    base = anonymous_bytes()
+    base, imports = anonymous_bytes(), 0 if "gptqmodel" in sys.modules else IMPORTS
     layers = [_layer(layer, sizes.item) for layer in meta.layers]
     embeddings, head = (sizes.item * m.weight.numel() for m in _ends(meta))
     predictions = meta.model.get_output_embeddings().weight.shape[0] * (2 * CHECK * SINGLE + 4 * CHUNK * DOUBLE)
@@ -80,8 +82,8 @@ def forecast(meta: StreamedModel, sizes: Sizes, tokens: int, statistics, memory:
     peak = {
         "embeddings": base + embeddings + in_memory // 2,
         "reading the model": base + max(loading, walked + at_once + sizes.activations) + in_memory,
-        "a layer's decomposition and quantization": base + IMPORTS + max(layer.worked for layer in layers),
-        "verification": base + IMPORTS + max(loading, head + predictions),
+        "a layer's decomposition and quantization": base + imports + max(layer.worked for layer in layers),
+        "verification": base + imports + max(loading, head + predictions),
     }
     least = {**peak, "reading the model": base + max(loading, walked + each + sizes.activations)}
     stored = statistics.needed if statistics.stored and not statistics.complete() else 0
@@ -102,7 +104,7 @@ def _layer(layer: nn.Module, item: int) -> _Layer:
     """item: bytes of a weight in the walk."""
     count = sum(p.numel() for p in layer.parameters())
     largest = max(p.numel() for p in layer.parameters())
-    linears = sum(SINGLE * linear.in_features**2 for _, linear in find_linears(layer))
+    linears = linear_sums(layer)
     each = grams = work = 0
     for _, experts in find_experts(layer):
         hidden, inner = shapes_of(experts)["down"]

@@ -4,9 +4,12 @@ A task gets the pickled work of its phase and a number. It reads what it needs f
 gives back little. A worker that dies is replaced, and its task done again.
 """
 
+import atexit
 import multiprocessing
 import os
 import pickle
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -105,6 +108,14 @@ def _task(payload: bytes, item: int, threads: int) -> Any:
     return _work(payload)(item)
 
 
+def _ray_folder() -> str:
+    """A folder of this process alone for a local cluster, gone with it: another's clean-up cannot take it away. Its
+    path is short, since sockets lie in it."""
+    folder = tempfile.mkdtemp(prefix="mq-", dir="/tmp" if os.name == "posix" else None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _on_ray(workers, payload, items, threads, device) -> Iterator[tuple[int, Any]]:
     try:
         import ray
@@ -112,7 +123,9 @@ def _on_ray(workers, payload, items, threads, device) -> Iterator[tuple[int, Any
         raise ValueError("--executor ray: ray is not installed; pip install 'moesvd-quant[ray]'") from error
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        local = {} if address else {"num_cpus": workers * threads, "include_dashboard": False}
+        local = (
+            {} if address else {"num_cpus": workers * threads, "include_dashboard": False, "_temp_dir": _ray_folder()}
+        )
         ray.init(address, log_to_driver=False, **local)
     gpus = 1 if device.type == "cuda" else 0
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)(_task)

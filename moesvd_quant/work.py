@@ -11,7 +11,8 @@ import torch
 from .accounting import Accounting, by_file, planned_model
 from .checkpoint import finish, verify
 from .checkpoint.files import commit_folder, write_json, write_tensors
-from .model.stream import StreamedModel, is_finite
+from .model.layered import is_finite
+from .model.stream import StreamedModel
 from .stages.base import Plan, StageError
 
 CHECK_WINDOWS, CHECK_LENGTH = 2, 128

@@ -60,6 +60,12 @@ GEMMA = dict(
 )  # fmt: skip
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0}
 STEP = dict(sliding_window=16, num_sliding_attention_heads=4, share_expert_dim=32, num_hidden_layers=4)
+# One layer with a state, and one whose keys the cache holds: `generate` asks it for its length.
+BOTH = ["linear_attention", "full_attention"]
+INDEXED = dict(
+    layer_types=BOTH, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=16,
+    indexer_compress_ratio=4,
+)  # fmt: skip
 MORE: dict[str, dict] = {
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8.0),
@@ -83,13 +89,28 @@ MORE: dict[str, dict] = {
     "hunyuan_v1_moe": dict(head_dim=16),
     "inkling2": dict(vision_config=dict(text_hidden_size=64)),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
-    "kimi_linear": dict(num_hidden_layers=4),
+    "kimi_linear": dict(layer_types=BOTH),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
-    "mistral4": dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+    "mistral4": dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}),
     "muse_spark": dict(
         audio_config=dict(num_hidden_layers=4, out_hidden_size=64, hidden_sizes=[16] * 4), projector_hidden_size=64,
         out_hidden_size=64, text_config=dict(moe_hidden_size=64),
     ),
+    "qwen3_5_moe": dict(text_config=dict(layer_types=BOTH)),
+    "qwen3_5_moe_text": dict(layer_types=BOTH),
+    "qwen3_next": dict(layer_types=BOTH),
+    "qwen3_omni_moe_thinker": dict(
+        vision_start_token_id=303, vision_end_token_id=304, audio_start_token_id=306, audio_end_token_id=307,
+        position_id_per_seconds=25,
+        audio_config=dict(
+            encoder_attention_heads=4, encoder_layers=2, encoder_ffn_dim=64, output_dim=64, downsample_hidden_size=16,
+            n_window=8,
+        ),
+        vision_config=dict(deepstack_visual_indexes=[0, 1]),
+        text_config=dict(rope_parameters=MROPE),
+    ),
+    "qwen4_exp": dict(text_config=INDEXED),
+    "qwen4_exp_text": INDEXED,
     "step3p7": dict(text_config=STEP),
     "zaya": dict(num_experts_per_tok=1, router_hidden_size=32, num_hidden_layers=3),
 }  # fmt: skip

@@ -21,27 +21,27 @@ _COMMON = dict(
     eos_token_id=0,
     pad_token_id=0,
 )
-# 95 M parameters a layer, as Mixtral divides them (few wide experts) and as Qwen3-MoE does (many narrow ones).
+# 50 M float32 parameters a layer, as Mixtral divides them (few wide experts) and as Qwen3-MoE does (many narrow ones).
 SHAPES = {
-    "mixtral": ("MixtralConfig", dict(intermediate_size=3584, num_local_experts=8, num_experts_per_tok=2)),
+    "mixtral": ("MixtralConfig", dict(intermediate_size=1792, num_local_experts=8, num_experts_per_tok=2)),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         dict(
-            moe_intermediate_size=512, intermediate_size=4096, num_experts=64, num_experts_per_tok=8, head_dim=64,
+            moe_intermediate_size=512, intermediate_size=4096, num_experts=32, num_experts_per_tok=4, head_dim=64,
             decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True,
         ),
     ),
 }  # fmt: skip
 
 
-def synthetic(folder: Path, architecture: str, layers: int, seed: int = 0, **more) -> Path:
-    """Writes a bfloat16 model of `layers` layers with a byte tokenizer; `more` goes to the config."""
+def synthetic(folder: Path, architecture: str, layers: int, **more) -> Path:
+    """Writes a float32 model of `layers` layers with a byte tokenizer; `more` goes to the config."""
     name, options = SHAPES[architecture]
     make = getattr(transformers, name)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     kept = _COMMON | options | more
     folder.mkdir(parents=True)
-    one = AutoModelForCausalLM.from_config(make(**kept, num_hidden_layers=1), dtype=torch.bfloat16)
+    one = AutoModelForCausalLM.from_config(make(**kept, num_hidden_layers=1), dtype=torch.float32)
     one.save_pretrained(folder / "one")
     del one
     with safe_open(folder / "one" / "model.safetensors", "pt") as file:
@@ -68,9 +68,9 @@ def synthetic(folder: Path, architecture: str, layers: int, seed: int = 0, **mor
 
 def _random(name: str, shape: tuple) -> torch.Tensor:
     if "norm" in name:
-        return torch.ones(shape, dtype=torch.bfloat16)
+        return torch.ones(shape)
     scale = 1.0 if "embed" in name else 1 / math.sqrt(shape[-1])
-    made = torch.randn(*shape, dtype=torch.bfloat16) * scale
+    made = torch.randn(*shape) * scale
     if len(shape) == 2 and "embed" not in name:
-        made *= torch.logspace(0, -1.5, shape[-1], dtype=torch.bfloat16)  # trained weights are no white noise
+        made *= torch.logspace(0, -1.5, shape[-1])  # trained weights are no white noise
     return made

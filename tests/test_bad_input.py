@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import moesvd_quant
 from moesvd_quant.calibration.text import TextError
 from moesvd_quant.checkpoint.files import WriteError, require_space, write_json
+from moesvd_quant.model.folder import ModelError
 from moesvd_quant.model.modeling_moesvd import check_digests
-from moesvd_quant.model.stream import ModelError, StreamedModel
+from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run, RunError
 from moesvd_quant.stages.base import StageError

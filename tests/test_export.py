@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import moesvd_quant
 from moesvd_quant.export import export_checkpoint
-from moesvd_quant.model.stream import ModelError
+from moesvd_quant.model.folder import ModelError
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
 

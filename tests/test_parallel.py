@@ -1,5 +1,7 @@
 """Workers, in processes and on a real local Ray cluster: the same bits, also when one is killed."""
 
+import shutil
+import tempfile
 import threading
 import time
 from functools import partial
@@ -21,9 +23,11 @@ CPU = torch.device("cpu")
 def ray():
     found = pytest.importorskip("ray")
     environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
-    found.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    folder = tempfile.mkdtemp(prefix="mq-", dir="/tmp")  # its own, and short: sockets lie in it
+    found.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment, _temp_dir=folder)
     yield found
     found.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(folder, out, small, recipe="svd-gptq3", **how):

@@ -1,8 +1,5 @@
 """What a layer sees once the layers before it are compressed: a walk that goes on with what a stage made of each."""
 
-import copy
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -10,7 +7,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..model.stream import StreamedModel
-from .store import WALK, Statistics
+from .cache import walk_folder
+from .store import Statistics
 
 
 class CompressedWalk:
@@ -24,8 +22,7 @@ class CompressedWalk:
         self.known = known
         streamed = StreamedModel(folder, known.dtype, known.device)
         self._visits = streamed.walk(known.windows, known.batch_size, known.scratch(known.all_hidden(3)))
-        known.store.mkdir(parents=True, exist_ok=True)
-        self._own = tempfile.TemporaryDirectory(dir=known.store, prefix=f"{WALK}{os.getpid()}-")
+        self._own = walk_folder(known.store)
 
     def statistics(self, index: int) -> dict[str, torch.Tensor]:
         """The sums of `LayerRecorder` for the original layer on the inputs that the compressed ones before it give;
@@ -42,4 +39,4 @@ class CompressedWalk:
 
     def replace(self, path: str, made: nn.Module) -> None:
         """Puts a copy of what the stage made into the layer that the walk is at."""
-        self._visit.layer.set_submodule(path, copy.deepcopy(made).to(self.known.dtype))
+        self._visit.put_copy(path, made, self.known.dtype)

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..decompose.deltas import merge_base
 from ..model.experts import find_experts, split_projections, weight_parameters
-from ..model.stream import ModelError, StreamedModel
+from ..model.folder import ModelError
+from ..model.stream import StreamedModel
 
 
 def expert_fisher(
@@ -24,13 +26,13 @@ def expert_fisher(
     """
     inputs, calls = [], []
     for visit in streamed.walk(windows, batch_size=1, scratch=scratch):
+        if streamed.stateful:
+            raise ModelError(
+                f"{streamed.folder}: layers of this model hand each other more than hidden states, through which no "
+                "gradient is followed; use merge: frequency or mean"
+            )
         inputs.append(visit.hidden)
         calls.append(visit.calls)
-    if streamed.stateful:
-        raise ModelError(
-            f"{streamed.folder}: layers of this model hand each other more than hidden states, through which no "
-            "gradient is followed; use merge: frequency or mean"
-        )
     gradients = streamed.hidden.like()
     with streamed.output():
         for hidden, ids in zip(streamed.hidden, windows):
@@ -58,6 +60,15 @@ def expert_fisher(
         inputs[index] = calls[index] = []
         streamed.drop_layer(index)
         progress(count - index, count)
+
+
+def fisher_bases(streamed: StreamedModel, windows: torch.Tensor, progress, scratch: Path | None) -> Iterator:
+    """(full path of an experts module, {projection: base (out, in) float32}) of all, merged by Fisher information;
+    arguments as `expert_fisher`."""
+    for index, modules in expert_fisher(streamed, windows, progress, scratch):
+        for path, projections in modules.items():
+            bases = {name: merge_base(*pair).float() for name, pair in projections.items()}
+            yield f"{streamed.layer_names[index]}.{path}", bases
 
 
 def _adder(total: torch.Tensor) -> Callable[[torch.Tensor], None]:

@@ -5,19 +5,24 @@ through the layers together, and each expert is fitted to give for the compresse
 own (asymmetric calibration: Li et al., GPTAQ, 2025). Down is fitted last, on what the new gate and up give.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from ..checkpoint.files import TensorFile
 from ..lazy import Lazily
 from ..memory import Batches
 from ..model.experts import dense_weight, expert_count, find_experts, intermediate, pairs_of, route, shapes_of
 from ..model.native_experts import Routed
 from ..model.stream import StreamedModel
+from .cache import walk_folder
 from .store import Statistics
+
+Pairs = Callable[[], Iterator[tuple[Routed, torch.Tensor]]]
 
 # Of the mean variance of an input: how much a corrected weight is held to the original one.
 RIDGE = 0.01
@@ -43,50 +48,77 @@ def output_error(weight, approximation, original, gram, cross) -> float:
     return max(0.0, energy - 2 * common + given) / energy if energy > 0 else 0.0
 
 
+class Sums(NamedTuple):
+    """Of the compressed inputs z of each expert, and with those x that the original gave it, (E, n, n) float32 each;
+    mapped from a file."""
+
+    gram: torch.Tensor  # z z^T
+    cross: torch.Tensor  # x z^T
+
+
 class PairedExperts:
     """An experts module of the original, and the inputs that it and its compressed copy get for the same tokens.
 
-    pairs: per batch the original's routing and the compressed inputs; `gate_up`: sums of the inputs of gate and up.
+    pairs: per batch the original's routing and the compressed inputs, again and again; at_once(n): how many experts'
+    sums of (n, n) are made at a time; folder: for the files of sums. `gate_up`: sums of the inputs of gate and up.
     """
 
-    def __init__(self, native: nn.Module, pairs: Callable[[], Iterator[tuple[Routed, torch.Tensor]]]):
-        self.native, self.pairs, self.count = native, pairs, expert_count(native)
-        self.tokens = torch.zeros(self.count, dtype=torch.int64)  # counted with the first sums
+    def __init__(self, native: nn.Module, pairs: Pairs, at_once: Callable[[int], int], folder: Path):
+        self.native, self.pairs, self.at_once, self.folder = native, pairs, at_once, folder
+        self.count = expert_count(native)
+        self.device = next(native.parameters()).device
         hidden, self._inner = shapes_of(native)["down"]
-        self.gate_up = self._sums(hidden, self._given)
+        self.tokens = sum(torch.bincount(routed.expert, minlength=self.count)[: self.count] for routed, _ in pairs())
+        self.tokens = self.tokens.cpu()
+        self.gate_up = self._sums(hidden, lambda expert, x, z: (x, z))
 
     def weights(self, name: str) -> Lazily:
         """The original's weights (out, in) by expert, float32."""
         return Lazily(self.count, lambda expert: dense_weight(self.native, name, expert))
 
-    def down(self, made: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gram matrices (E, inner, inner) of down's inputs as gate and up of `made` give them, and cross sums."""
+    def down(self, made: nn.Module) -> Sums:
+        """Sums of down's inputs as gate and up of `made` give them."""
 
         def inner(expert, x, z):
             return intermediate(self.native, expert, x), intermediate(made, expert, z)
 
         return self._sums(self._inner, inner)
 
-    def targets(self, name: str, gram: torch.Tensor, cross: torch.Tensor) -> Lazily:
+    def targets(self, name: str, sums: Sums) -> Lazily:
         """Corrected weights by expert; each is helped by as many of its layer's inputs as it has features."""
-        total, weights = self.tokens.sum(), self.weights(name)
-        pooled = gram.sum(0) * len(gram[0]) / total, cross.sum(0) * len(gram[0]) / total
-        return Lazily(self.count, lambda e: corrected(weights[e], gram[e] + pooled[0], cross[e] + pooled[1]))
+        share, weights = sums.gram.shape[-1] / self.tokens.sum(), self.weights(name)
+        pooled = Sums(*(total.sum(0) * share for total in sums))
 
-    def _given(self, expert: int, x: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.tokens[expert] += len(x)
-        return x, z
+        def made(expert: int) -> torch.Tensor:
+            own = (sums.gram[expert] + pooled.gram, sums.cross[expert] + pooled.cross)
+            return corrected(weights[expert], *(matrix.to(self.device) for matrix in own))
 
-    def _sums(self, size: int, of: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-        first = next(self.native.parameters())
-        gram = torch.zeros(self.count, size, size, device=first.device)
+        return Lazily(self.count, made)
+
+    def _sums(self, size: int, of: Callable) -> Sums:
+        """Over all pairs, as many experts at a time as fit, into a file: the same bits for any number."""
+        path, step = self.folder / "sums.safetensors", self.at_once(size)
+        shape = (self.count, size, size), torch.float32
+        with TensorFile(path, {"gram": shape, "cross": shape}) as file:
+            for first in range(0, self.count, step):
+                group = range(first, min(first + step, self.count))
+                for name, values in zip(Sums._fields, self._group(group, size, of)):
+                    for expert in group:
+                        file.put(name, values[expert - first], expert)
+        found = load_file(path)
+        path.unlink()  # it is gone when it is no longer mapped
+        return Sums(**found)
+
+    def _group(self, group: range, size: int, of: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+        gram = torch.zeros(len(group), size, size, device=self.device)
         cross = torch.zeros_like(gram)
         for routed, other in self.pairs():
             for expert, rows in pairs_of(routed.expert, self.count):
-                token = routed.token[rows]
-                x, z = of(expert, routed.x[token], other[token])
-                gram[expert] += z.float().T @ z.float()
-                cross[expert] += x.float().T @ z.float()
+                if expert in group:
+                    token = routed.token[rows]
+                    x, z = (value.float() for value in of(expert, routed.x[token], other[token]))
+                    gram[expert - group.start].addmm_(z.T, z)
+                    cross[expert - group.start].addmm_(x.T, z)
         return gram, cross
 
 
@@ -98,7 +130,8 @@ class PairedWalk:
 
     def __init__(self, parent: Path, known: Statistics):
         """parent: folder of the input checkpoint; known: statistics of the original, whose windows are walked."""
-        self.dtype, self.scratch = known.dtype, known.scratch(known.all_hidden(8))
+        self.known, self.scratch = known, known.scratch(known.all_hidden(8))
+        self._own = walk_folder(known.store)
         models = [StreamedModel(folder, known.dtype, known.device) for folder in (known.folder, parent)]
         self._walks = [model.walk(known.windows, known.batch_size, self.scratch) for model in models]
 
@@ -110,7 +143,7 @@ class PairedWalk:
 
     def replace(self, path: str, made: nn.Module) -> None:
         """Puts a copy of what a stage made into the compressed layer."""
-        self.compressed.layer.set_submodule(path, copy.deepcopy(made).to(self.dtype))
+        self.compressed.put_copy(path, made, self.known.dtype)
 
     def experts(self, path: str) -> PairedExperts:
         """The module at a path of the layer, with the inputs it has now."""
@@ -122,7 +155,12 @@ class PairedWalk:
             for x, token, expert, z in zip(*mine, given[0]):
                 yield Routed(x, token, expert), z
 
-        return PairedExperts(self.original.layer.get_submodule(path), pairs)
+        native = self.original.layer.get_submodule(path)
+
+        def at_once(size: int) -> int:
+            return self.known.memory.at_once(expert_count(native), 2 * 4 * size**2, self.known.sizes.activations)
+
+        return PairedExperts(native, pairs, at_once, Path(self._own.name))
 
     def _observe(self, visit, run: Callable[[], object]) -> dict[str, list[Batches]]:
         """{path: [inputs, token, expert of each pair]} per batch, of each experts module while `run` runs the layer."""

@@ -22,8 +22,8 @@ from ..model.experts import (
     route,
     shapes_of,
 )
+from ..model.folder import ModelError
 from ..model.native_experts import Routed
-from ..model.stream import ModelError
 
 # Magnitudes of activations are counted in bins of 1/16 octave, so that the outlier share of any threshold
 # can be read later without a second walk.

@@ -2,45 +2,31 @@
 
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from safetensors.torch import load_file
 
-from ..checkpoint.files import TensorFile, write_json, write_tensors
-from ..decompose.deltas import merge_base
-from ..memory import Memory, Sizes, parse_bytes
-from ..model.experts import expert_count, find_experts, find_linears, shapes_of
+from ..checkpoint.files import write_json, write_tensors
+from ..memory import Memory, Sizes
+from ..model.experts import find_experts
 from ..model.modeling_moesvd import file_digest
 from ..model.stream import StreamedModel
+from .cache import cache_cap, cache_root, make_room, walk_folder
 from .effect import LAYERS, TOKENS, measure_effects
-from .fisher import expert_fisher
-from .statistics import LayerRecorder
+from .fisher import fisher_bases
+from .recording import experts_at_once, head_gram, pass_on, record_layer, recorded_bytes
 
 WALK_VERSION = 4
 BATCH_TOKENS = 2048  # part of the result: sums run batch by batch, of at most so many tokens or one window
 EFFECT_BATCH = 8  # windows
 EFFECT_COPIES = 3 * LAYERS + 3  # of hidden states
-WALK = ".walk-"  # folders of walks whose statistics are not kept
 FISHER_SEQUENCES = 1024  # of the calibration windows, as in D2-MoE
-
-
-def cache_root() -> Path:
-    """Where statistics are kept: $MOESVD_CACHE, or .cache/moesvd_quant in the home folder."""
-    return Path(os.environ.get("MOESVD_CACHE") or Path.home() / ".cache" / "moesvd_quant")
-
-
-def cache_cap() -> int:
-    """Bytes that all statistics may take: $MOESVD_CACHE_SIZE (`200GB`), or 64 GB."""
-    return parse_bytes(os.environ.get("MOESVD_CACHE_SIZE") or "64GB", "MOESVD_CACHE_SIZE")
 
 
 def fingerprint(folder: Path) -> str:
@@ -73,7 +59,7 @@ class Statistics:
         self.root = self.store / self.key[:32]
         meta = StreamedModel(folder, self.dtype)
         self.count, self.cap_bytes = len(meta.layer_names), cap_bytes or cache_cap()
-        self.needed = self.forecast(meta)
+        self.needed = recorded_bytes(meta.layers)
         self.stored = self.needed <= self.cap_bytes
         self.sizes = Sizes.of(meta, windows, self.batch_size)
         self._own: tempfile.TemporaryDirectory | None = None
@@ -83,17 +69,6 @@ class Statistics:
         return Statistics, (
             self.folder, self.model_digest, self.windows, self.device, self.cap_bytes, self.store, self.memory
         )  # fmt: skip
-
-    @staticmethod
-    def forecast(meta: StreamedModel) -> int:
-        """Bytes of all statistics (an upper bound: Gram matrices that linears share are counted apart)."""
-        total = 0
-        for layer in meta.layers:
-            for _, experts in find_experts(layer):
-                hidden, inner = shapes_of(experts)["down"]
-                total += 4 * expert_count(experts) * (hidden**2 + inner**2 + hidden + inner)
-            total += sum(4 * linear.in_features**2 for _, linear in find_linears(layer))
-        return total
 
     def path(self, name: str | int) -> Path:
         return self.root / (f"layer-{name:05d}.safetensors" if isinstance(name, int) else f"{name}.safetensors")
@@ -140,12 +115,13 @@ class Statistics:
             for visit in streamed.walk(self.windows, self.batch_size, self.scratch(self.all_hidden(2))):
                 path = root / self.path(visit.index).name
                 if path.is_file():
-                    self._pass_on(visit)
+                    pass_on(visit.layer, visit.outputs)
                 else:
                     self.record(visit, path, visit.outputs)
                 progress(visit.index + 1, self.count)
                 yield path
-            self._outer(streamed)
+            self.outer_gram = head_gram(streamed)
+            self._write(self.path("outer"), {"gram": self.outer_gram})
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
@@ -154,11 +130,7 @@ class Statistics:
             self._make_folder()
             yield self.root
             return
-        self.store.mkdir(parents=True, exist_ok=True)
-        for leftover in self.store.glob(f"{WALK}*"):
-            if not psutil.pid_exists(int(leftover.name.split("-")[-2])):
-                shutil.rmtree(leftover)
-        with tempfile.TemporaryDirectory(dir=self.store, prefix=f"{WALK}{os.getpid()}-") as folder:
+        with walk_folder(self.store) as folder:
             yield Path(folder)
 
     def all_hidden(self, copies: int) -> int:
@@ -172,48 +144,8 @@ class Statistics:
     def record(self, visit, path: Path, run: Callable[[], Any]) -> None:
         """One layer's statistics while `run` takes all batches through it, as many experts at a time as memory
         allows; into a file."""
-        at_once = self._at_once(visit.layer)
-        recorder = LayerRecorder(visit.layer, at_once, self.store)
-        run()
-        recorder.detach()
-        tensors = recorder.sums | {f"{name}/alias": _text(other) for name, other in recorder.aliases.items()}
-        shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        for where, experts in recorder.experts.items():
-            shapes |= {f"{where}/{n}": ((experts.count, *shape), kind) for n, (shape, kind) in experts.shapes().items()}
-        with TensorFile(path, shapes) as file:
-            for name, tensor in tensors.items():
-                file.put(name, tensor)
-            for where, experts in recorder.experts.items():
-                for group, sums in experts.groups():
-                    for expert in group:
-                        for name, values in sums.items():
-                            file.put(f"{where}/{name}", values[expert - group.start], expert)
-
-    def _pass_on(self, visit) -> None:
-        """A layer whose statistics are there: computed as when they were recorded, to the last bit."""
-        recorder = LayerRecorder(visit.layer, 0)
-        visit.outputs()
-        recorder.detach()
-
-    def _at_once(self, layer) -> int | None:
-        """Experts whose Gram matrices fit beside what a batch needs; None for all."""
-        modules = [experts for _, experts in find_experts(layer)]
-        if not modules:
-            return None
-        each = sum(4 * (hidden**2 + inner**2) for hidden, inner in (shapes_of(m)["down"] for m in modules))
-        count = max(map(expert_count, modules))
-        fit = self.memory.at_once(count, each, self.sizes.activations)
-        return None if fit == count else fit
-
-    def _outer(self, streamed: StreamedModel) -> None:
-        """The Gram matrix of the inputs of lm_head."""
-        total: torch.Tensor | None = None
-        for hidden, batch in zip(streamed.hidden, streamed.batches):
-            flat = streamed.head_input(hidden, batch).flatten(0, -2).float()
-            total = flat.T @ flat if total is None else total.addmm_(flat.T, flat)
-        assert total is not None
-        self.outer_gram = total.cpu()
-        self._write(self.path("outer"), {"gram": self.outer_gram})
+        at_once = experts_at_once(visit.layer, self.memory, self.sizes.activations)
+        record_layer(visit.layer, path, run, at_once, self.store)
 
     def outer(self) -> torch.Tensor:
         """Gram matrix (hidden, hidden) of the inputs of lm_head; after a full pass over `layers`."""
@@ -250,7 +182,7 @@ class Statistics:
 
     def _base_file(self, full: str) -> Path:
         if not self.stored and self._own is None:
-            self._own = tempfile.TemporaryDirectory(prefix="moesvd-")
+            self._own = walk_folder(self.store)
         return (self.root if self._own is None else Path(self._own.name)) / f"fisher-{full}.safetensors"
 
     def merge_bases(self, progress: Callable[[int, int], None]) -> None:
@@ -263,10 +195,8 @@ class Statistics:
             return
         if self.stored:
             self._make_folder()
-        for index, modules in expert_fisher(streamed, rows, progress, scratch):
-            for inner, projections in modules.items():
-                path = self._base_file(f"{streamed.layer_names[index]}.{inner}")
-                write_tensors(path, {key: merge_base(*pair).float() for key, pair in projections.items()})
+        for full, bases in fisher_bases(streamed, rows, progress, scratch):
+            write_tensors(self._base_file(full), bases)
 
     def _write(self, path: Path, tensors) -> None:
         if not self.stored:
@@ -278,22 +208,5 @@ class Statistics:
         """The folder of these statistics; when it is new, those written longest ago go until these fit the cap."""
         if self.root.is_dir():
             return
-        sizes = {
-            folder: sum(file.stat().st_size for file in folder.iterdir())
-            for folder in sorted(self.store.glob("[!.]*"), key=lambda path: path.stat().st_mtime)
-        }
-        for folder in list(sizes):
-            if sum(sizes.values()) + self.needed > self.cap_bytes:
-                shutil.rmtree(folder)
-                del sizes[folder]
+        make_room(self.store, self.needed, self.cap_bytes)
         self.root.mkdir(parents=True, exist_ok=True)
-
-
-def linear_gram(statistics: dict, path: str) -> torch.Tensor:
-    """Gram matrix (in, in) of a linear; KeyError where the walk never reached it."""
-    alias = statistics.get(f"{path}/alias")
-    return statistics[f"{bytes(alias.tolist()).decode() if alias is not None else path}/gram"]
-
-
-def _text(value: str) -> torch.Tensor:
-    return torch.tensor(list(value.encode()), dtype=torch.uint8)

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from .folder import ModelError, class_for, read_config, weight_files
 from .modeling_moesvd import MoesvdConfig
 from .sources import dequantizing
-from .stream import ModelError, StreamedModel, class_for, no_loading_bars, read_config, weight_files
+from .stream import StreamedModel
+from .weights import no_loading_bars
 
 
 def load(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu", **placement):

@@ -7,7 +7,8 @@ from transformers import AutoTokenizer
 
 from ..calibration.store import Statistics, fingerprint
 from ..calibration.text import calibration_windows, joiner_of, load_documents, token_windows
-from ..model.stream import ModelError, StreamedModel
+from ..model.folder import ModelError
+from ..model.stream import StreamedModel
 from .survey import Progress, Survey, survey
 
 WINDOWS = 128  # of each text to judge on, spread over it evenly

@@ -108,6 +108,8 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, quant: dict, damp: float) -> 
     core = GPTQ(linear, qcfg=config)
     core.quantizer.configure(perchannel=True, bits=quant["bits"], sym=quant["sym"])
     core.quantizer.__class__, core.quantizer.base = OnGrid, _largest_scale(linear.weight.data, quant)
+    # The core first searches a grid for the whole matrix, which static groups never use: half of the search.
+    core.quantizer.find_params = lambda *_, **__: delattr(core.quantizer, "find_params")
     core.H = _scaled(gram).to(weight.device)
     core.nsamples = columns + 1  # of the Gram matrix' scale nothing depends; zero would mean rounding
     core._hessian_dirty = False

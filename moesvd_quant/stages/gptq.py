@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from ..allocate import FLOAT
-from ..calibration.store import linear_gram
+from ..calibration.recording import linear_gram
 from ..decompose.whitening import whitened_error
 from ..layout import layout_of, projections_of
 from ..lazy import Lazily, picked

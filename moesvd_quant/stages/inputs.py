@@ -48,19 +48,20 @@ class PairedInputs:
         """What a projection should be, (out, in) float64 by expert: corrected for its inputs."""
         if name not in self.sums:
             self.sums[name] = self.pair.down(made)
-        return self.pair.targets(name, *self.sums[name])
+        return self.pair.targets(name, self.sums[name])
 
     def grams(self, name: str, factors: bool) -> Grams:
         """Gram matrices (in, in) by expert, for factors or for whole matrices; after `weights`."""
-        return Grams(self.sums[name][0], self.pair.tokens, blend if factors else shrink, self.device)
+        return Grams(self.sums[name].gram, self.pair.tokens, blend if factors else shrink, self.device)
 
     def errors(self, made: FactorizedExperts) -> dict[str, list[float]]:
         """Error of every matrix's output beside the original's, relative, {projection: [per expert]}."""
         found = {}
         for name in made.layout:
-            weights, (gram, cross) = self.pair.weights(name), self.sums[name]
+            weights = self.pair.weights(name)
+            sums = self.original[name], *self.sums[name]
             found[name] = [
-                output_error(weights[e], made.dense(name, e), self.original[name][e].to(self.device), gram[e], cross[e])
+                output_error(weights[e], made.dense(name, e), *(total[e].to(self.device) for total in sums))
                 for e in range(made.experts)
             ]
         return found

@@ -3,7 +3,7 @@
 import torch
 
 import moesvd_quant
-from moesvd_quant.calibration.paired import RIDGE, corrected, output_error
+from moesvd_quant.calibration.paired import RIDGE, PairedExperts, corrected, output_error
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
@@ -50,6 +50,10 @@ def test_inputs_are_those_of_the_compressed_model(make_model, tmp_path, small):
     for _ in range(2):
         walk.enter()
     pair = walk.experts("mlp.experts")
+    one_by_one = PairedExperts(pair.native, pair.pairs, lambda size: 1, pair.folder)
+    assert all(torch.equal(a, b) for a, b in zip(pair.gate_up, one_by_one.gate_up))
+    made = walk.compressed.layer.get_submodule("mlp.experts")
+    assert all(torch.equal(a, b) for a, b in zip(pair.down(made), one_by_one.down(made)))
     seen = []
     for source in (folder, parent):
         model, kept = moesvd_quant.load(source), []

@@ -6,8 +6,8 @@ from tiny import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
 from moesvd_quant.calibration.metric import DIAGONAL, FREQUENCY, OWN, POOLED, Grams, blend, coverage, shrink
+from moesvd_quant.calibration.recording import linear_gram
 from moesvd_quant.calibration.statistics import LayerRecorder, outlier_share
-from moesvd_quant.calibration.store import linear_gram
 from moesvd_quant.model.experts import find_experts, split_projections
 from moesvd_quant.model.stream import StreamedModel
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moesvd_quant.calibration.recording import experts_at_once
 from moesvd_quant.calibration.store import Statistics, fingerprint
 from moesvd_quant.memory import Batches, Memory
 from moesvd_quant.model.stream import StreamedModel
@@ -88,7 +89,7 @@ def test_few_experts_at_a_time_and_hidden_states_on_disk_give_the_same_bits(
     files = []
     kept = Batches.__init__
     monkeypatch.setattr(Batches, "__init__", lambda self, f=None, d="cpu": files.append(f) or kept(self, f, d))
-    assert tight._at_once(StreamedModel(folder).layers[layer]) == 1
+    assert experts_at_once(StreamedModel(folder).layers[layer], Memory(1), 0) == 1
     for a, b in zip(expected, tight.layers(), strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert files and set(files) == {tmp_path / "b"}  # hidden states, and what later experts get

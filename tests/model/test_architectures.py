@@ -11,8 +11,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import moesvd_quant
 from moesvd_quant.export import export_checkpoint
 from moesvd_quant.model.experts import expert_count, find_experts, split_projections, weight_parameters
+from moesvd_quant.model.folder import ModelError, class_for
 from moesvd_quant.model.modeling_moesvd import PackedLinear
-from moesvd_quant.model.stream import ModelError, StreamedModel, class_for
+from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
 from moesvd_quant.stages.base import require_experts

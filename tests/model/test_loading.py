@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moesvd_quant
-from moesvd_quant.model.stream import ModelError, StreamedModel
+from moesvd_quant.model.folder import ModelError
+from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
 

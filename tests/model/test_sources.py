@@ -12,7 +12,8 @@ from tiny import tiny_tokenizer
 
 import moesvd_quant
 from moesvd_quant.model.experts import find_experts, split_projections
-from moesvd_quant.model.stream import ModelError, StreamedModel
+from moesvd_quant.model.folder import ModelError
+from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
-from moesvd_quant.model.stream import ModelError, StreamedModel
+from moesvd_quant.model.folder import ModelError
+from moesvd_quant.model.stream import StreamedModel
 
 WINDOWS = torch.randint(1, 250, (5, 32), generator=torch.Generator().manual_seed(3))
 

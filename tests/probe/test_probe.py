@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from moesvd_quant import load
 from moesvd_quant.cli.common import app
-from moesvd_quant.model.stream import ModelError
+from moesvd_quant.model.folder import ModelError
 from moesvd_quant.probe.survey import RATIOS
 from moesvd_quant.probe.texts import probe_folder
 from moesvd_quant.probe.verdict import verdict
