@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo arch-table bench-quality bench-scale bench-healing bench-ablations bench-budget clean
+.PHONY: venv test test-slow lint demo arch-table bench-quality bench-scale bench-healing bench-ablations bench-budget bench-forecast clean
 
 venv: .venv/.installed
 
@@ -59,9 +59,13 @@ bench-budget: venv
 	  --unseen code=$(CORPUS)/code.valid.jsonl.gz --unseen technical=$(CORPUS)/technical_docs.valid.jsonl.gz \
 	  --calibration $(CALIBRATE) --length 256
 
+# FORECAST: options of moesvd_quant/forecast_bench.py, for example --model DIR
+bench-forecast: venv
+	$(BIN)/python -m moesvd_quant.forecast_bench --text $(LM)/wikitext-2-raw/wiki.test.raw.gz --calibration $(CALIBRATE) $(FORECAST)
+
 # ABLATIONS: options of moesvd_quant/ablations.py, for example --text wikitext2 --calibration mine.txt --table 5
 bench-ablations: venv
 	$(BIN)/python -m moesvd_quant.ablations $(ABLATIONS)
 
 clean:
-	rm -rf demo-out quality-out budget-out bench-healing ablations-out .arch-table.jsonl
+	rm -rf demo-out quality-out budget-out forecast-out bench-healing ablations-out .arch-table.jsonl

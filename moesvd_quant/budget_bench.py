@@ -1,6 +1,7 @@
 """A budget against everything else that fits in its bytes, on trained models: `make bench-budget`."""
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -62,19 +63,21 @@ def uniform_recipes(job: Run, given: Sequence[str]) -> dict[str, tuple[str, list
         job.recipe = load_recipe(recipe, [*given, *own])
         return plan_stages(job)[-1]["accounting"]
 
+    @cache
+    def size(width: int, ratio: float) -> int:
+        return planned("svd-gptq3", uniform(width, ratio))["disk_bytes"]
+
     made, whole = {}, planned("gptq4", [])
-    for bits in BUDGETS:
+    for bits, width in product(BUDGETS, WIDTHS):
         wanted = whole["disk_bytes"] - whole["expert_bytes"] + int(bits * whole["original_expert_params"] / 8)
-        for width in WIDTHS:
-            own = ["svd.method=uniform", f"gptq.bits={width}"]
-
-            def size(ratio: float, own=own) -> int:
-                return planned("svd-gptq3", [*own, f"svd.ratio={ratio}"])["disk_bytes"]
-
-            ratio = least_ratio(size, wanted)
-            if ratio is not None:
-                made[f"uniform{width}@{bits}"] = "svd-gptq3", [*own, f"svd.ratio={ratio}"]
+        ratio = least_ratio(partial(size, width), wanted)
+        if ratio is not None:
+            made[f"uniform{width}@{bits}"] = "svd-gptq3", uniform(width, ratio)
     return made
+
+
+def uniform(width: int, ratio: float) -> list[str]:
+    return ["svd.method=uniform", f"gptq.bits={width}", f"svd.ratio={ratio}"]
 
 
 def verdicts(records: dict[str, dict], seen: Sequence[str], unseen: Sequence[str], budgets: Sequence[float]) -> Table:

@@ -35,20 +35,28 @@ def plan_budget(context: Context, ranks: bool) -> Plan:
         made = allocate(tables, context.budget or least_cost(tables), ties)
     except ValueError as error:
         raise StageError(f"budget: {error}") from error
-    layout = layout_of(context.parent)
     decisions: dict = {"allocation": {"forecast": made.error, "bound": made.bound, "gap": made.gap}}
-    bits: dict = {}
     for (path, name), choices in made.choices.items():
-        parts, part_bits = parts_by_choice(choices)
-        layout["experts"].setdefault(path, {})[name] = parts
-        bits.setdefault(path, {})[name] = part_bits
         decision = decisions.setdefault(path, {"weak_experts": weak[path], "choices": {}, "forecast": {}})
         decision["choices"][name] = [describe(choice) for choice in choices]
-        table = tables[path, name]
-        decision["forecast"][name] = float(
-            sum(table.errors[e, table.choices.index(choice)] for e, choice in enumerate(choices))
-        )
+        decision["forecast"][name] = forecast_error(tables[path, name], choices)
+    return plan_of(context, made.choices, decisions)
+
+
+def plan_of(context: Context, choices: dict[tuple[str, str], list[Choice]], decisions: dict) -> Plan:
+    """The plan in which each expert becomes what was chosen for it, by (path, projection)."""
+    layout = layout_of(context.parent)
+    bits: dict = {}
+    for (path, name), chosen in choices.items():
+        parts, part_bits = parts_by_choice(chosen)
+        layout["experts"].setdefault(path, {})[name] = parts
+        bits.setdefault(path, {})[name] = part_bits
     return Plan(layout, decisions, bits)
+
+
+def forecast_error(table: Table, choices: list[Choice]) -> float:
+    """What the choices of the experts of a group are forecast to cost together."""
+    return float(sum(table.errors[expert, table.choices.index(choice)] for expert, choice in enumerate(choices)))
 
 
 def _shapes(context: Context) -> dict[tuple[str, str], tuple[int, int]]:
