@@ -114,8 +114,8 @@ def measure(
     """Records by name of every run on a model, and the verdicts; what is finished under OUT stays."""
     job = Run(load_recipe("svd-gptq3", given), model, out / "sizes", device)
     recipes: dict[str, tuple[str, list[str]]] = {f"gptq{width}": (f"gptq{width}", []) for width in ONE_WIDTH}
-    recipes |= uniform_recipes(job, given)
     recipes |= {f"{name}@{bits}": (name, [f"budget={bits}bpw"]) for name in PLANNERS for bits in BUDGETS}
+    recipes |= uniform_recipes(job, given)
     for bits, seed in product(RESEEDED, seeds):
         recipes |= {f"{name}@{bits}~{seed}": (name, [f"budget={bits}bpw", f"seed={seed}"]) for name in PLANNERS}
     files = written(recipes, out / "recipes", given)
