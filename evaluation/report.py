@@ -16,7 +16,7 @@ from .plot import figure_bytes
 from .record import RECORD, collect
 from .table import Table, changes, table8
 
-PROJECTIONS = ("gate", "up", "down")
+PROJECTIONS = ("gate", "up", "gate_up", "down")
 
 
 @dataclass(frozen=True)

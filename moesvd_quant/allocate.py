@@ -29,7 +29,7 @@ NOTHING = Choice(0)
 class Table:
     """Choices of the matrices of one projection of one layer; the first is NOTHING.
 
-    costs: (choices,) in the unit of the budget; errors: (experts, choices), as shares of the energy of all experts.
+    costs: (choices,) in the unit of the budget; errors: (experts, choices), in a unit that is the same in all tables.
     """
 
     choices: list[Choice]
@@ -57,18 +57,6 @@ def useful_ranks(shape: tuple[int, int]) -> list[int]:
     out, in_features = shape
     limit = min(min(shape), -(-out * in_features // (out + in_features)) - 1)
     return list(range(RANK_STEP, limit + 1, RANK_STEP))
-
-
-def rank_table(spectra: np.ndarray, shape: tuple[int, int]) -> Table:
-    """Costs in parameters. spectra (experts, min(out, in)): squared whitened singular values, largest first."""
-    ranks = useful_ranks(shape)
-    total = spectra.sum()
-    kept = np.concatenate([np.zeros((len(spectra), 1)), spectra.cumsum(1)], 1)
-    lost = kept[:, -1:] - kept[:, [0, *ranks]]
-    errors = np.concatenate([lost, np.zeros((len(lost), 1))], 1)
-    costs = np.array([0, *(rank * sum(shape) for rank in ranks), shape[0] * shape[1]], dtype=float)
-    choices = [NOTHING, *(Choice(rank) for rank in ranks), Choice(DENSE)]
-    return Table(choices, costs, errors / total if total > 0 else errors)
 
 
 def allocate(

@@ -13,7 +13,7 @@ from .accounting import original_model, stored_tensors
 from .checkpoint.files import write_json, write_one_by_one
 from .checkpoint.finish import OUTER_FILE, carry_files, layer_file, write_index
 from .model.experts import split_projections
-from .model.modeling_moesvd import FactorizedExperts, PackedLinear, channel_tensors, part_banks
+from .model.modeling_moesvd import JOINT, FactorizedExperts, PackedLinear, channel_tensors, part_banks
 from .model.native_experts import form_of
 from .model.stream import ModelError, StreamedModel
 from .quantize.gptq import PackedMatrix, QuantizeError, to_standard
@@ -114,9 +114,9 @@ def _fused(module: FactorizedExperts, native, dtype) -> dict[str, torch.Tensor]:
         _put(native, name, torch.zeros(native.get_parameter(name).shape, dtype=dtype))
     views = split_projections(native)
     with torch.no_grad():
-        for name in module.layout:
+        for name, view in views.items():
             for expert in range(module.experts):
-                views[name][expert].copy_(module.dense(name, expert))
+                view[expert].copy_(module.dense(name, expert))
     made = {name: native.get_parameter(name).data for name in names}
     for name, tensor in made.items():
         _put(native, name, tensor.to("meta"))
@@ -150,7 +150,14 @@ def _packed_modules(modules: dict):
                         get = module._parameters.get
                         kinds = [k for k in ("codes", "scales", "zeros") if get(f"{name}_{i}_dense_{k}") is not None]
                         tensors = {k: get(f"{name}_{i}_dense_{k}")[row] for k in kinds}
-                        yield f"{path}.{expert}.{name}_proj", PackedMatrix(tensors, quant, columns), None
+                        for own, half in _halves(name, tensors):
+                            yield f"{path}.{expert}.{own}_proj", PackedMatrix(half, quant, columns), None
+
+
+def _halves(name: str, tensors: dict[str, torch.Tensor]):
+    """(projection of the native model, its rows) of a packed matrix."""
+    names = ("gate", "up") if name == JOINT else (name,)
+    yield from ((own, {k: t.chunk(len(names))[at] for k, t in tensors.items()}) for at, own in enumerate(names))
 
 
 def _standard(modules: dict, quants: dict[str, dict]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 from .allocate import DENSE, FLOAT, NOTHING, Choice, Table, useful_ranks
 from .calibration.effect import perturbed
-from .decompose.whitening import whitened_profile
+from .decompose.whitening import whitened_directions
 from .model.modeling_moesvd import bank_tensors
 from .quantize.noise import ROUNDING, dense_noise, factor_noise, innovation
 
@@ -21,7 +21,7 @@ Format = Callable[[int, int, bool], dict | None]
 
 @dataclass(frozen=True)
 class Profile:
-    """What the forecast needs of one matrix; see `quantize.noise`."""
+    """What the forecast needs of one matrix; see `quantize.noise`. Errors are in the unit of `error_price`."""
 
     spectrum: torch.Tensor  # (k,) squared whitened singular values, largest first
     dense: float  # error of the whole matrix per unit of rounding error
@@ -29,13 +29,13 @@ class Profile:
 
 
 def profile(weight: torch.Tensor, gram: torch.Tensor, damp: float) -> Profile:
-    """Of a matrix (out, in) whose inputs have Gram matrix gram (in, in)."""
-    spectrum, norms = whitened_profile(weight, gram)
+    """Of a matrix (out, in), each row times the root of its price, whose inputs have Gram matrix gram (in, in)."""
+    spectrum, _, rows = whitened_directions(weight, gram, min(weight.shape))
     columns, spread = weight.shape[1], innovation(gram, damp)
     return Profile(
         spectrum.cpu(),
         dense_noise(float(weight.double().square().sum()), columns, spread),
-        factor_noise(spectrum, norms, columns, spread, damp).cpu(),
+        factor_noise(spectrum, rows.norm(dim=1), columns, spread, damp).cpu(),
     )
 
 
@@ -49,11 +49,10 @@ def fit_table(
 ) -> Table:
     """Choices of rank (where `ranks`) and width of the experts of a projection with matrices (out, in).
 
-    Costs are exact bytes; errors are what truncation and rounding are forecast to lose of the outputs' energy, as a
-    share of the energy of all experts. A width of FLOAT stands for `dtype`.
+    Costs are exact bytes; errors are what truncation and rounding are forecast to lose. A width of FLOAT stands for
+    `dtype`.
     """
     out, in_features = shape
-    total = float(sum(p.spectrum.sum() for p in profiles))
     choices, costs, errors = [NOTHING], [0], [[float(p.spectrum.sum()) for p in profiles]]
     for bits in widths:
         choices.append(Choice(DENSE, bits))
@@ -65,13 +64,12 @@ def fit_table(
             costs.append(right + bank_bytes((out, rank), form(bits, rank, True), dtype))
             lost = [float(p.spectrum[rank:].sum() + ROUNDING[bits] * p.factors[rank - 1]) for p in profiles]
             errors.append(lost)
-    scale = 1 / total if total > 0 else 1.0
-    return Table(choices, np.array(costs, dtype=float), np.array(errors).T * scale)
+    return Table(choices, np.array(costs, dtype=float), np.array(errors).T)
 
 
-def group_weight(weights: torch.Tensor, grams: Sequence[torch.Tensor], effect: float) -> float:
-    """What an error of this group counts for: the divergence that rounding it caused, per relative error that the
-    rounding made under the metric, to the power EFFECT.
+def error_price(weights: torch.Tensor, grams: Sequence[torch.Tensor], effect: float) -> float:
+    """What a unit of error energy, tr(E G E^T), of this group costs: the divergence that rounding it caused, per
+    relative error that the rounding made under the metric, to the power EFFECT, spread over the group's energy.
 
     weights (experts, out, in), grams (in, in) by expert; effect: nats per token, of `measure_effects`.
     """
@@ -80,7 +78,9 @@ def group_weight(weights: torch.Tensor, grams: Sequence[torch.Tensor], effect: f
         delta = weight.double() - perturbed(weight).double()
         error += float(((delta @ gram.double()) * delta).sum())
         energy += float(((weight.double() @ gram.double()) * weight.double()).sum())
-    return max(effect, MIN_EFFECT) ** EFFECT * (energy / error if error > 0 else 1.0) ** EFFECT
+    if energy == 0:
+        return 0.0
+    return max(effect, MIN_EFFECT) ** EFFECT * (energy / error if error > 0 else 1.0) ** EFFECT / energy
 
 
 def describe(choice: Choice) -> str:

@@ -26,8 +26,9 @@ from .quality import Bar
 from .recipe import load_recipe
 from .runner import Run, sync_threads
 from .stages import gptq, svd
-from .stages.allocation import WIDTHS, choice_tables, forecast_error, plan_of
+from .stages.allocation import WIDTHS, forecast_error, plan_of
 from .stages.base import Context
+from .stages.choices import choices_of
 
 BUDGETS, PLANS = (1.5, 2.3), 30
 # Standard deviations of the logarithms that groups, and experts within them, are misjudged by in a random plan; drawn
@@ -73,7 +74,8 @@ class Bench:
         # Attention is the same in all plans: it stays.
         self.svd, self.gptq = made["svd"], made["gptq"].model_copy(update={"attention": False})
         self.parent = StreamedModel(job.model, device=job.device)
-        self.tables: Tables = choice_tables(self._context(self.parent, self.svd), WIDTHS, ranks=True)[0]
+        self.found = choices_of(self._context(self.parent, self.svd), WIDTHS, ranks=True)
+        self.tables: Tables = self.found.tables
 
     def _context(self, parent: StreamedModel, options, widths: dict | None = None) -> Context:
         job = self.job
@@ -94,7 +96,7 @@ class Bench:
 
     def _stages(self, choices: Choices) -> Iterator[Callable]:
         """For each layer a function that does to it what stages svd and gptq do."""
-        planned = plan_of(self._context(self.parent, self.svd), choices, {})
+        planned = plan_of(self._context(self.parent, self.svd), self.found, choices)
         factors = StreamedModel.described(planned_model(self.parent, planned.layout).config, self.parent)
         first, second = self._context(self.parent, self.svd), self._context(factors, self.gptq, planned.widths)
         packed = gptq.plan(second)
@@ -123,7 +125,7 @@ def measured(bench: Bench, bits: float, plans: int, file: Path, report) -> list[
     return found["plans"]
 
 
-def choices_of(plan: dict) -> Choices:
+def plan_from(plan: dict) -> Choices:
     """As `measured` has written them."""
     keys = {name: tuple(name.rsplit("/", 1)) for name in plan["choices"]}
     return {keys[name]: [Choice(*choice) for choice in chosen] for name, chosen in plan["choices"].items()}  # type: ignore
@@ -154,7 +156,7 @@ def main(
         panels = {}
         for bits in BUDGETS:
             found = measured(bench, bits, plans, out / f"plans-{bits}.json", report)
-            forecasts = [forecast_of(bench.tables, choices_of(plan)) for plan in found]
+            forecasts = [forecast_of(bench.tables, plan_from(plan)) for plan in found]
             panels[f"{bits} bits per expert weight"] = forecasts, [plan["increase"] for plan in found]
     plot_ranking(panels, out / "forecast.png")
     for title, (forecasts, increases) in panels.items():

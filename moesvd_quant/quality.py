@@ -15,7 +15,7 @@ from .accounting import account
 from .allocate import MAX_RANKS, RANK_STEP, allocate
 from .bench import compare, written
 from .cli.common import progress_bars, resolve_device, resolve_model
-from .decompose.whitening import gram_root, output_basis, whitened_error, whitened_spectrum, whitened_svd
+from .decompose.whitening import balance, gram_root, whitened_directions, whitened_error, whitened_svd
 from .evaluation.table import Table, render
 from .layout import layout_of
 from .model.experts import dense_weight, expert_count, find_experts, shapes_of
@@ -23,8 +23,9 @@ from .quantize.factors import quantize_factors
 from .quantize.gptq import gptq, quant_format
 from .recipe import load_recipe, named_texts
 from .runner import Run, sync_threads
-from .stages.allocation import WIDTHS, choice_tables
+from .stages.allocation import WIDTHS
 from .stages.base import Context, expert_grams
+from .stages.choices import choices_of
 from .stages.options import GptqOptions
 
 RATIOS = (0.2, 0.4, 0.6)
@@ -116,7 +117,7 @@ def rank_bars(job: Run) -> list[Bar]:
     parent, options = job.meta, {stage.name: stage.options for stage in job.recipe.stages}
     gptq = options["gptq"]
     context = Context(parent, job.statistics, options["svd"], job.recipe.seed, job.device, gptq=gptq)
-    tables, _ = choice_tables(context, WIDTHS, ranks=True)
+    tables = choices_of(context, WIDTHS, ranks=True).tables
     weights = account(parent, layout_of(parent)).original_expert_params
     bars = []
     for bits in BUDGETS:
@@ -153,8 +154,7 @@ def excess_quotient(weight: torch.Tensor, gram: torch.Tensor, rank: int, bits: L
     quantizer = lambda matrix, inputs, how: gptq(matrix.float(), inputs, how, options.damp)  # noqa: E731
     left, right = whitened_svd(weight, gram, rank)
     (mine,), (rights,) = quantize_factors([weight], [gram], [left], [right], [0], [0], quant, quantizer, 0)
-    basis = output_basis(weight, gram, rank)
-    plain = basis.T @ weight.double()
+    _, basis, plain = whitened_directions(weight, gram, rank)
     sigma = (plain @ gram.double() * plain).sum(1).sqrt()
     v = plain / sigma[:, None]
     naive = quantizer(basis * sigma, v @ gram.double() @ v.T, quant["left"]).dense()
@@ -181,8 +181,8 @@ def decomposition_bars(shapes=((1024, 3584), (3584, 1024)), repeats: int = 3, de
         mine, theirs = [], []
         for _ in range(repeats):
             started = _now(device)
-            spectrum = whitened_spectrum(weight, gram)
-            whitened_svd(weight, gram, min(out, in_features) // 3)
+            spectrum, *factors = whitened_directions(weight, gram, min(out, in_features) // 3)
+            balance(*factors)
             mine.append(_now(device) - started)
             started = _now(device)
             values = torch.linalg.svd(whitened, full_matrices=False)[1]

@@ -6,12 +6,20 @@ from itertools import product
 import numpy as np
 import pytest
 
-from moesvd_quant.allocate import DENSE, MAX_RANKS, NOTHING, RANK_STEP, Choice, Table, allocate, rank_table
+from moesvd_quant.allocate import DENSE, MAX_RANKS, NOTHING, RANK_STEP, Choice, Table, allocate, useful_ranks
 
 
 def spectra(experts, size, seed, decay):
     generator = np.random.default_rng(seed)
     return generator.random((experts, 1)) * np.exp(-decay * np.arange(size)) + 1e-6
+
+
+def rank_table(spectra, shape):
+    """Parameters and lost energy, as a share of all, of every rank."""
+    ranks, total = useful_ranks(shape), spectra.sum()
+    errors = np.array([[row[rank:].sum() / total for rank in (0, *ranks)] + [0] for row in spectra])
+    costs = np.array([0, *(rank * sum(shape) for rank in ranks), shape[0] * shape[1]], dtype=float)
+    return Table([NOTHING, *map(Choice, ranks), Choice(DENSE)], costs, errors)
 
 
 class Group:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 
-from moesvd_quant.forecast_bench import Bench, choices_of, cost_of, forecast_of, measured, random_plan
+from moesvd_quant.forecast_bench import Bench, cost_of, forecast_of, measured, plan_from, random_plan
 from moesvd_quant.model.load import load
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
@@ -44,4 +44,4 @@ def test_measured_plans_stay(bench, tmp_path):
     bench.loss = None  # is not called again
     assert measured(bench, 2.0, 2, file, lambda what, done, total: None) == first
     draw = np.random.default_rng(0)
-    assert choices_of(first[1]) == [random_plan(bench.tables, bench.budget(2.0), draw) for _ in range(2)][1]
+    assert plan_from(first[1]) == [random_plan(bench.tables, bench.budget(2.0), draw) for _ in range(2)][1]

@@ -19,7 +19,7 @@ def probe(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """What a model can bear: spectra, similarity of experts, routing, sensitivity, and the cost of `svd`, forecast."""
+    """What a model can bear: spectra, similarity of experts, routing, sensitivity, and the cost of `svd`, rehearsed."""
     from rich.console import Console
 
     from ..checkpoint.files import write_json

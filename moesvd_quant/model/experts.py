@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .modeling_moesvd import FactorizedExperts, PackedLinear
+from .modeling_moesvd import JOINT, FactorizedExperts, PackedLinear, separate
 from .native_experts import Routed, apply_gate, arguments, form_of
 
 # Names under which routers and the gate of a shared expert stand: they choose, and stay as they are.
@@ -51,9 +51,11 @@ def shapes_of(experts: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def dense_weight(experts: nn.Module, projection: str, expert: int, dtype=torch.float32) -> torch.Tensor:
-    """Effective weight (out, in) of one projection of one expert, in `dtype`."""
+    """Effective weight (out, in) of one projection (gate_up: of both) of one expert, in `dtype`."""
     if isinstance(experts, FactorizedExperts):
         return experts.dense(projection, expert, dtype)
+    if projection == JOINT:
+        return torch.cat([dense_weight(experts, name, expert, dtype) for name in ("gate", "up")])
     return split_projections(experts)[projection][expert].to(dtype)
 
 
@@ -89,7 +91,8 @@ def activate(experts: nn.Module, pairs: dict[str, torch.Tensor], expert: int) ->
 def intermediate(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
     """Input of down (n, intermediate) of one expert for its inputs x (n, hidden)."""
     names = [name for name in shapes_of(experts) if name != "down"]
-    return activate(experts, {name: x @ dense_weight(experts, name, expert, x.dtype).T for name in names}, expert)
+    pairs = {name: x @ dense_weight(experts, name, expert, x.dtype).T for name in names}
+    return activate(experts, separate(pairs), expert)
 
 
 def pairs_of(expert: torch.Tensor, count: int) -> Iterator[tuple[int, slice]]:

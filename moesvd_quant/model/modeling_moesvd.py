@@ -6,7 +6,8 @@ They need torch and transformers alone, so that a checkpoint opens without moesv
     W[e] = dense[d(e)] + sum_t left_t[l_t(e)] @ right_t[r_t(e)]
 
 A projection is a list of parts; a part holds one bank of dense rows, or a bank of left and one of right
-factors of a single rank, for the experts it names. Experts that no part names have weight zero. A bank is
+factors of a single rank, for the experts it names. Experts that no part names have weight zero. Gate and up may be one
+projection, `gate_up`, whose rows are those of gate and then those of up: they then share their right factors. A bank is
 floating point, or packed (see `unpack`). Packed tensors and the bits of their scales are integers, so that
 no cast of the model can touch them.
 
@@ -34,6 +35,7 @@ from .native_experts import apply_gate, form_of
 FORMAT = 1
 SHIPPED = ("modeling_moesvd.py", "native_experts.py", "modeling_deepseek.py")  # what a checkpoint needs to open itself
 MANIFEST = "moesvd.json"
+JOINT = "gate_up"  # gate and up as one projection
 ONE_BY_ONE = ("cpu",)  # devices on which a product for each expert is as fast as one grouped product
 
 
@@ -119,6 +121,17 @@ def projection_shapes(experts: nn.Module) -> dict:
     return {name: tuple(weight.shape[1:]) for name, weight in form.weights(experts).items()}
 
 
+def joined(shapes: dict) -> dict:
+    """(out, in) of each projection where gate and up are one."""
+    (gate, inputs), (up, _) = shapes["gate"], shapes["up"]
+    return {JOINT: (gate + up, inputs), "down": shapes["down"]}
+
+
+def separate(pairs: dict) -> dict:
+    """Outputs (n, out) of gate and of up, from those of each projection before down."""
+    return dict(zip(("gate", "up"), pairs[JOINT].chunk(2, -1))) if JOINT in pairs else pairs
+
+
 class Packed(nn.Module):
     """Base of modules whose weights are float or packed banks."""
 
@@ -184,7 +197,8 @@ class FactorizedExperts(Packed):
         super().__init__()
         ours = isinstance(native, FactorizedExperts)
         if not ours:
-            self.shapes = projection_shapes(native)
+            shapes = projection_shapes(native)
+            self.shapes = joined(shapes) if JOINT in layout else shapes
             self.native_class, self.form = type(native), form_of(native)
             self.experts = len(self.form.weights(native)["down"])
         state = {k: v for k, v in vars(native).items() if not k.startswith("_")}
@@ -223,6 +237,8 @@ class FactorizedExperts(Packed):
 
     def dense(self, projection, expert, dtype=torch.float32):
         """Effective weight (out, in) of one expert."""
+        if projection not in self.shapes:  # gate or up of both
+            return separate({JOINT: self.dense(JOINT, expert, dtype).T})[projection].T
         weight = torch.zeros(self.shapes[projection], dtype=dtype, device=self.device)
         for i, part in enumerate(self.layout[projection]):
             if expert not in part["experts"]:
@@ -307,7 +323,7 @@ class FactorizedExperts(Packed):
         for expert, (at, own) in enumerate(zip(token.split(sizes), ids.split(sizes))):
             if len(at):
                 hidden = x[at]
-                pairs = {k: self.multiply(hidden, k, steps[k][expert]) for k in ("gate", "up") if k in steps}
+                pairs = separate({k: self.multiply(hidden, k, steps[k][expert]) for k in steps if k != "down"})
                 self.add_bias(pairs, own)
                 done.append(self.multiply(self.activate(pairs), "down", steps["down"][expert]))
         return torch.cat(done) if done else x.new_zeros(0, self.shapes["down"][0])
@@ -457,8 +473,8 @@ class FactorizedExperts(Packed):
 
     def _inner(self, x, token, ids, masks):
         """Input of down (pairs, inner); masks: see `project`."""
-        names = [name for name in ("gate", "up") if name in self.shapes]
-        pairs = {name: self.project(x, token, ids, name, masks) for name in names}
+        names = [name for name in self.shapes if name != "down"]
+        pairs = separate({name: self.project(x, token, ids, name, masks) for name in names})
         self.add_bias(pairs, ids)
         return self.activate(pairs)
 

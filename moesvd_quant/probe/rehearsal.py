@@ -10,18 +10,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..allocate import DENSE
 from ..calibration.metric import blend
 from ..calibration.store import EFFECT_BATCH, Statistics
-from ..decompose.whitening import output_basis
+from ..decompose.whitening import whitened_directions
 from ..memory import Batches
-from ..model.experts import find_experts, split_projections
+from ..model.experts import dense_weight, expert_count, find_experts, shapes_of, split_projections
+from ..model.modeling_moesvd import JOINT
 from ..model.stream import StreamedModel
-from ..stages.base import expert_grams, reached
+from ..stages.base import Plan, expert_grams, reached
+from ..stages.choices import row_scale
 
 TOKENS = 16384  # of a text
 
-Ranks = dict[tuple[str, str], list[int]]  # of the experts of (path, projection)
+Factors = list[tuple[torch.Tensor, torch.Tensor]]  # of each expert at full rank, best direction first
 
 
 @torch.no_grad()
@@ -29,20 +30,25 @@ def rehearse(
     streamed: StreamedModel,
     windows: torch.Tensor,
     calibration: Statistics,
-    ranks: dict[float, Ranks],
+    plans: dict[float, Plan],
     scratch: Path | None = None,
 ) -> dict[float, float]:
     """{ratio: rise of the loss, nats per predicted token} on the first TOKENS of windows (n, length) int64.
 
-    Experts are truncated to the ranks of each ratio under the calibration's metric, as stage `svd` does it.
+    Experts are truncated as the plan of stage `svd` for each ratio says, under the calibration's metric.
     """
     windows = windows[: max(1, TOKENS // windows.shape[1])]
     variants: dict[float, Batches] = {}
     for visit, statistics in zip(streamed.walk(windows, EFFECT_BATCH, scratch), calibration.layers()):
-        groups = _bases(visit.layer, streamed.layer_names[visit.index], statistics, streamed.device)
+        name, first = streamed.layer_names[visit.index], next(iter(plans.values()))
+        factors = {
+            path: _factors(experts, statistics, path, first, f"{name}.{path}", streamed.device)
+            for path, experts in find_experts(visit.layer)
+            if reached(statistics, path)
+        }
         here = {}
-        for ratio, used in ranks.items():
-            with _truncated(groups, used):
+        for ratio, plan in plans.items():
+            with _truncated(visit.layer, factors, {p: plan.layout["experts"][f"{name}.{p}"] for p in factors}):
                 here[ratio] = visit.run(variants.get(ratio, visit.hidden))
         variants = here
     with streamed.output():
@@ -50,32 +56,41 @@ def rehearse(
         return {ratio: _loss(streamed, hidden) - before for ratio, hidden in variants.items()}
 
 
-def _bases(layer, name: str, statistics: dict, device) -> dict:
-    """{(path, projection): (weights (E, out, in), output basis (out, k) of each expert, best direction first)}."""
-    found = {}
-    for path, experts in find_experts(layer):
-        if not reached(statistics, path):
-            continue
-        metrics = expert_grams(statistics, path, device, blend)
-        for projection, weights in split_projections(experts).items():
-            pairs = zip(weights, metrics[projection])
-            bases = [output_basis(w, metric, min(w.shape)).to(w.dtype) for w, metric in pairs]
-            found[f"{name}.{path}", projection] = weights, bases
+def _factors(experts, statistics: dict, path: str, plan: Plan, full: str, device) -> dict[str, Factors]:
+    """{projection of the plan's layout: factors at full rank of each expert}."""
+    metrics = expert_grams(statistics, path, device, blend)
+    found: dict[str, Factors] = {}
+    for name in plan.layout["experts"][full]:
+        scale = row_scale(plan.decisions[full]["price"], name, shapes_of(experts)).to(device)
+        found[name] = []
+        for expert in range(expert_count(experts)):
+            weight = dense_weight(experts, name, expert).double() * scale
+            _, left, right = whitened_directions(weight, metrics[name][expert], min(weight.shape))
+            found[name].append(((left / scale).float(), right.float()))
     return found
 
 
 @contextmanager
-def _truncated(groups: dict, ranks: Ranks) -> Iterator[None]:
-    kept = {key: weights.clone() for key, (weights, _) in groups.items()}
-    for key, (weights, bases) in groups.items():
-        for weight, basis, rank in zip(weights, bases, ranks[key]):
-            if rank != DENSE:
-                weight.copy_(basis[:, :rank] @ (basis[:, :rank].T @ weight))
+def _truncated(layer, factors: dict[str, dict[str, Factors]], layouts: dict[str, dict]) -> Iterator[None]:
+    views = {path: split_projections(layer.get_submodule(path)) for path in factors}
+    kept = {path: {name: w.clone() for name, w in own.items()} for path, own in views.items()}
+    for path, projections in layouts.items():
+        for name, parts in projections.items():
+            ranks = {e: part.get("rank") for part in parts for e in part["experts"]}
+            for expert, (left, right) in enumerate(factors[path][name]):
+                rank = ranks.get(expert, 0)
+                if rank is None:  # dense
+                    continue
+                made = left[:, :rank] @ right[:rank]
+                names = ("gate", "up") if name == JOINT else (name,)
+                for own, rows in zip(names, made.chunk(len(names))):
+                    views[path][own][expert].copy_(rows)
     try:
         yield
     finally:
-        for key, (weights, _) in groups.items():
-            weights.copy_(kept[key])
+        for path, own in views.items():
+            for name, weights in own.items():
+                weights.copy_(kept[path][name])
 
 
 def _loss(streamed: StreamedModel, hidden: Batches) -> float:

@@ -10,7 +10,7 @@ from .survey import Survey
 
 
 def print_survey(survey: Survey, sentences: list[str], console: Console) -> None:
-    """Per layer and projection: effective ranks (share of a random matrix's), similarities, sensitivity; forecasts."""
+    """Per layer and projection: effective ranks (share of a random matrix's), similarities, sensitivity; costs."""
     ranks = Table(title="effective rank, a random matrix's being 1; mean CKA between experts (random in brackets)")
     for head in ("experts of", "projection", "weights", "deltas", "whitened", "CKA W", "CKA U", "CKA V"):
         ranks.add_column(head, justify="left" if head in ("experts of", "projection") else "right")
@@ -31,20 +31,19 @@ def print_survey(survey: Survey, sentences: list[str], console: Console) -> None
         weak = [str(len(layer["coverage"][kind])) for kind in ("none", "few")]
         use.add_row(path, str(layer["experts"]), *busy, *weak, f"{layer['sensitivity']:.4g}")
     console.print(use)
-    costs = Table(title="perplexity of `svd` in 16 bit, times the original's: rehearsed (in brackets: forecast)")
+    costs = Table(title="perplexity of `svd` in 16 bit, times the original's: rehearsed")
     costs.add_column("text")
     for ratio in survey.removed:
         costs.add_column(f"{ratio:.0%} removed", justify="right")
     for text, rehearsed in survey.rehearsal.items():
-        pairs = [(rehearsed[ratio], survey.forecast[text][ratio]) for ratio in rehearsed]
-        costs.add_row(text, *(f"{_times(one)} ({_times(two)})" for one, two in pairs))
+        costs.add_row(text, *(_times(nats) for nats in rehearsed.values()))
     console.print(costs)
     for sentence in sentences:
         console.print(f"- {sentence}", highlight=False)
 
 
 def plot_survey(survey: Survey, out: Path) -> list[Path]:
-    """spectra.png, experts.png and forecast.png in a folder."""
+    """spectra.png, experts.png and costs.png in a folder."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -90,13 +89,12 @@ def plot_survey(survey: Survey, out: Path) -> list[Path]:
     figure, axis = plt.subplots(figsize=(6, 4))
     for text, rehearsed in survey.rehearsal.items():
         removed = [100 * survey.removed[ratio] for ratio in rehearsed]
-        (line,) = axis.semilogy(removed, [max(nats, 1e-5) for nats in rehearsed.values()], "o-", label=text)
-        axis.semilogy(removed, [max(n, 1e-5) for n in survey.forecast[text].values()], ":", color=line.get_color())
+        axis.semilogy(removed, [max(nats, 1e-5) for nats in rehearsed.values()], "o-", label=text)
     axis.set_xlabel("expert parameters removed, %")
-    axis.set_ylabel("rise of log-perplexity, nats (dotted: forecast)")
+    axis.set_ylabel("rise of log-perplexity, nats")
     axis.grid(alpha=0.25)
     axis.legend()
-    return [*made, _save(figure, out / "forecast.png")]
+    return [*made, _save(figure, out / "costs.png")]
 
 
 def _times(nats: float) -> str:

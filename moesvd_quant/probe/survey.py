@@ -7,18 +7,19 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..allocate import DENSE, allocate, rank_table
+from ..accounting import account
 from ..calibration.metric import blend, coverage
 from ..calibration.statistics import outlier_share
 from ..calibration.store import Statistics
 from ..decompose.sensitivity import layer_sensitivity, sampling_frequency
 from ..decompose.whitening import whitened_spectrum
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
-from ..model.modeling_moesvd import FactorizedExperts
+from ..model.modeling_moesvd import JOINT, FactorizedExperts
 from ..model.stream import ModelError, StreamedModel
-from ..stages.base import expert_grams, reached
-from .forecast import kept_energy, log_perplexity, lost_energy, output_energy, rounding_energy
-from .rehearsal import TOKENS, Ranks, rehearse
+from ..stages.allocation import plan_ratio
+from ..stages.base import Context, Plan, expert_grams, reached
+from ..stages.options import SvdOptions
+from .rehearsal import TOKENS, rehearse
 from .similarity import deltas, effective_rank, expert_similarity, random_like, spectra
 
 RATIOS = (0.2, 0.4, 0.6, 0.8)
@@ -31,33 +32,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Survey:
-    """layers: figures per experts module; forecast (closed form) and rehearsal: {text: {ratio: nats}}; removed: {ratio:
-    share really removed}."""
+    """layers: figures per experts module; rehearsal: {text: {ratio: nats}}; removed: {ratio: share really removed}."""
 
     layers: dict[str, dict] = field(default_factory=dict)
-    forecast: dict[str, dict[float, float]] = field(default_factory=dict)
     rehearsal: dict[str, dict[float, float]] = field(default_factory=dict)
     removed: dict[float, float] = field(default_factory=dict)
-
-
-@dataclass
-class _Text:
-    """Sums of one text: by (path, projection)."""
-
-    statistics: Statistics
-    effects: dict
-    rounded: dict = field(default_factory=dict)
-    kept: dict = field(default_factory=dict)
-    totals: dict = field(default_factory=dict)
-
-    def observe(self, key, weights, metrics, grams) -> None:
-        """Adds a group: weights (E, out, in), metrics and grams (in, in) by expert."""
-        self.rounded[key], self.kept[key], self.totals[key] = 0.0, [], []
-        for weight, metric, gram in zip(weights, metrics, grams):
-            gram = gram.to(weight.device)
-            self.rounded[key] += rounding_energy(weight, gram)
-            self.kept[key].append(kept_energy(weight, metric, gram).cpu())
-            self.totals[key].append(output_energy(weight, gram))
 
 
 def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report: Progress) -> Survey:
@@ -66,16 +45,11 @@ def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report
     All statistics are of the same model, in the same dtype. ModelError for a model without experts, or factorized.
     """
     found, model = Survey(), StreamedModel(folder, calibration.dtype, calibration.device)
-    watched = {}
-    for name, statistics in texts.items():
-        watched[name] = _Text(statistics, statistics.effects(partial(report, f"effects on {name}")))
     for name, statistics in {"calibration": calibration, **texts}.items():
         if statistics.stored:  # several passes read them side by side
             statistics.ensure(partial(report, f"reading {name}"))
-    tables: dict = {}
     count = len(model.layer_names)
-    streams = [text.statistics.layers() for text in watched.values()]
-    for index, (own, *others) in enumerate(zip(calibration.layers(), *streams)):
+    for index, own in enumerate(calibration.layers()):
         layer, at = model.load_layer(index), model.layer_names[index]
         for path, experts in find_experts(layer):
             full = f"{at}.{path}"
@@ -88,41 +62,32 @@ def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report
             for name, weights in split_projections(experts).items():
                 values = [whitened_spectrum(w, m).cpu() for w, m in zip(weights, metrics[name])]
                 found.layers[full]["projections"][name] |= _whitened(torch.stack(values))
-                tables[full, name] = rank_table(torch.stack(values).numpy(), shapes_of(experts)[name])
-                for text, statistics in zip(watched.values(), others):
-                    grams = statistics[f"{path}/{'gram_mid' if name == 'down' else 'gram_in'}"]
-                    text.observe((full, name), weights, metrics[name], grams)
         model.drop_layer(index)
         report("layers", index + 1, count)
-    if not tables:
+    if not found.layers:
         raise ModelError(f"{folder}: no experts that text reaches; there is nothing to probe")
-    ranks = _forecast(found, tables, watched)
+    plans = _plans(found, Context(model, calibration, None, 0, model.device, partial(report, "effects")))
     for done, (name, statistics) in enumerate(texts.items()):
         streamed = StreamedModel(folder, calibration.dtype, calibration.device)
         scratch = statistics.scratch((len(RATIOS) + 2) * TOKENS * statistics.sizes.row)
-        found.rehearsal[name] = rehearse(streamed, statistics.windows, calibration, ranks, scratch)
+        found.rehearsal[name] = rehearse(streamed, statistics.windows, calibration, plans, scratch)
         report("rehearsals", done + 1, len(texts))
     return found
 
 
-def _forecast(found: Survey, tables: dict, watched: dict[str, _Text]) -> dict[float, Ranks]:
-    """Fills in the forecasts; the ranks of each ratio."""
-    plans: dict[float, Ranks] = {}
-    whole = sum(float(table.costs[-1]) * len(table.errors) for table in tables.values())
+def _plans(found: Survey, context: Context) -> dict[float, Plan]:
+    """What stage svd would do at each ratio; fills in what that removes, and mean ranks."""
+    plans = {}
     for ratio in RATIOS:
-        chosen = allocate(tables, int(whole * (1 - ratio))).choices
-        plans[ratio] = ranks = {key: [choice.rank for choice in choices] for key, choices in chosen.items()}
-        costs = {key: dict(zip(table.choices, table.costs)) for key, table in tables.items()}
-        spent = sum(costs[key][choice] for key, choices in chosen.items() for choice in choices)
-        found.removed[ratio] = float(1 - spent / whole)
-        for (path, name), used in ranks.items():
-            dense = min(found.layers[path]["shapes"][name])
-            mean = float(np.mean([dense if rank == DENSE else rank for rank in used]))
-            found.layers[path]["projections"][name].setdefault("mean_rank", {})[str(ratio)] = mean
-        for name, text in watched.items():
-            lost = {key: lost_energy(text.kept[key], text.totals[key], ranks[key]) for key in tables}
-            nats = log_perplexity(lost, text.rounded, text.effects)
-            found.forecast.setdefault(name, {})[ratio] = nats
+        context.options = SvdOptions(ratio=ratio)
+        plans[ratio] = plan = plan_ratio(context)
+        found.removed[ratio] = account(context.parent, plan.layout).expert_ratio
+        for path, layer in found.layers.items():
+            for name, parts in plan.layout["experts"][path].items():
+                for own in ("gate", "up") if name == JOINT else (name,):
+                    ranks = [part.get("rank", min(layer["shapes"][own])) for part in parts for _ in part["experts"]]
+                    mean = sum(ranks) / layer["experts"]
+                    layer["projections"][own].setdefault("mean_rank", {})[str(ratio)] = mean
     return plans
 
 

@@ -1,22 +1,32 @@
-"""The plan under a byte budget: one allocation of rank and bits over all experts of the model."""
+"""Plans by one allocation over all experts of the model: ranks that keep a share of the parameters, or rank and bits
+under a byte budget."""
 
-from dataclasses import replace
+from collections.abc import Hashable, Iterable
 from fnmatch import fnmatch
-from functools import partial
 from math import prod
 
 import numpy as np
 
-from ..allocate import DENSE, FLOAT, Choice, Table, allocate, least_cost
-from ..fitting import describe, fit_table, group_weight, profile
+from ..allocate import DENSE, FLOAT, Allocation, Choice, Table, allocate, least_cost
+from ..fitting import describe
 from ..layout import layout_of, parts_by_choice
-from ..model.experts import expert_count, find_experts, shapes_of, split_projections
-from ..model.modeling_moesvd import FactorizedExperts
-from ..quantize.gptq import QuantizeError, quant_format
+from ..model.experts import find_experts, shapes_of
+from ..model.modeling_moesvd import JOINT, joined
 from ..recipe import Limits
-from .base import Context, Plan, StageError, expert_grams, reached, weak_experts
+from .base import UNREACHED, Context, Plan, StageError
+from .choices import Choices, choices_of
 
 WIDTHS = [2, 3, 4, 8, FLOAT]
+
+
+def plan_ratio(context: Context) -> Plan:
+    """Ranks of all experts that leave out a fraction `ratio` of their parameters, in floating point."""
+    found = choices_of(context, [FLOAT], ranks=True)
+    if not found.tables:
+        raise StageError("no calibration token reached any expert; give other calibration text")
+    dense = sum(len(t.errors) * t.costs[t.choices.index(Choice(DENSE))] for t in found.tables.values())
+    made = allocate(found.tables, dense * (1 - context.options.ratio))
+    return _explained(plan_of(context, found, made.choices), context, found.tables, made)
 
 
 def plan_budget(context: Context, ranks: bool) -> Plan:
@@ -27,31 +37,41 @@ def plan_budget(context: Context, ranks: bool) -> Plan:
     """
     options, limits = context.gptq, context.limits
     widths = [FLOAT] if options is None else limits.widths or WIDTHS if options.bits is None else [options.bits]
-    everything, weak = choice_tables(context, widths, ranks)
+    found = choices_of(context, widths, ranks)
     item, shapes = context.parent.stored_dtype.itemsize, _shapes(context)
-    tables = {key: limited(table, ".".join(key), limits, prod(shapes[key]) * item) for key, table in everything.items()}
-    ties = {key: key[0] for key, table in tables.items() if limits.one_width_per_layer and len(table.choices) > 1}
+    tables = {key: limited(table, *key, limits, prod(shapes[key]) * item) for key, table in found.tables.items()}
+    ties: dict[tuple[str, str], Hashable] = {
+        key: key[0] for key, table in tables.items() if limits.one_width_per_layer and len(table.choices) > 1
+    }
     try:
         made = allocate(tables, context.budget or least_cost(tables), ties)
     except ValueError as error:
         raise StageError(f"budget: {error}") from error
-    decisions: dict = {"allocation": {"forecast": made.error, "bound": made.bound, "gap": made.gap}}
-    for (path, name), choices in made.choices.items():
-        decision = decisions.setdefault(path, {"weak_experts": weak[path], "choices": {}, "forecast": {}})
-        decision["choices"][name] = [describe(choice) for choice in choices]
-        decision["forecast"][name] = forecast_error(tables[path, name], choices)
-    return plan_of(context, made.choices, decisions)
+    return _explained(plan_of(context, found, made.choices), context, tables, made)
 
 
-def plan_of(context: Context, choices: dict[tuple[str, str], list[Choice]], decisions: dict) -> Plan:
+def plan_of(context: Context, found: Choices, choices: dict[tuple[str, str], list[Choice]]) -> Plan:
     """The plan in which each expert becomes what was chosen for it, by (path, projection)."""
     layout = layout_of(context.parent)
+    decisions: dict = {}
     bits: dict = {}
     for (path, name), chosen in choices.items():
         parts, part_bits = parts_by_choice(chosen)
         layout["experts"].setdefault(path, {})[name] = parts
         bits.setdefault(path, {})[name] = part_bits
+        decision = {"weak_experts": found.weak[path], "price": found.prices[path], "choices": {}, "forecast": {}}
+        decisions.setdefault(path, decision)["choices"][name] = [describe(choice) for choice in chosen]
     return Plan(layout, decisions, bits)
+
+
+def _explained(plan: Plan, context: Context, tables: dict, made: Allocation) -> Plan:
+    """The plan of an allocation, with its forecast and what it leaves alone."""
+    for (path, name), choices in made.choices.items():
+        plan.decisions[path]["forecast"][name] = forecast_error(tables[path, name], choices)
+    plan.decisions["allocation"] = {"forecast": made.error, "bound": made.bound, "gap": made.gap}
+    if kept := {path: UNREACHED for path, _ in _shapes(context) if path not in plan.widths}:
+        plan.decisions["kept in 16 bit"] = kept
+    return plan
 
 
 def forecast_error(table: Table, choices: list[Choice]) -> float:
@@ -60,64 +80,29 @@ def forecast_error(table: Table, choices: list[Choice]) -> float:
 
 
 def _shapes(context: Context) -> dict[tuple[str, str], tuple[int, int]]:
-    """(out, in) of the matrices of each projection of each experts module."""
-    return {
-        (f"{name}.{path}", projection): shape
-        for layer, name in zip(context.parent.layers, context.parent.layer_names)
-        for path, experts in find_experts(layer)
-        for projection, shape in shapes_of(experts).items()
-    }
+    """(out, in) of the matrices of each projection of each experts module, of gate and up together as well."""
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for layer, name in zip(context.parent.layers, context.parent.layer_names):
+        for path, experts in find_experts(layer):
+            shapes = shapes_of(experts)
+            shapes |= joined(shapes) if "gate" in shapes else {}
+            found |= {(f"{name}.{path}", projection): shape for projection, shape in shapes.items()}
+    return found
 
 
-def limited(table: Table, name: str, limits: Limits, whole: int) -> Table:
-    """The choices of a table that the limits leave to the matrices `name`, each of `whole` bytes as it is; StageError
-    where there are none."""
-    if any(fnmatch(name, pattern) for pattern in limits.keep):
+def limited(table: Table, path: str, projection: str, limits: Limits, whole: int) -> Table:
+    """The choices of a table that the limits leave to the matrices of a projection, each of `whole` bytes as it is;
+    what is said of gate or of up holds for both where they are one. StageError where there are none."""
+    names = [f"{path}.{name}" for name in ((JOINT, "gate", "up") if projection == JOINT else (projection,))]
+    if any(_named(names, pattern) for pattern in limits.keep):
         kept = [Choice(DENSE, FLOAT)]
         return Table(kept, np.array([float(whole)]), np.zeros((len(table.errors), 1)))
-    least = max((bits for pattern, bits in limits.min_bits.items() if fnmatch(name, pattern)), default=0)
+    least = max((bits for pattern, bits in limits.min_bits.items() if _named(names, pattern)), default=0)
     allowed = [i for i, choice in enumerate(table.choices) if not least or (choice.rank and choice.bits >= least)]
     if not allowed:
-        raise StageError(f"limits.min_bits: {name} is to have {least} bits, which gptq.bits does not allow")
+        raise StageError(f"limits.min_bits: {names[0]} is to have {least} bits, which gptq.bits does not allow")
     return Table([table.choices[i] for i in allowed], table.costs[allowed], table.errors[:, allowed])
 
 
-def choice_tables(context: Context, widths: list[int], ranks: bool):
-    """{(path, projection): Table} and {path: weak experts}; kept in `context.memo` for the next budget."""
-    key = (tuple(widths), ranks)
-    if key in context.memo:
-        return context.memo[key]
-    work = partial(_layer_tables, context.statistics.effects(context.progress), widths, ranks)
-    found = dict(context.each_layer(work, context.surveyed))
-    tables = {group: table for index in sorted(found) for group, table in found[index][0].items()}
-    weak = {path: experts for _, experts_of in found.values() for path, experts in experts_of.items()}
-    context.memo[key] = tables, weak
-    return tables, weak
-
-
-def _layer_tables(effects, widths, ranks, context: Context, index: int, layer, statistics: dict):
-    """The same of one layer; effects: nats per token of each group."""
-    tables, weak, name = {}, {}, context.parent.layer_names[index]
-    damp = context.gptq.damp if context.gptq else 0.0
-
-    def form(bits: int, columns: int, left: bool) -> dict | None:
-        return None if bits == FLOAT else quant_format(context.gptq, columns, left, bits)
-
-    for path, experts in find_experts(layer):
-        full = f"{name}.{path}"
-        if isinstance(experts, FactorizedExperts):
-            raise StageError(f"{full}: is compressed already; a budget needs an original model")
-        if not reached(statistics, path):  # kept as it is
-            continue
-        grams = expert_grams(statistics, path, context.device)
-        weak[full] = weak_experts(statistics, path)
-        for projection, weights in split_projections(experts).items():
-            profiles = [profile(weights[e], grams[projection][e], damp) for e in range(expert_count(experts))]
-            shape, dtype = shapes_of(experts)[projection], context.parent.stored_dtype
-            try:
-                table = fit_table(profiles, shape, widths, form, dtype, ranks)
-            except QuantizeError as error:
-                raise StageError(f"{full}.{projection}: {error}") from error
-            weight = group_weight(weights, grams[projection], effects[full, projection])
-            tables[full, projection] = replace(table, errors=table.errors * weight)
-    return tables, weak
+def _named(names: Iterable[str], pattern: str) -> bool:
+    return any(fnmatch(name, pattern) for name in names)

@@ -13,7 +13,7 @@ from ..calibration.paired import PairedWalk
 from ..calibration.store import Statistics
 from ..decompose.whitening import whitened_error
 from ..model.experts import find_experts, unknown_experts
-from ..model.modeling_moesvd import FactorizedExperts
+from ..model.modeling_moesvd import JOINT, FactorizedExperts
 from ..model.stream import ModelError, StreamedModel
 from ..parallel import Pool
 from ..recipe import Limits
@@ -128,7 +128,7 @@ def expert_grams(statistics: dict, path: str, device, metric=blend) -> dict[str,
         gram_in, gram_mid = (Grams(statistics[f"{path}/{k}"], tokens, metric, device) for k in ("gram_in", "gram_mid"))
     except ValueError as error:
         raise StageError(f"{path}: {error}; give more or other calibration text") from error
-    return {"gate": gram_in, "up": gram_in, "down": gram_mid}
+    return {"gate": gram_in, "up": gram_in, JOINT: gram_in, "down": gram_mid}
 
 
 def weak_experts(statistics: dict, path: str) -> dict[str, list[int]]:

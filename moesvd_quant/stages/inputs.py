@@ -5,7 +5,7 @@ from ..calibration.metric import Grams, blend, shrink, unknown
 from ..calibration.paired import PairedExperts, output_error
 from ..lazy import Lazily
 from ..model.experts import dense_weight, expert_count
-from ..model.modeling_moesvd import FactorizedExperts
+from ..model.modeling_moesvd import JOINT, FactorizedExperts
 from .base import Context, errors_of, expert_grams, reached
 
 
@@ -41,8 +41,8 @@ class PairedInputs:
     def __init__(self, context: Context, pair: PairedExperts, statistics: dict, path: str):
         self.pair, self.device = pair, context.device
         self.original = {"gate": statistics[f"{path}/gram_in"], "down": statistics[f"{path}/gram_mid"]}
-        self.original["up"] = self.original["gate"]
-        self.sums = {"gate": pair.gate_up, "up": pair.gate_up}
+        self.original |= dict.fromkeys(("up", JOINT), self.original["gate"])
+        self.sums = dict.fromkeys(("gate", "up", JOINT), pair.gate_up)
 
     def weights(self, name: str, made: FactorizedExperts) -> Lazily:
         """What a projection should be, (out, in) float64 by expert: corrected for its inputs."""

@@ -1,20 +1,19 @@
 """Stage `svd`: every expert matrix becomes low-rank factors, or stays dense where that is cheaper."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 
-from ..allocate import DENSE, allocate, rank_table
-from ..calibration.metric import METRIC, blend, shrink
+from ..calibration.metric import blend, shrink
 from ..decompose.baselines import asvd, plain_svd
 from ..decompose.sensitivity import sampling_frequency
 from ..decompose.sharing import literal, share_and_trim, share_in_groups
-from ..decompose.whitening import refit_left, whitened_spectrum, whitened_svd
+from ..decompose.whitening import balance, refit_left, whitened_svd
 from ..layout import layout_of, parts_by_rank
-from ..model.experts import expert_count, find_experts, shapes_of, split_projections
+from ..lazy import Lazily
+from ..model.experts import dense_weight, expert_count, find_experts, shapes_of
 from ..model.modeling_moesvd import FactorizedExperts
-from .allocation import plan_budget
+from .allocation import plan_budget, plan_ratio
 from .base import (
     UNREACHED,
     Context,
@@ -27,6 +26,7 @@ from .base import (
     require_experts,
     weak_experts,
 )
+from .choices import row_scale
 from .paper import own_ranks, plan_paper, require_ranks, survey_layer
 
 
@@ -35,10 +35,12 @@ def plan(context: Context) -> Plan:
     require_experts(context.parent)
     if context.options.is_open():
         return plan_budget(context, ranks=True)
+    if context.options.method == "global":
+        return plan_ratio(context)
     survey, kept = _survey(context)
     total = sum(entry["experts"] * out * i for entry in survey.values() for out, i in entry["shapes"].values())
     budget = int(total * (1 - context.options.ratio))
-    decide = {"global": _plan_global, "paper": plan_paper}.get(context.options.method, _plan_uniform)
+    decide = plan_paper if context.options.method == "paper" else _plan_uniform
     layout = layout_of(context.parent)
     layout["experts"], decisions = decide(survey, budget, context.options)
     for path, entry in survey.items():
@@ -70,10 +72,6 @@ def _survey_layer(context: Context, index: int, layer, statistics: dict) -> dict
             continue
         entry: dict = {"shapes": shapes_of(experts), "experts": expert_count(experts)}
         entry["weak"] = weak_experts(statistics, path)
-        if options.method == "global":
-            make = partial(_spectra, experts, statistics, path, context.device)
-            kept = context.statistics.kept(f"spectra-{METRIC}-{full}", make)
-            entry["spectra"] = {name: kept[name].numpy() for name in entry["shapes"]}
         if options.method == "paper":
             entry |= survey_layer(experts, statistics, path, context.statistics.windows.numel(), options)
         found[full] = entry
@@ -83,30 +81,6 @@ def _survey_layer(context: Context, index: int, layer, statistics: dict) -> dict
 def _metric(options):
     """The published methods are judged, and factorized, by each expert's own inputs."""
     return blend if options.method == "global" else shrink
-
-
-def _spectra(experts, statistics: dict, path: str, device) -> dict[str, torch.Tensor]:
-    """Squared whitened singular values (E, k) of each projection."""
-    grams = expert_grams(statistics, path, device)
-    return {
-        name: torch.stack([whitened_spectrum(w, g) for w, g in zip(weights, grams[name])]).cpu()
-        for name, weights in split_projections(experts).items()
-    }
-
-
-def _plan_global(survey, budget, options):
-    tables = {
-        (path, name): rank_table(spectra, entry["shapes"][name])
-        for path, entry in survey.items()
-        for name, spectra in entry["spectra"].items()
-    }
-    layout: dict = {}
-    decisions: dict = {}
-    for (path, name), chosen in allocate(tables, budget).choices.items():
-        ranks = [choice.rank for choice in chosen]
-        layout.setdefault(path, {})[name] = parts_by_rank(ranks)
-        decisions.setdefault(path, {}).setdefault("ranks", {})[name] = ["dense" if r == DENSE else r for r in ranks]
-    return layout, decisions
 
 
 def _plan_uniform(survey, budget, options):
@@ -134,10 +108,13 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
         grams = expert_grams(statistics, path, context.device, _metric(context.options))
         after = expert_grams(seen, path, context.device, shrink) if seen else {}
         magnitudes = _magnitudes(statistics, path) if context.options.method == "asvd" else {}
-        weights = split_projections(native)
         frequency = sampling_frequency(statistics[f"{path}/tokens"], context.statistics.windows.numel())
-        layout = plan.layout["experts"][full]
-        given = {name: (weights[name], grams[name], after.get(name), magnitudes.get(name)) for name in layout}
+        layout, prices = plan.layout["experts"][full], plan.decisions[full].get("price", {})
+        weights = {name: _weights(native, name) for name in layout}
+        scales = {name: row_scale(prices, name, shapes_of(native)) if prices else None for name in layout}
+        given = {
+            name: (weights[name], grams[name], after.get(name), magnitudes.get(name), scales[name]) for name in layout
+        }
         banks = (
             (f"{name}_{i}_{bank}", row, value)
             for name, parts in layout.items()
@@ -152,6 +129,10 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
     return report
 
 
+def _weights(native, name: str) -> Lazily:
+    return Lazily(expert_count(native), lambda expert: dense_weight(native, name, expert))
+
+
 def _magnitudes(statistics: dict, path: str) -> dict[str, torch.Tensor]:
     """Mean absolute inputs (E, in) of each projection; of an expert without tokens those of its layer."""
     tokens = statistics[f"{path}/tokens"]
@@ -163,9 +144,12 @@ def _magnitudes(statistics: dict, path: str) -> dict[str, torch.Tensor]:
 
 
 def _banks(
-    part, weights, grams, after, magnitudes, frequency, options
+    part, weights, grams, after, magnitudes, scale, frequency, options
 ) -> Iterator[tuple[str, int | None, torch.Tensor]]:
-    """(bank, row or None for all, tensor) of one part; the rows of shared factors are set in it."""
+    """(bank, row or None for all, tensor) of one part; the rows of shared factors are set in it.
+
+    scale (out, 1): what an error in each row of the weights counts for; None: alike.
+    """
     experts = part["experts"]
     if "dense" in part:
         yield from (("dense", row, weights[e]) for row, e in enumerate(experts))
@@ -178,12 +162,16 @@ def _banks(
         yield from (("left", None, made.left), ("right", None, made.right))
         return
     for row, e in enumerate(experts):
+        weight = weights[e]
         if options.method == "plain":
-            left, right = plain_svd(weights[e], part["rank"])
+            left, right = plain_svd(weight, part["rank"])
         elif options.method == "asvd":
-            left, right = asvd(weights[e], magnitudes[e].to(weights.device), options.alpha, part["rank"])
+            left, right = asvd(weight, magnitudes[e].to(weight.device), options.alpha, part["rank"])
+        elif scale is not None:
+            left, right = whitened_svd(weight.double() * scale.to(weight.device), grams[e], part["rank"])
+            left, right = balance(left / scale.to(left.device), right)
         else:
-            left, right = whitened_svd(weights[e], grams[e], part["rank"])
+            left, right = whitened_svd(weight, grams[e], part["rank"])
         if after is not None:  # SVD-LLM's closed-form update
-            left = refit_left([weights[e]], [after[e]], [right])
+            left = refit_left([weight], [after[e]], [right])
         yield from (("left", row, left), ("right", row, right))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moesvd_quant.decompose.whitening import whitened_error, whitened_profile, whitened_svd
+from moesvd_quant.decompose.whitening import whitened_directions, whitened_error, whitened_svd
 from moesvd_quant.quantize.factors import quantize_factors
 from moesvd_quant.quantize.gptq import gptq
 from moesvd_quant.quantize.noise import ROUNDING, dense_noise, factor_noise, innovation
@@ -64,6 +64,6 @@ def test_factor_error_is_forecast(bits, rank):
     energy = float(((weight @ gram) * weight).sum())
     truncated = whitened_error(weight, left @ right, gram)
     measured = (whitened_error(weight, lefts[0].dense() @ rights[0].dense(), gram) - truncated) * energy
-    spectrum, norms = whitened_profile(weight, gram)
-    forecast = ROUNDING[bits] * factor_noise(spectrum, norms, 128, innovation(gram, DAMP), DAMP)[rank - 1]
+    spectrum, _, rows = whitened_directions(weight, gram, min(weight.shape))
+    forecast = ROUNDING[bits] * factor_noise(spectrum, rows.norm(dim=1), 128, innovation(gram, DAMP), DAMP)[rank - 1]
     assert 0.5 < measured / float(forecast) < 1.5

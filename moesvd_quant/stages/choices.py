@@ -1,0 +1,103 @@
+"""What may become of every expert matrix, at which bytes, and what it is forecast to lose."""
+
+from collections import ChainMap
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from ..allocate import FLOAT, Table
+from ..calibration.metric import METRIC
+from ..fitting import Profile, error_price, fit_table, profile
+from ..model.experts import dense_weight, expert_count, find_experts, shapes_of, split_projections
+from ..model.modeling_moesvd import JOINT, FactorizedExperts, joined
+from ..quantize.gptq import QuantizeError, quant_format
+from .base import Context, StageError, expert_grams, reached, weak_experts
+
+LEAST_PRICE = 1e-30  # of experts that no error of theirs could be seen of
+
+
+class Choices(NamedTuple):
+    """What may become of the experts of a model: {(path, projection): Table}, {path: weak experts}, and {path:
+    {projection: price}}, what a unit of error energy costs there (`fitting.error_price`)."""
+
+    tables: dict[tuple[str, str], Table]
+    weak: dict[str, dict]
+    prices: dict[str, dict[str, float]]
+
+
+def choices_of(context: Context, widths: list[int], ranks: bool) -> Choices:
+    """Choices of all layers; kept in `context.memo` for the next budget. Where there are ranks to choose, gate and up
+    are one projection: on one right factor they lose less for the same bytes (docs/results.md)."""
+    key = (tuple(widths), ranks)
+    if key not in context.memo:
+        _require_native(context)
+        work = partial(_layer_choices, context.statistics.effects(context.progress), widths, ranks)
+        found = dict(context.each_layer(work, context.surveyed))
+        layers = [found[index] for index in sorted(found)]
+        context.memo[key] = Choices(*(dict(ChainMap(*reversed(part))) for part in zip(*layers)))
+    return context.memo[key]
+
+
+def _require_native(context: Context) -> None:
+    """Before any walk: StageError for experts that are ours already."""
+    for layer, name in zip(context.parent.layers, context.parent.layer_names):
+        for path, experts in find_experts(layer):
+            if isinstance(experts, FactorizedExperts):
+                kind = (
+                    "factorized" if any(p.get("rank") for ps in experts.layout.values() for p in ps) else "compressed"
+                )
+                raise StageError(f"{name}.{path}: is {kind} already; ranks and widths are chosen of an original model")
+
+
+def _layer_choices(effects, widths, ranks, context: Context, index: int, layer, statistics: dict) -> Choices:
+    """The same of one layer; effects: nats per token of each group."""
+    made, name = Choices({}, {}, {}), context.parent.layer_names[index]
+    damp = context.gptq.damp if context.gptq else 0.0
+
+    def form(bits: int, columns: int, left: bool) -> dict | None:
+        return None if bits == FLOAT else quant_format(context.gptq, columns, left, bits)
+
+    for path, experts in find_experts(layer):
+        full = f"{name}.{path}"
+        if not reached(statistics, path):  # kept as it is
+            continue
+        made.weak[full] = weak_experts(statistics, path)
+        shapes = shapes_of(experts)
+        if ranks and "gate" in shapes:
+            shapes = joined(shapes)
+        make = partial(_profiles, context, experts, statistics, path, full, effects, damp, list(shapes))
+        kept = context.statistics.kept(f"profiles-{METRIC}-{damp}-{'joint' if ranks else 'apart'}-{full}", make)
+        made.prices[full] = {key.removesuffix("/price"): float(kept[key]) for key in kept if key.endswith("/price")}
+        for projection, shape in shapes.items():
+            values = (kept[f"{projection}/{key}"] for key in ("spectrum", "dense", "factors"))
+            profiles = [Profile(spectrum, float(dense), factors) for spectrum, dense, factors in zip(*values)]
+            try:
+                table = fit_table(profiles, shape, widths, form, context.parent.stored_dtype, ranks)
+            except QuantizeError as error:
+                raise StageError(f"{full}.{projection}: {error}") from error
+            made.tables[full, projection] = table
+    return made
+
+
+def _profiles(context, experts, statistics, path, full, effects, damp, names: list[str]) -> dict[str, torch.Tensor]:
+    """{projection/price: (), and of those in `names` projection/spectrum (E, k), /dense (E,), /factors (E, k)}."""
+    grams = expert_grams(statistics, path, context.device)
+    weights = split_projections(experts)
+    prices = {name: error_price(weights[name], grams[name], effects[full, name]) for name in weights}
+    found = {f"{name}/price": torch.tensor(price, dtype=torch.float64) for name, price in prices.items()}
+    for name in names:
+        scale = row_scale(prices, name, shapes_of(experts)).to(context.device)
+        scaled = (dense_weight(experts, name, e, torch.float64) * scale for e in range(expert_count(experts)))
+        made = [profile(weight, gram, damp) for weight, gram in zip(scaled, grams[name])]
+        found[f"{name}/spectrum"] = torch.stack([one.spectrum for one in made])
+        found[f"{name}/dense"] = torch.tensor([one.dense for one in made], dtype=torch.float64)
+        found[f"{name}/factors"] = torch.stack([one.factors for one in made])
+    return found
+
+
+def row_scale(prices: dict[str, float], name: str, shapes: dict[str, tuple[int, int]]) -> torch.Tensor:
+    """Root of the price of each row of a projection, (out, 1) float64; `gate_up` has the rows of both."""
+    names = ("gate", "up") if name == JOINT else (name,)
+    parts = [torch.full((shapes[n][0], 1), max(prices[n], LEAST_PRICE) ** 0.5, dtype=torch.float64) for n in names]
+    return torch.cat(parts)
