@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations clean
+.PHONY: venv test test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast clean
 
 venv: .venv/.installed
 
@@ -56,9 +56,20 @@ bench-healing: venv
 	  --text wikitext2=$(LM)/wikitext-2-raw/wiki.test.raw.gz --text ptb=$(LM)/ptb/ptb.test.txt.gz \
 	  --text code=$(CORPUS)/code.valid.jsonl.gz --tokens $(TOKENS) --stride $(STRIDE)
 
+# Every budget against everything that fits in its bytes, on every trained model: an hour on two free cores for 6 M parameters.
+bench-budget: venv
+	$(BIN)/python -m moesvd_quant.budget_bench $(foreach m,$(patsubst %/config.json,%,$(wildcard $(SHARED)/models/*/config.json)),--model $(m)) \
+	  --seen wikitext2=$(LM)/wikitext-2-raw/wiki.test.raw.gz --seen ptb=$(LM)/ptb/ptb.test.txt.gz \
+	  --unseen code=$(CORPUS)/code.valid.jsonl.gz --unseen technical=$(CORPUS)/technical_docs.valid.jsonl.gz \
+	  --calibration $(CALIBRATE) --length 256
+
+# FORECAST: options of moesvd_quant/forecast_bench.py, for example --model DIR
+bench-forecast: venv
+	$(BIN)/python -m moesvd_quant.forecast_bench --text $(LM)/wikitext-2-raw/wiki.test.raw.gz --calibration $(CALIBRATE) $(FORECAST)
+
 # ABLATIONS: options of moesvd_quant/ablations.py, for example --text wikitext2 --calibration mine.txt --table 5
 bench-ablations: venv
 	$(BIN)/python -m moesvd_quant.ablations $(ABLATIONS)
 
 clean:
-	rm -rf demo-out quality-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl
+	rm -rf demo-out quality-out budget-out forecast-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl

@@ -123,3 +123,22 @@ def plot_sweep(records: list[dict], file: Path) -> None:
     axes[0, 0].legend(frameon=False)
     figure.tight_layout()
     _save(figure, file)
+
+
+def plot_ranking(panels: dict[str, tuple[list[float], list[float]]], file: Path) -> None:
+    """Forecast cost against true increase in log-perplexity as PNG, a point for each plan; panels: {title: both}."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from scipy.stats import spearmanr
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4.4), squeeze=False)
+    for axis, (title, (forecasts, increases)) in zip(axes[0], panels.items()):
+        axis.scatter(forecasts, increases)
+        ranked = spearmanr(forecasts, increases).statistic
+        axis.set(title=f"{title}: rank correlation {ranked:.2f}", xlabel="forecast", ylabel="nats per token")
+        axis.set(xscale="log", yscale="log")
+        axis.grid(alpha=0.25, which="both")
+    figure.tight_layout()
+    _save(figure, file)

@@ -78,9 +78,9 @@ class Increases:
         """The mean over some texts."""
         return fmean(self._nll[name][text] - self._original[text] for text in texts)
 
-    def spread(self, texts: Sequence[str]) -> float:
+    def spread(self, texts: Sequence[str], repeated: Sequence[str] = RESEEDED) -> float:
         """The largest standard deviation over calibration seeds among the runs that were repeated."""
-        runs = ([name, *(f"{name}~{seed}" for seed in SEEDS)] for name in RESEEDED)
+        runs = ([name, *(f"{name}~{seed}" for seed in SEEDS)] for name in repeated)
         return max(stdev(self.on(run, texts) for run in names) for names in runs)
 
     def over(self, name: str, base: str, texts: Sequence[str]) -> float:

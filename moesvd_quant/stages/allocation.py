@@ -27,7 +27,8 @@ def plan_ratio(context: Context) -> Plan:
         raise StageError("no calibration token reached any expert; give other calibration text")
     dense = sum(len(t.errors) * t.costs[t.choices.index(Choice(DENSE))] for t in found.tables.values())
     made = allocate(found.tables, dense * (1 - context.options.ratio))
-    return replace(_planned(context, found, found.tables, made), widths={})  # a gptq stage to come has its own
+    plan = _explained(plan_of(context, found, made.choices), context, found.tables, made)
+    return replace(plan, widths={})  # a gptq stage to come has its own
 
 
 def plan_budget(context: Context, ranks: bool) -> Plan:
@@ -48,27 +49,36 @@ def plan_budget(context: Context, ranks: bool) -> Plan:
         made = allocate(tables, context.budget or least_cost(tables), ties)
     except ValueError as error:
         raise StageError(f"budget: {error}") from error
-    return _planned(context, found, tables, made)
+    return _explained(plan_of(context, found, made.choices), context, tables, made)
 
 
-def _planned(context: Context, found: Choices, tables: dict, made: Allocation) -> Plan:
-    """The plan of an allocation, with reasons."""
+def plan_of(context: Context, found: Choices, choices: dict[tuple[str, str], list[Choice]]) -> Plan:
+    """The plan in which each expert becomes what was chosen for it, by (path, projection)."""
     layout = layout_of(context.parent)
-    decisions: dict = {"allocation": {"forecast": made.error, "bound": made.bound, "gap": made.gap}}
+    decisions: dict = {}
     bits: dict = {}
-    for (path, name), choices in made.choices.items():
-        parts, part_bits = parts_by_choice(choices)
+    for (path, name), chosen in choices.items():
+        parts, part_bits = parts_by_choice(chosen)
         layout["experts"].setdefault(path, {})[name] = parts
         bits.setdefault(path, {})[name] = part_bits
-        start = {"weak_experts": found.weak[path], "price": found.prices[path], "choices": {}, "forecast": {}}
-        decision = decisions.setdefault(path, start)
-        decision["choices"][name] = [describe(choice) for choice in choices]
-        table = tables[path, name]
-        decision["forecast"][name] = float(
-            sum(table.errors[e, table.choices.index(choice)] for e, choice in enumerate(choices))
-        )
-    kept = {path: UNREACHED for path, _ in _shapes(context) if path not in found.weak}
-    return Plan(layout, decisions | ({"kept in 16 bit": kept} if kept else {}), bits)
+        decision = {"weak_experts": found.weak[path], "price": found.prices[path], "choices": {}, "forecast": {}}
+        decisions.setdefault(path, decision)["choices"][name] = [describe(choice) for choice in chosen]
+    return Plan(layout, decisions, bits)
+
+
+def _explained(plan: Plan, context: Context, tables: dict, made: Allocation) -> Plan:
+    """The plan of an allocation, with its forecast and what it leaves alone."""
+    for (path, name), choices in made.choices.items():
+        plan.decisions[path]["forecast"][name] = forecast_error(tables[path, name], choices)
+    plan.decisions["allocation"] = {"forecast": made.error, "bound": made.bound, "gap": made.gap}
+    if kept := {path: UNREACHED for path, _ in _shapes(context) if path not in plan.widths}:
+        plan.decisions["kept in 16 bit"] = kept
+    return plan
+
+
+def forecast_error(table: Table, choices: list[Choice]) -> float:
+    """What the choices of the experts of a group are forecast to cost together."""
+    return float(sum(table.errors[expert, table.choices.index(choice)] for expert, choice in enumerate(choices)))
 
 
 def _shapes(context: Context) -> dict[tuple[str, str], tuple[int, int]]:
