@@ -49,10 +49,14 @@ STRIDE ?= 1
 CORPUS := $(SHARED)/data/corpus
 CALIBRATE := $(CORPUS)/wiki.train.jsonl.gz,$(CORPUS)/books.train.jsonl.gz,$(CORPUS)/dialogue_crd3.train.jsonl.gz
 LM := $(SHARED)/data/eval/lm
+COMMA := ,
+SPACE := $(subst ,, )
+# Text of every kind that is to be kept: what the model itself was trained on, code included.
+TRAIN := $(LM)/wikitext-2-tokens/wiki.train.tokens.gz,$(subst $(SPACE),$(COMMA),$(foreach kind,wiki books code technical_docs dialogue_crd3,$(CORPUS)/$(kind).train.jsonl.gz))
 
 bench-healing: venv
 	$(BIN)/python -m moesvd_quant.healing.bench $(patsubst %/config.json,%,$(wildcard $(SHARED)/models/*/config.json)) --out bench-healing \
-	  --calibrate $(CALIBRATE) --train $(LM)/wikitext-2-tokens/wiki.train.tokens.gz,$(CALIBRATE) \
+	  --calibrate $(CALIBRATE) --train $(TRAIN) \
 	  --text wikitext2=$(LM)/wikitext-2-raw/wiki.test.raw.gz --text ptb=$(LM)/ptb/ptb.test.txt.gz \
 	  --text code=$(CORPUS)/code.valid.jsonl.gz --tokens $(TOKENS) --stride $(STRIDE)
 

@@ -2,15 +2,11 @@
 
 import fcntl
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from killing import kill_until_done
 from tiny import ARCHITECTURES
 
 import moesvd_quant
@@ -174,20 +170,10 @@ def test_interrupted_anywhere_the_files_are_the_same(make_model, tmp_path, small
 def test_kill_9_at_random_times(make_model, tmp_path, small):
     folder = make_model("qwen3_moe")
     make("svd-gptq3", folder, tmp_path / "whole", small).run()
-    command = [sys.executable, "-m", "moesvd_quant.cli", "run", "svd-gptq3", *small]
-    command += ["--model", str(folder), "--out", str(tmp_path / "parts")]
-    environment = os.environ | {"MOESVD_CACHE": str(tmp_path / "cache")}
-    killed = 0
-    for tenths in range(30, 200, 4):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-        time.sleep(tenths / 10)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        killed += 1
-    assert process.returncode == 0, process.stderr.read()
-    assert killed > 5
+    arguments = ["run", "svd-gptq3", *small, "--model", str(folder)]
+    waits = (tenths / 10 for tenths in range(30, 200, 4))
+    left = kill_until_done(arguments, tmp_path / "parts", waits, MOESVD_CACHE=str(tmp_path / "cache"))
+    assert len(left) > 5
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 

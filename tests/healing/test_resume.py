@@ -1,20 +1,15 @@
 """Training that is interrupted, at any step, ends in the same files; nothing of it stays in a checkpoint."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import pytest
 import torch
+from killing import kill_until_done
 
 from moesvd_quant.healing import layerwise, trainer
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run, RunError
 
-OPTIONS = "steps: 8, microbatch: 2, rank: 8, lr: 0.003, validation: 4, validate_every: 2, patience: 2"
-RECIPE = "stages: [{lora: {%s}}]"
+OPTIONS = "steps: 8, microbatch: 2, rank: 8, lr: 0.003, validation: 4, validate_every: 2, patience: 4"
+RECIPE = "stages: [%s{lora: {%s}}]"
 
 
 class Killed(BaseException):
@@ -22,12 +17,15 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def make(compressed, tmp_path, small):
+def make(compressed, make_model, tmp_path, small):
+    """make(out, options) -> a run that heals a compressed model; by distillation, which needs the original, from it."""
+
     def make(out: str, more: str = "") -> Run:
-        (tmp_path / "r.yaml").write_text(RECIPE % (OPTIONS + (more or ", batch: 4")))
-        return Run(
-            load_recipe(tmp_path / "r.yaml", small), compressed("svd", "mixtral", "svd.ratio=0.3"), tmp_path / out
-        )
+        distill = "distill" in more
+        before = "{svd: {ratio: 0.3}}, " if distill else ""
+        (tmp_path / "r.yaml").write_text(RECIPE % (before, OPTIONS + (more or ", batch: 4")))
+        folder = make_model("mixtral") if distill else compressed("svd", "mixtral", "svd.ratio=0.3")
+        return Run(load_recipe(tmp_path / "r.yaml", small), folder, tmp_path / out)
 
     return make
 
@@ -37,29 +35,37 @@ def files(run: Run) -> dict[str, bytes]:
     return {str(p.relative_to(run.out)): p.read_bytes() for p in paths}
 
 
-def kill_at(monkeypatch, name: str, count: int):
-    """The count-th call of a method of Watch, or of the trainer's saving, is the process's last."""
-    owner, calls = (trainer.Healer, []) if name.startswith("_") else (trainer.Watch, [])
+def kill_at(monkeypatch, name: str, step: int):
+    """A method of Watch, or of the trainer's saving, is the process's last when it is called after this step."""
+    owner = trainer.Healer if name.startswith("_") else trainer.Watch
     method = getattr(owner, name)
 
-    def dying(*args, **more):
-        calls.append(1)
-        if len(calls) == count:
+    def dying(self, *args, **more):
+        state = self.state if owner is trainer.Healer else args[1]
+        if state.global_step == step:
             raise Killed
-        return method(*args, **more)
+        return method(self, *args, **more)
 
     monkeypatch.setattr(owner, name, dying)
 
 
 @pytest.mark.parametrize(
-    "more", ["", pytest.param(", batch: 2, train: factors, in_turn: true", marks=pytest.mark.slow)]
+    "more",
+    [
+        "",
+        pytest.param(", batch: 2, train: factors, in_turn: true", marks=pytest.mark.slow),
+        pytest.param(", batch: 2, objective: distill", marks=pytest.mark.slow),
+    ],
 )
-def test_killed_in_a_step_or_while_saving_the_files_are_the_same(make, monkeypatch, more):
+def test_killed_at_every_step_and_in_every_save_the_files_are_the_same(make, monkeypatch, more):
     make("whole", more).run()
-    moments = [("on_step_end", 3), ("_save_optimizer_and_scheduler", 1), ("on_save", 2)]
-    for name, count in moments:
+    steps = 4 if "in_turn" in more else 8  # of each side
+    moments = [("on_step_end", step) for step in range(1, steps + 1)]
+    saves = ("_save_optimizer_and_scheduler", "on_save")
+    moments += [(name, step) for step in range(2, steps + 1, 2) for name in saves]
+    for name, step in sorted(moments, key=lambda moment: moment[1]):
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill_at(patch, name, count)
+            kill_at(patch, name, step)
             make("parts", more).run()
     run = make("parts", more)
     run.run()
@@ -92,7 +98,7 @@ def _die_at(index, heal, context, streamed, visit, *rest):
 
 
 def test_other_text_to_train_on_is_noticed(compressed, tmp_path, small, text):
-    (tmp_path / "r.yaml").write_text(RECIPE % (OPTIONS + f", batch: 4, dataset: {tmp_path}/mine.txt"))
+    (tmp_path / "r.yaml").write_text(RECIPE % ("", OPTIONS + f", batch: 4, dataset: {tmp_path}/mine.txt"))
     (tmp_path / "mine.txt").write_text(text.read_text())
     before = compressed("svd", "mixtral", "svd.ratio=0.3")
 
@@ -116,17 +122,11 @@ def test_training_stops_when_validation_no_longer_gains(losses, patience, expect
 
 @pytest.mark.slow
 def test_kill_9_at_random_times(make, compressed, tmp_path, small):
-    whole = make("whole", ", batch: 16").run() and files(make("whole", ", batch: 16"))
-    command = [sys.executable, "-m", "moesvd_quant.cli", "run", str(tmp_path / "r.yaml"), *small]
-    command += ["--model", str(compressed("svd", "mixtral", "svd.ratio=0.3")), "--out", str(tmp_path / "parts")]
-    killed = 0
-    for tenths in range(50, 400, 5):
-        process = subprocess.Popen(command, env=os.environ | {"MOESVD_THREADS": str(torch.get_num_threads())})
-        time.sleep(tenths / 10)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        killed += 1
-    assert process.returncode == 0 and killed > 2
-    assert files(make("parts", ", batch: 16")) == whole
+    more = ", batch: 16"
+    make("whole", more).run()
+    arguments = ["run", str(tmp_path / "r.yaml"), *small, "--model", str(compressed("svd", "mixtral", "svd.ratio=0.3"))]
+    threads = str(torch.get_num_threads())
+    waits = (tenths / 10 for tenths in range(50, 400, 5))
+    left = kill_until_done(arguments, tmp_path / "parts", waits, MOESVD_THREADS=threads)
+    assert len({name for names in left for name in names if name.endswith("/whole")}) > 1  # in training, twice
+    assert files(make("parts", more)) == files(make("whole", more))
