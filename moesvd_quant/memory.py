@@ -113,8 +113,8 @@ class Sizes:
         inner = max(p.shape[-1] for p in meta.layers.parameters())
         heads = getattr(config, "num_attention_heads", 1) if config._attn_implementation == "eager" else 0
         scores = 3 * heads * rows * windows.shape[1]
-        # Pairs of a token and an expert: their inputs, weighted outputs, and these in the order of the tokens.
-        chosen = 3 * max((getattr(config, name, None) or 0 for name in CHOSEN), default=0)
+        # Pairs of a token and an expert: their inputs, then their outputs, weighted and in the order of the tokens.
+        chosen = 2 * max((getattr(config, name, None) or 0 for name in CHOSEN), default=0)
         activations = 4 * (rows * ((8 + chosen) * config.hidden_size + 4 * inner) + scores)
         return Sizes(item, max(layers), config.hidden_size * item, activations)
 
