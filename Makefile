@@ -1,6 +1,8 @@
 # Everything runs in .venv, made from pyproject.toml and the tested versions in constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+# Threads that spin while they wait slow everything down, many times over, where another process wants the core.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: venv test test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast clean
 
