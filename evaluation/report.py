@@ -82,14 +82,17 @@ def _stage(folder: Path) -> Stage:
 
 
 def _shapes(folder: Path) -> tuple[dict, int, int]:
-    """(out, in) of the projections, experts of a module, bits of an original weight."""
+    """(out, in) of the projections, gate and up as one as well, experts of a module, bits of an original weight."""
     from ..accounting import original_model
     from ..model.experts import expert_count, find_experts, shapes_of
+    from ..model.modeling_moesvd import joined
     from ..model.stream import StreamedModel
 
     parent = StreamedModel(folder)
     _, experts = next(iter(find_experts(original_model(parent))))
-    return shapes_of(experts), expert_count(experts), 8 * parent.stored_dtype.itemsize
+    shapes = shapes_of(experts)
+    shapes |= joined(shapes) if "gate" in shapes else {}
+    return shapes, expert_count(experts), 8 * parent.stored_dtype.itemsize
 
 
 def expert_bits(parts: list[dict], shape: tuple[int, int], experts: int, bits: int) -> np.ndarray:
@@ -233,8 +236,8 @@ def _axes(width: float, height: float, columns: int = 1):
 def _draw_bits(stage: Stage):
     from matplotlib.ticker import MaxNLocator
 
-    names = [name for name in PROJECTIONS if name in stage.shapes]
     layers = list(stage.layout["experts"].values())
+    names = [name for name in PROJECTIONS if all(name in parts for parts in layers)]
     figure, axes = _axes(6.4, 1.4 + 0.22 * max(4, min(len(layers), 40)), len(names))
     grids = [
         np.array([expert_bits(parts[name], stage.shapes[name], stage.experts, stage.bits) for parts in layers])

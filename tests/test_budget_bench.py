@@ -60,11 +60,11 @@ def test_ratio_that_fills_the_bytes():
 
 
 def test_every_run_on_a_miniature(make_model, tmp_path, text, small, monkeypatch):
-    for name, few in (("BUDGETS", (2.5,)), ("WIDTHS", (3,)), ("ONE_WIDTH", (2,))):
+    for name, few in (("BUDGETS", (2.5,)), ("WIDTHS", (4,)), ("ONE_WIDTH", (2,))):
         monkeypatch.setattr(budget_bench, name, few)
     folder, texts = make_model("mixtral", torch.bfloat16), {"words": str(text)}
     records, table = measure(folder, tmp_path, texts, {}, small, 64, (), "cpu", lambda what, done, total: None)
-    assert set(records) == {"original", "fit@2.5", "gptq-fit@2.5", "gptq2", "uniform3@2.5"}
+    assert set(records) == {"original", "fit@2.5", "gptq-fit@2.5", "gptq2", "uniform4@2.5"}
     limit = records["fit@2.5"]["memory"]["disk_bytes"]
-    assert 0.9 * limit < records["uniform3@2.5"]["memory"]["disk_bytes"] <= limit
+    assert 0.9 * limit < records["uniform4@2.5"]["memory"]["disk_bytes"] <= limit
     assert [row[:2] for row in table.rows] == [[2.5, "words"]]

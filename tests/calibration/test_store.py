@@ -9,7 +9,7 @@ from moesvd_quant.memory import Batches, Memory
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
-from moesvd_quant.stages import svd
+from moesvd_quant.stages import choices
 
 WINDOWS = torch.randint(1, 250, (4, 32), generator=torch.Generator().manual_seed(4))
 
@@ -105,12 +105,13 @@ def test_three_ratios_need_one_walk(make_model, small, tmp_path, monkeypatch):
         StreamedModel, "walk", lambda self, windows, *rest: walks.append(windows.numel()) or walk(self, windows, *rest)
     )
     spectra = []
-    whole_spectrum = svd.whitened_spectrum
-    monkeypatch.setattr(svd, "whitened_spectrum", lambda *pair: spectra.append(1) or whole_spectrum(*pair))
+    profile = choices.profile
+    monkeypatch.setattr(choices, "profile", lambda *given: spectra.append(1) or profile(*given))
     for ratio in (0.2, 0.4, 0.6):
         recipe = load_recipe("svd-gptq4", [*small, "seed=7", f"svd.ratio={ratio}"])
         job = Run(recipe, make_model("olmoe"), tmp_path / str(ratio))
         job.run()
-    assert len(spectra) == 2 * 6 * 3  # layers, experts, projections: once
+    assert len(spectra) == 2 * 6 * 2  # layers, experts, gate and up or down: once
     whole = job.windows.numel()
-    assert [size for size in walks if size == whole] == [whole]  # the others verify with a few tokens
+    # Once for the statistics and once for the effects; the others verify with a few tokens.
+    assert [size for size in walks if size == whole] == [whole, whole]

@@ -76,7 +76,8 @@ def test_the_rehearsal_is_what_the_stage_then_does(make_model, small, tmp_path, 
     models = (load(f, torch.float32) for f in (folder, checkpoint))
     before, after = (perplexity(in_memory(model), run.windows).nll for model in models)
     rehearsed = look(folder, small).rehearsal["calibration"][0.4]
-    assert rehearsed == pytest.approx(after - before, rel=0.02) and rehearsed > 0
+    assert rehearsed == pytest.approx(after - before, rel=0.02)
+    assert abs(rehearsed) > 1e-3  # of either sign: the model was never trained
 
 
 def test_a_dense_model_is_refused(make_model, small, tmp_path):
