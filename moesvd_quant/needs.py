@@ -13,6 +13,7 @@ from torch import nn
 from .calibration.recording import linear_sums
 from .memory import Memory, MemoryLimitError, Sizes, anonymous_bytes
 from .model.experts import expert_count, find_experts, shapes_of
+from .model.modeling_moesvd import joined
 from .model.stream import StreamedModel
 
 IMPORTS = 156 * 10**6  # gptqmodel, where it is not loaded yet
@@ -107,10 +108,12 @@ def _layer(layer: nn.Module, item: int) -> _Layer:
     linears = linear_sums(layer)
     each = grams = work = 0
     for _, experts in find_experts(layer):
-        hidden, inner = shapes_of(experts)["down"]
+        shapes = shapes_of(experts)
+        shapes |= joined(shapes) if "gate" in shapes else {}
+        hidden, inner = shapes["down"]
         one = SINGLE * (hidden**2 + inner**2)
         each, grams = max(each, one), grams + one * expert_count(experts)
-        work = max(work, *(_working_set(*shape) for shape in shapes_of(experts).values()))
+        work = max(work, *(_working_set(*shape) for shape in shapes.values()))
     loading = item * max(count, 2 * largest)  # parts and their whole, side by side
     stored = next(layer.parameters()).dtype.itemsize
     return _Layer(loading, item * count + linears, grams, each, int(FACTORS * stored * count) + work)
