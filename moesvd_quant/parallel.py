@@ -123,9 +123,9 @@ def _on_ray(workers, payload, items, threads, device) -> Iterator[tuple[int, Any
         raise ValueError("--executor ray: ray is not installed; pip install 'moesvd-quant[ray]'") from error
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        local = (
-            {} if address else {"num_cpus": workers * threads, "include_dashboard": False, "_temp_dir": _ray_folder()}
-        )
+        # All cores, not those of this pool: the cluster outlives it, and the next one may have more workers.
+        cores = max(workers * threads, os.cpu_count() or 1)
+        local = {} if address else {"num_cpus": cores, "include_dashboard": False, "_temp_dir": _ray_folder()}
         ray.init(address, log_to_driver=False, **local)
     gpus = 1 if device.type == "cuda" else 0
     task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=RETRIES)(_task)

@@ -64,7 +64,7 @@ def _factors(experts, statistics: dict, path: str, plan: Plan, full: str, device
         scale = row_scale(plan.decisions[full]["price"], name, shapes_of(experts)).to(device)
         found[name] = []
         for expert in range(expert_count(experts)):
-            weight = dense_weight(experts, name, expert).double() * scale
+            weight = dense_weight(experts, name, expert, torch.float32) * scale
             _, left, right = whitened_directions(weight, metrics[name][expert], min(weight.shape))
             found[name].append(((left / scale).float(), right.float()))
     return found

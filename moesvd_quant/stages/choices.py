@@ -88,7 +88,7 @@ def _profiles(context, experts, statistics, path, full, effects, damp, names: li
     found = {f"{name}/price": torch.tensor(price, dtype=torch.float64) for name, price in prices.items()}
     for name in names:
         scale = row_scale(prices, name, shapes_of(experts)).to(context.device)
-        scaled = (dense_weight(experts, name, e, torch.float64) * scale for e in range(expert_count(experts)))
+        scaled = (dense_weight(experts, name, e, torch.float32) * scale for e in range(expert_count(experts)))
         made = [profile(weight, gram, damp) for weight, gram in zip(scaled, grams[name])]
         found[f"{name}/spectrum"] = torch.stack([one.spectrum for one in made])
         found[f"{name}/dense"] = torch.tensor([one.dense for one in made], dtype=torch.float64)
@@ -97,7 +97,7 @@ def _profiles(context, experts, statistics, path, full, effects, damp, names: li
 
 
 def row_scale(prices: dict[str, float], name: str, shapes: dict[str, tuple[int, int]]) -> torch.Tensor:
-    """Root of the price of each row of a projection, (out, 1) float64; `gate_up` has the rows of both."""
+    """Root of the price of each row of a projection, (out, 1) float32; `gate_up` has the rows of both."""
     names = ("gate", "up") if name == JOINT else (name,)
-    parts = [torch.full((shapes[n][0], 1), max(prices[n], LEAST_PRICE) ** 0.5, dtype=torch.float64) for n in names]
+    parts = [torch.full((shapes[n][0], 1), max(prices[n], LEAST_PRICE) ** 0.5) for n in names]
     return torch.cat(parts)

@@ -168,7 +168,7 @@ def _banks(
         elif options.method == "asvd":
             left, right = asvd(weight, magnitudes[e].to(weight.device), options.alpha, part["rank"])
         elif scale is not None:
-            left, right = whitened_svd(weight.double() * scale.to(weight.device), grams[e], part["rank"])
+            left, right = whitened_svd(weight.float() * scale.to(weight.device), grams[e], part["rank"])
             left, right = balance(left / scale.to(left.device), right)
         else:
             left, right = whitened_svd(weight, grams[e], part["rank"])
