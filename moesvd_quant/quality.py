@@ -218,6 +218,7 @@ def main(
     unseen: Annotated[list[str] | None, typer.Option(help="Text unlike the calibration; repeat it.")] = None,
     calibration: Annotated[str, typer.Option(help="Calibration texts, joined by commas.")] = "mixture",
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 256,
+    self_written: Annotated[float, typer.Option(help="Share of them that the model writes; for baselines, too.")] = 0.5,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("quality-out"),
     device: str = "auto",
@@ -226,7 +227,7 @@ def main(
     sync_threads()
     texts, apart = named_texts(seen or ["wikitext2", "ptb"]), named_texts(unseen or ["code"])
     given = [f"calibration.dataset={calibration}", f"calibration.samples={samples}"]
-    given.append(f"calibration.length={length or 'auto'}")
+    given += [f"calibration.length={length or 'auto'}", f"calibration.self_written={self_written}"]
     files = written(recipes(), out / "recipes", given)
     folder = resolve_model(model)
     with progress_bars() as report:

@@ -29,6 +29,9 @@ class Calibration(_Part):
     dataset: str = Field("mixture", description="a known name, local files or folders, joined by commas")
     samples: Annotated[int, Field(gt=0)] = Field(256, description="windows of text")
     length: Literal["auto"] | Annotated[int, Field(ge=16)] = Field("auto", description="tokens per window")
+    self_written: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the windows that the model writes itself"
+    )
 
 
 def named_texts(sources: Sequence[str]) -> dict[str, str]:

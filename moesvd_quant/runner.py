@@ -66,43 +66,38 @@ class Run:
             raise RunError(f"{out}: is the model's own folder; choose another --out")
         self.meta = StreamedModel(self.model)
         self.model_digest = fingerprint(self.model)
-        self.windows = self._windows()
         keep_nothing()
         self.memory = Memory(how.get("memory"))
         self.pool = Pool(how.get("workers", 1), how.get("executor", "processes"))
         share = self.memory.share(self.pool.workers)
+        self.windows = self._windows(share)
         self.statistics = Statistics(self.model, self.model_digest, self.windows, self.device, memory=share)
         self._training = {index: self._training_windows(s.options) for index, s in self._trainers()}
 
     def _trainers(self):
         return [(index, stage) for index, stage in enumerate(self.recipe.stages) if stage.name == "lora"]
 
-    def _length(self, wanted: str | int, key: str) -> int:
-        limit = getattr(self.meta.config, "max_position_embeddings", 2048)
-        length = min(2048, limit) if wanted == "auto" else int(wanted)
-        if length > limit:
-            raise RunError(f"{key} {length} exceeds the {limit} positions of the model")
-        return length
-
-    def _windows(self) -> torch.Tensor:
-        from transformers import AutoTokenizer
-
-        from .calibration.text import calibration_windows
+    def _windows(self, memory: Memory) -> torch.Tensor:
+        from .calibration.windows import length_of, windows_of
 
         wanted = self.recipe.calibration
-        length = self._length(wanted.length, "calibration.length")
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
-        return calibration_windows(wanted.dataset, tokenizer, wanted.samples, length, self.recipe.seed)
+        length = length_of(self.meta.config, wanted.length, "calibration.length")
+        progress = lambda done, total: self.report("calibration text of the model itself", done, total)  # noqa: E731
+        seed = self.recipe.seed
+        return windows_of(wanted, self.model, self.model_digest, length, seed, self.device, memory, progress)
 
     def _training_windows(self, options):
         from transformers import AutoTokenizer
 
+        from .calibration.windows import length_of
         from .healing.data import refuse_leaks, training_windows
 
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         own = options.dataset == "calibration"
         source = self.recipe.calibration.dataset if own else options.dataset
-        length = self.windows.shape[1] if options.length == "auto" else self._length(options.length, "lora.length")
+        length = self.windows.shape[1]
+        if options.length != "auto":
+            length = length_of(self.meta.config, options.length, "lora.length")
         wanted = options.steps * options.batch
         made = training_windows(source, tokenizer, wanted, options.validation, length, self.recipe.seed)
         refuse_leaks(made, self.recipe.evaluate.texts(), tokenizer)

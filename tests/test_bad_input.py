@@ -108,7 +108,7 @@ def test_text_shorter_than_a_window(make_model, tmp_path, small):
 
 
 def test_windows_longer_than_the_model(make_model, tmp_path, small):
-    with pytest.raises(RunError, match=r"calibration\.length 512 exceeds the 256 positions"):
+    with pytest.raises(ModelError, match=r"calibration\.length 512 exceeds the 256 positions"):
         run("svd", make_model("mixtral"), tmp_path / "out", [*small, "calibration.length=512"])
 
 

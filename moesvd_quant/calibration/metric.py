@@ -12,7 +12,7 @@ import torch
 from ..lazy import Lazily
 
 # Shares of the expert's own inputs, of all inputs of its layer, and of those without their correlations; together 1.
-OWN, POOLED, DIAGONAL = 0.25, 0.25, 0.5
+OWN, POOLED, DIAGONAL = 0.125, 0.125, 0.75
 # An expert counts by its number of tokens to this power: use matters, but the seldom used must live.
 FREQUENCY = 0.75
 METRIC = f"{OWN}-{POOLED}-{DIAGONAL}-{FREQUENCY}"  # for names of what is kept

@@ -1,13 +1,15 @@
 """The texts a probe looks at a model with."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
 from ..calibration.store import Statistics, fingerprint
-from ..calibration.text import calibration_windows, joiner_of, load_documents, token_windows
-from ..model.folder import ModelError
+from ..calibration.text import joiner_of, load_documents, token_windows
+from ..calibration.windows import length_of, windows_of
+from ..memory import Memory
 from ..model.stream import StreamedModel
 from .survey import Progress, Survey, survey
 
@@ -20,12 +22,10 @@ def probe_folder(folder: Path, recipe, texts: dict[str, str], device: str, repor
     Statistics are kept in the cache; a run with the same calibration uses them again.
     """
     wanted, meta = recipe.calibration, StreamedModel(folder)
-    limit = getattr(meta.config.get_text_config(), "max_position_embeddings", None) or 2048
-    length = min(2048, limit) if wanted.length == "auto" else wanted.length
-    if length > limit:
-        raise ModelError(f"calibration.length {length} exceeds the {limit} positions of the model")
+    length = length_of(meta.config, wanted.length, "calibration.length")
     tokenizer, digest = AutoTokenizer.from_pretrained(folder), fingerprint(folder)
-    own = calibration_windows(wanted.dataset, tokenizer, wanted.samples, length, recipe.seed)
+    progress = partial(report, "calibration text of the model itself")
+    own = windows_of(wanted, folder, digest, length, recipe.seed, device, Memory(), progress)
     statistics = {"calibration": Statistics(folder, digest, own, device)}
     for name, source in texts.items():
         windows = token_windows(load_documents(source), tokenizer, length, joiner_of(source))

@@ -1,0 +1,42 @@
+"""The windows of tokens that a recipe's calibration asks for."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from ..memory import Memory
+from ..model.folder import ModelError
+from .text import calibration_windows
+from .written import Progress, written_windows
+
+LONGEST = 2048  # tokens of a window, where none are asked for
+
+
+def length_of(config, wanted: str | int, key: str) -> int:
+    """Tokens per window: `auto`, or a number within the positions of the model. ModelError names `key`."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or LONGEST
+    length = min(LONGEST, limit) if wanted == "auto" else int(wanted)
+    if length > limit:
+        raise ModelError(f"{key} {length} exceeds the {limit} positions of the model")
+    return length
+
+
+def windows_of(
+    calibration, folder: Path, digest: str, length: int, seed: int, device, memory: Memory, progress: Progress
+) -> torch.Tensor:
+    """(samples, length) int64 of a recipe's `calibration`: text of its dataset, and of the model itself, shuffled."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    written = round(calibration.samples * calibration.self_written)
+    given = calibration.samples - written
+    parts = []
+    if given:
+        parts.append(calibration_windows(calibration.dataset, tokenizer, given, length, seed))
+    if written:
+        parts.append(
+            written_windows(folder, digest, tokenizer, (written, length), seed, device, memory, progress)
+        )
+    windows = torch.cat(parts)
+    if not written:
+        return windows
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]

@@ -1,0 +1,103 @@
+"""Calibration text that the model writes itself.
+
+What calibration does not show is thrown away first: code, after a calibration on prose. A model's own text shows what it
+was trained on, with no data at hand. One token after the other would take a walk through the model for each; here all
+tokens of all windows are drawn anew in each of a few rounds, each from what the model predicts after those of the round
+before (Jacobi's iteration), from random ones on. The first tokens are then exact samples and the later ones are not yet
+sentences, which did not matter where it was measured: docs/results.md.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from ..checkpoint.files import write_tensors
+from ..memory import Memory, Sizes
+from ..model.stream import StreamedModel
+from .cache import cache_root
+
+ROUNDS = 8
+BATCH_TOKENS = 2048  # of a batch in a layer; part of the result's last bits
+CHUNK = 256  # tokens whose predictions are in memory at a time
+
+Progress = Callable[[int, int], None]
+
+
+def written_windows(
+    folder: Path, digest: str, tokenizer, shape: tuple[int, int], seed: int, device, memory: Memory, progress: Progress
+) -> torch.Tensor:
+    """(windows, length) = shape, int64, written by the model in `folder`; computed once and kept in the cache.
+
+    digest: of the model's files. The tokens are never the tokenizer's special ones, except for the end of a text.
+    """
+    dtype = torch.float32 if str(device) == "cpu" else None
+    versions = [ROUNDS, BATCH_TOKENS, str(dtype), torch.get_num_threads(), torch.__version__, transformers.__version__]
+    key = hashlib.sha256(json.dumps([digest, list(shape), seed, versions]).encode()).hexdigest()
+    path = cache_root() / "written" / f"{key[:32]}.safetensors"
+    if path.is_file():
+        return load_file(path)["windows"]
+    streamed = StreamedModel(folder, dtype, device)
+    allowed = allowed_tokens(tokenizer, streamed.model.get_output_embeddings().weight.shape[0])
+    generator = torch.Generator().manual_seed(seed)
+    start = allowed.nonzero()[:, 0][torch.randint(int(allowed.sum()), shape, generator=generator)]
+    batch_size = max(1, BATCH_TOKENS // shape[1])
+    sizes = Sizes.of(streamed, start, batch_size)
+    held = memory.free() > 2 * start.numel() * sizes.row + 2 * sizes.layer
+    made = write(streamed, start, allowed, generator, batch_size, None if held else path.parent, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, {"windows": made})
+    return made
+
+
+def allowed_tokens(tokenizer, vocabulary: int) -> torch.Tensor:
+    """(vocabulary,) bool: the tokens of text, and the one that ends it."""
+    allowed = torch.arange(vocabulary) < len(tokenizer)
+    allowed[[token for token in tokenizer.all_special_ids if token < vocabulary]] = False
+    if tokenizer.eos_token_id is not None:
+        allowed[tokenizer.eos_token_id] = True
+    return allowed
+
+
+@torch.no_grad()
+def write(
+    streamed: StreamedModel,
+    windows: torch.Tensor,
+    allowed: torch.Tensor,
+    generator: torch.Generator,
+    batch_size: int,
+    scratch: Path | None = None,
+    progress: Progress = lambda done, total: None,
+    rounds: int = ROUNDS,
+) -> torch.Tensor:
+    """The windows (n, length) int64 after `rounds` rounds, in each of which every token but the first of a window is
+    drawn from what the model predicts after those before it. allowed: (vocabulary,) bool.
+
+    A walk a round; scratch: folder for hidden states, memory where it is None.
+    """
+    total = rounds * len(streamed.layer_names)
+    for done in range(rounds):
+        for visit in streamed.walk(windows, batch_size, scratch):
+            progress(done * len(streamed.layer_names) + visit.index + 1, total)
+        with streamed.output():
+            pairs = zip(streamed.hidden, streamed.batches)
+            windows = torch.cat([_drawn(streamed, hidden, ids, allowed, generator) for hidden, ids in pairs])
+    return windows
+
+
+def _drawn(streamed, hidden, ids, allowed, generator) -> torch.Tensor:
+    """The next tokens of a batch of windows (n, length), on the CPU."""
+    drawn = [ids[:, :1].cpu()]
+    step = max(1, CHUNK // len(ids))
+    for first in range(0, ids.shape[1] - 1, step):
+        here = slice(first, min(first + step, ids.shape[1] - 1))
+        logits = streamed.head(hidden[:, here], ids[:, here]).float()
+        shares = logits.masked_fill_(~allowed.to(logits.device), -torch.inf).softmax(-1).cumsum(-1)
+        points = torch.rand(*shares.shape[:-1], 1, generator=generator).to(shares.device)
+        found = torch.searchsorted(shares, points * shares[..., -1:], right=True)[..., 0]
+        drawn.append(found.clamp(max=int(allowed.nonzero()[-1])).cpu())
+    return torch.cat(drawn, 1)
