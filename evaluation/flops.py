@@ -3,7 +3,8 @@
 from torch import nn
 
 from ..model.experts import ROUTERS, find_experts, shapes_of
-from ..model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
+from ..model.factorized_experts import FactorizedExperts, part_banks
+from ..model.packing import PackedLinear
 
 
 def flops_per_token(model: nn.Module, context: int) -> dict[str, float]:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..model.modeling_moesvd import MANIFEST, bank_tensors, part_banks
+from ..model.factorized_experts import part_banks
+from ..model.modeling_moesvd import MANIFEST
+from ..model.packing import bank_tensors
 from .memory import KINDS, disk_bytes
 from .plot import figure_bytes
 from .record import RECORD, collect
@@ -84,15 +86,12 @@ def _stage(folder: Path) -> Stage:
 def _shapes(folder: Path) -> tuple[dict, int, int]:
     """(out, in) of the projections, gate and up as one as well, experts of a module, bits of an original weight."""
     from ..accounting import original_model
-    from ..model.experts import expert_count, find_experts, shapes_of
-    from ..model.modeling_moesvd import joined
+    from ..model.experts import all_shapes, expert_count, find_experts
     from ..model.stream import StreamedModel
 
     parent = StreamedModel(folder)
     _, experts = next(iter(find_experts(original_model(parent))))
-    shapes = shapes_of(experts)
-    shapes |= joined(shapes) if "gate" in shapes else {}
-    return shapes, expert_count(experts), 8 * parent.stored_dtype.itemsize
+    return all_shapes(experts), expert_count(experts), 8 * parent.stored_dtype.itemsize
 
 
 def expert_bits(parts: list[dict], shape: tuple[int, int], experts: int, bits: int) -> np.ndarray:

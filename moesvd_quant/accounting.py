@@ -9,7 +9,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checkpoint.files import NAMES
 from .model.experts import expert_count, find_experts, shapes_of
-from .model.modeling_moesvd import FactorizedExperts, config_class, model_class, native_class
+from .model.factorized_experts import FactorizedExperts
+from .model.modeling_moesvd import config_class, model_class, native_class
 from .model.stream import StreamedModel
 
 

@@ -9,7 +9,7 @@ import torch
 from .allocate import DENSE, FLOAT, NOTHING, Choice, Table, useful_ranks
 from .calibration.effect import perturbed
 from .decompose.whitening import whitened_directions
-from .model.modeling_moesvd import bank_tensors
+from .model.packing import bank_tensors
 from .quantize.noise import ROUNDING, dense_noise, factor_noise, innovation
 
 # Measured at one size of error, effects are trusted to this power (docs/results.md has the ablation).

@@ -1,10 +1,11 @@
 """Layouts: which tensors make up which weights. A layout is the plan of a stage and the `config.moesvd` of
-its checkpoint (`model/modeling_moesvd.py` explains it)."""
+its checkpoint (`model/factorized_experts.py` explains it)."""
 
 import copy
 
 from .allocate import DENSE, Choice
-from .model.modeling_moesvd import FORMAT, FactorizedExperts
+from .model.factorized_experts import FactorizedExperts
+from .model.modeling_moesvd import FORMAT
 from .model.stream import StreamedModel
 
 

@@ -12,8 +12,7 @@ from torch import nn
 
 from .calibration.recording import linear_sums
 from .memory import Memory, MemoryLimitError, Sizes, anonymous_bytes
-from .model.experts import expert_count, find_experts, shapes_of
-from .model.modeling_moesvd import joined
+from .model.experts import all_shapes, expert_count, find_experts
 from .model.stream import StreamedModel
 
 IMPORTS = 156 * 10**6  # gptqmodel, where it is not loaded yet
@@ -108,8 +107,7 @@ def _layer(layer: nn.Module, item: int) -> _Layer:
     linears = linear_sums(layer)
     each = grams = work = 0
     for _, experts in find_experts(layer):
-        shapes = shapes_of(experts)
-        shapes |= joined(shapes) if "gate" in shapes else {}
+        shapes = all_shapes(experts)
         hidden, inner = shapes["down"]
         one = SINGLE * (hidden**2 + inner**2)
         each, grams = max(each, one), grams + one * expert_count(experts)

@@ -11,7 +11,8 @@ from tiny import ARCHITECTURES
 
 import moesvd_quant
 from moesvd_quant.model.experts import find_experts
-from moesvd_quant.model.modeling_moesvd import FactorizedExperts, PackedLinear
+from moesvd_quant.model.factorized_experts import FactorizedExperts
+from moesvd_quant.model.packing import PackedLinear
 from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run, RunError

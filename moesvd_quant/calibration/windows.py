@@ -33,9 +33,7 @@ def windows_of(
     if given:
         parts.append(calibration_windows(calibration.dataset, tokenizer, given, length, seed))
     if written:
-        parts.append(
-            written_windows(folder, digest, tokenizer, (written, length), seed, device, memory, progress)
-        )
+        parts.append(written_windows(folder, digest, tokenizer, (written, length), seed, device, memory, progress))
     windows = torch.cat(parts)
     if not written:
         return windows

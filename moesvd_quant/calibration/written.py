@@ -1,10 +1,10 @@
 """Calibration text that the model writes itself.
 
-What calibration does not show is thrown away first: code, after a calibration on prose. A model's own text shows what it
-was trained on, with no data at hand. One token after the other would take a walk through the model for each; here all
-tokens of all windows are drawn anew in each of a few rounds, each from what the model predicts after those of the round
-before (Jacobi's iteration), from random ones on. The first tokens are then exact samples and the later ones are not yet
-sentences, which did not matter where it was measured: docs/results.md.
+What calibration does not show is thrown away first: code, after a calibration on prose. A model's own text shows what
+it was trained on, with no data at hand. One token after the other would take a walk through the model for each; here
+all tokens of all windows are drawn anew in each of a few rounds, each from what the model predicts after those of the
+round before (Jacobi's iteration), from random ones on. The first tokens are then exact samples and the later ones are
+not yet sentences, which did not matter where it was measured: docs/results.md.
 """
 
 import hashlib

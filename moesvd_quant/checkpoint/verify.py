@@ -6,8 +6,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..model.factorized_experts import FactorizedExperts
 from ..model.folder import ModelError
-from ..model.modeling_moesvd import FactorizedExperts, PackedLinear
+from ..model.packing import PackedLinear
 from ..model.stream import StreamedModel
 
 PROBES = 8  # random inputs of a linear; experts get one each

@@ -33,8 +33,8 @@ def _precise(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _inner(weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-    """The smaller of A A^T and A^T A, float64, with A = weight @ root; the root where it is the latter, and whether that
-    is triangular."""
+    """The smaller of A A^T and A^T A, float64, with A = weight @ root; the root where it is the latter, and whether
+    that is triangular."""
     if weight.shape[0] <= weight.shape[1]:
         return (weight @ gram @ weight.T).double(), None, False
     triangular = _triangular_root(gram)

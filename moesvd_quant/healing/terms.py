@@ -7,7 +7,8 @@ from torch import nn
 
 from ..layout import factor_part, layout_of, projections_of
 from ..model.experts import expert_count, find_experts, find_linears, split_projections
-from ..model.modeling_moesvd import FactorizedExperts, Packed, PackedLinear
+from ..model.factorized_experts import FactorizedExperts
+from ..model.packing import Packed, PackedLinear
 from ..model.stream import StreamedModel
 
 

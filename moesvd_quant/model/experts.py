@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .modeling_moesvd import JOINT, FactorizedExperts, PackedLinear, separate
+from .factorized_experts import JOINT, FactorizedExperts, joined, separate
 from .native_experts import Routed, apply_gate, arguments, form_of
+from .packing import PackedLinear
 
 # Names under which routers and the gate of a shared expert stand: they choose, and stay as they are.
 ROUTERS = {"gate", "router", "shared_expert_gate"}
@@ -48,6 +49,12 @@ def shapes_of(experts: nn.Module) -> dict[str, tuple[int, int]]:
     else:
         shapes = {name: weight.shape[1:] for name, weight in split_projections(experts).items()}
     return {name: (int(out), int(in_)) for name, (out, in_) in shapes.items()}
+
+
+def all_shapes(experts: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of each projection, and of gate and up together where there are both."""
+    shapes = shapes_of(experts)
+    return joined(shapes) | shapes if "gate" in shapes else shapes
 
 
 def dense_weight(experts: nn.Module, projection: str, expert: int, dtype=torch.float32) -> torch.Tensor:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from ..model.modeling_moesvd import KINDS, SCALES, STEPS, dequantize, pack, scale_levels, unpack
+from ..model.packing import KINDS, SCALES, STEPS, dequantize, pack, scale_levels, unpack
 
 FP16_MAX = 65504.0
 # Each group's range is clipped where the sum of |error|^GRID_NORM is least; 3-bit GPTQ then loses a fifth less.

@@ -11,8 +11,8 @@ import numpy as np
 from ..allocate import DENSE, FLOAT, Allocation, Choice, Table, allocate, least_cost
 from ..fitting import describe
 from ..layout import layout_of, parts_by_choice
-from ..model.experts import find_experts, shapes_of
-from ..model.modeling_moesvd import JOINT, joined
+from ..model.experts import all_shapes, find_experts
+from ..model.factorized_experts import JOINT
 from ..recipe import Limits
 from .base import UNREACHED, Context, Plan, StageError
 from .choices import Choices, choices_of
@@ -86,8 +86,7 @@ def _shapes(context: Context) -> dict[tuple[str, str], tuple[int, int]]:
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for layer, name in zip(context.parent.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
-            shapes = shapes_of(experts)
-            shapes |= joined(shapes) if "gate" in shapes else {}
+            shapes = all_shapes(experts)
             found |= {(f"{name}.{path}", projection): shape for projection, shape in shapes.items()}
     return found
 

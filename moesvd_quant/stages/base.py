@@ -13,8 +13,8 @@ from ..calibration.paired import PairedWalk
 from ..calibration.store import Statistics
 from ..decompose.whitening import whitened_error
 from ..model.experts import find_experts, unknown_experts
+from ..model.factorized_experts import JOINT, FactorizedExperts
 from ..model.folder import ModelError
-from ..model.modeling_moesvd import JOINT, FactorizedExperts
 from ..model.stream import StreamedModel
 from ..parallel import Pool
 from ..recipe import Limits

@@ -22,7 +22,7 @@ from ..decompose.whitening import whitened_svd
 from ..layout import factor_part, layout_of, parts_by_rank
 from ..lazy import Lazily
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
-from ..model.modeling_moesvd import FactorizedExperts
+from ..model.factorized_experts import FactorizedExperts
 from .base import Context, Plan, StageError, errors_of, expert_grams, factorized, require_experts, weak_experts
 from .paper import own_ranks
 
@@ -149,7 +149,7 @@ def _pruned_base(base: torch.Tensor, part: dict, channels: torch.Tensor | None) 
 
 
 def _channels(bases: dict, layout: dict, statistics: dict, path: str) -> dict[str, torch.Tensor]:
-    """The tensors of `modeling_moesvd.channel_tensors`, int32; none where the base is not pruned."""
+    """The tensors of `factorized_experts.channel_tensors`, int32; none where the base is not pruned."""
     down = layout["down"][0]
     if "columns" not in down:
         return {}

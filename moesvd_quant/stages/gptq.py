@@ -11,7 +11,8 @@ from ..decompose.whitening import whitened_error
 from ..layout import layout_of, projections_of
 from ..lazy import Lazily, picked
 from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of
-from ..model.modeling_moesvd import FactorizedExperts, PackedLinear, part_banks
+from ..model.factorized_experts import FactorizedExperts, part_banks
+from ..model.packing import PackedLinear
 from ..quantize.factors import quantize_factors
 from ..quantize.gptq import PackedMatrix, QuantizeError, gptq, quant_format, round_to_nearest
 from .allocation import plan_budget

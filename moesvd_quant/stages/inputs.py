@@ -5,7 +5,7 @@ from ..calibration.metric import Grams, blend, shrink, unknown
 from ..calibration.paired import PairedExperts, output_error
 from ..lazy import Lazily
 from ..model.experts import dense_weight, expert_count
-from ..model.modeling_moesvd import JOINT, FactorizedExperts
+from ..model.factorized_experts import JOINT, FactorizedExperts
 from .base import Context, errors_of, expert_grams, reached
 
 

@@ -12,7 +12,7 @@ from ..decompose.whitening import balance, refit_left, whitened_svd
 from ..layout import layout_of, parts_by_rank
 from ..lazy import Lazily
 from ..model.experts import dense_weight, expert_count, find_experts, shapes_of
-from ..model.modeling_moesvd import FactorizedExperts
+from ..model.factorized_experts import FactorizedExperts
 from .allocation import plan_budget, plan_ratio
 from .base import (
     UNREACHED,

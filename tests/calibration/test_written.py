@@ -87,7 +87,9 @@ def test_the_share_of_windows_is_kept(share, written, make_model, text):
     dataset = str(text) if share < 1 else "not there"  # no data at all are needed then
     made = make(Calibration(dataset=dataset, samples=8, self_written=share))
     assert made.shape == (8, 32)
-    own = written_windows(folder, "digest", tiny_tokenizer(), (written, 32), 5, "cpu", Memory(), quiet) if written else []
+    own = (
+        written_windows(folder, "digest", tiny_tokenizer(), (written, 32), 5, "cpu", Memory(), quiet) if written else []
+    )
     assert sum(any(torch.equal(row, other) for other in own) for row in made) == written
 
 

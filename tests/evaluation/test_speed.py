@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moesvd_quant.layout import dense_part, factor_part
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of
-from moesvd_quant.model.modeling_moesvd import FactorizedExperts
+from moesvd_quant.model.factorized_experts import FactorizedExperts
 
 LENGTH = 24
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import moesvd_quant
 from moesvd_quant.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts
-from moesvd_quant.model.modeling_moesvd import PackedLinear, check_digests
+from moesvd_quant.model.modeling_moesvd import check_digests
+from moesvd_quant.model.packing import PackedLinear
 from moesvd_quant.stages import lora
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))

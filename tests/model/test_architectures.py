@@ -12,7 +12,7 @@ import moesvd_quant
 from moesvd_quant.export import export_checkpoint
 from moesvd_quant.model.experts import expert_count, find_experts, split_projections, weight_parameters
 from moesvd_quant.model.folder import ModelError, class_for
-from moesvd_quant.model.modeling_moesvd import PackedLinear
+from moesvd_quant.model.packing import PackedLinear
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run

@@ -5,9 +5,9 @@ import torch
 from tiny import ARCHITECTURES, fill_banks, tiny_model
 
 from moesvd_quant.layout import dense_part, factor_part
-from moesvd_quant.model import modeling_moesvd
+from moesvd_quant.model import factorized_experts
 from moesvd_quant.model.experts import expert_count, find_experts, find_linears, shapes_of, split_projections
-from moesvd_quant.model.modeling_moesvd import FactorizedExperts
+from moesvd_quant.model.factorized_experts import FactorizedExperts
 
 IDS = torch.randint(1, 300, (3, 24), generator=torch.Generator().manual_seed(5))
 
@@ -47,7 +47,7 @@ def swap(model, **options):
 @pytest.fixture(params=["one by one", "grouped"])
 def products(request, monkeypatch):
     """Experts one after the other, as a CPU runs them, and in grouped products, as a GPU does."""
-    monkeypatch.setattr(modeling_moesvd, "ONE_BY_ONE", ("cpu",) if request.param == "one by one" else ())
+    monkeypatch.setattr(factorized_experts, "ONE_BY_ONE", ("cpu",) if request.param == "one by one" else ())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import moesvd_quant
-from moesvd_quant.model.modeling_moesvd import FactorizedExperts
+from moesvd_quant.model.factorized_experts import FactorizedExperts
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
 

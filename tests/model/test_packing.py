@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moesvd_quant.model.modeling_moesvd import bank_tensors, dequantize, pack, scale_levels, unpack
+from moesvd_quant.model.packing import bank_tensors, dequantize, pack, scale_levels, unpack
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

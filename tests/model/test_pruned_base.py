@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from tiny import fill_banks, tiny_model
 
 from moesvd_quant.layout import factor_part
-from moesvd_quant.model import modeling_moesvd
+from moesvd_quant.model import factorized_experts
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of
-from moesvd_quant.model.modeling_moesvd import FactorizedExperts
+from moesvd_quant.model.factorized_experts import FactorizedExperts
 
 STORED, USED = 40, 24
 
@@ -116,7 +116,7 @@ def test_the_base_meets_each_token_once(dynamic, monkeypatch):
             rows.append(len(x))
         return linear(x, weight, *rest)
 
-    monkeypatch.setattr(modeling_moesvd.F, "linear", count)
+    monkeypatch.setattr(factorized_experts.F, "linear", count)
     made(*calls())
     assert rows == [13, 13, 13]  # gate, up and down, for 13 tokens of two experts each
 

@@ -1,0 +1,361 @@
+"""Experts in factors. A copy lies in every checkpoint.
+
+The layout (`config.moesvd`) says for each experts module and projection which tensors make up its weights:
+
+    W[e] = dense[d(e)] + sum_t left_t[l_t(e)] @ right_t[r_t(e)]
+
+A projection is a list of parts; a part holds one bank of dense rows, or a bank of left and one of right
+factors of a single rank, for the experts it names. Experts that no part names have weight zero. Gate and up may be one
+projection, `gate_up`, whose rows are those of gate and then those of up: they then share their right factors. A bank is
+floating point, or packed (`packing.dequantize`).
+
+A dense part may be pruned along the intermediate dimension: it then has `rows` of gate and up, or `columns` of down,
+only for the `channels` of its module. Where up and down also say `dynamic`, each token uses just that many of them.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .native_experts import apply_gate, form_of
+from .packing import KINDS, Packed
+
+JOINT = "gate_up"  # gate and up as one projection
+ONE_BY_ONE = ("cpu",)  # devices on which a product for each expert is as fast as one grouped product
+
+
+def part_banks(part: dict, out_features: int, in_features: int) -> dict:
+    """Banks of a part: {"dense" | "left" | "right": shape}."""
+    if "dense" in part:
+        return {"dense": (max(part["dense"]) + 1, part.get("rows", out_features), part.get("columns", in_features))}
+    return {
+        "left": (max(part["left"]) + 1, out_features, part["rank"]),
+        "right": (max(part["right"]) + 1, part["rank"], in_features),
+    }
+
+
+def channel_tensors(layout: dict) -> dict:
+    """int32 tensors of a module with pruned dense parts, {name: length}: the channels they keep, and, as the bits of
+    fp32, what a token's choice among these starts from and how it weighs their activations."""
+    pruned = [part for parts in layout.values() for part in parts if "rows" in part or "columns" in part]
+    if not pruned:
+        return {}
+    names = ["channels"]
+    if any("dynamic" in part for part in pruned):
+        names += ["channel_prior", "channel_weight"]
+    return dict.fromkeys(names, pruned[0].get("rows") or pruned[0]["columns"])
+
+
+def projection_shapes(experts: nn.Module) -> dict:
+    """(out, in) of each projection of a native experts module: {"gate", "up", "down"} or without gate."""
+    form = form_of(experts)
+    if form is None:
+        raise ValueError(
+            f"{type(experts).__name__} is no fused experts module; a library that unfuses experts (gptqmodel does) "
+            "was at work in this process: open the checkpoint in a fresh one"
+        )
+    return {name: tuple(weight.shape[1:]) for name, weight in form.weights(experts).items()}
+
+
+def joined(shapes: dict) -> dict:
+    """(out, in) of each projection where gate and up are one."""
+    (gate, inputs), (up, _) = shapes["gate"], shapes["up"]
+    return {JOINT: (gate + up, inputs), "down": shapes["down"]}
+
+
+def separate(pairs: dict) -> dict:
+    """Outputs (n, out) of gate and of up, from those of each projection before down."""
+    return dict(zip(("gate", "up"), pairs[JOINT].chunk(2, -1))) if JOINT in pairs else pairs
+
+
+class FactorizedExperts(Packed):
+    """Drop-in for the experts of any architecture that `native_experts` knows, built from them and a layout."""
+
+    def __init__(self, native: nn.Module, layout: dict):
+        """native: the module to stand in for, of the architecture's own class or one of ours."""
+        super().__init__()
+        ours = isinstance(native, FactorizedExperts)
+        if not ours:
+            shapes = projection_shapes(native)
+            self.shapes = joined(shapes) if JOINT in layout else shapes
+            self.native_class, self.form = type(native), form_of(native)
+            self.experts = len(self.form.weights(native)["down"])
+        state = {k: v for k, v in vars(native).items() if not k.startswith("_")}
+        self.__dict__.update(state)  # alpha, limit, flags, config: all that is not a weight
+        weights = {name for name, *_ in native.banks()} if ours else set(self.form.parameters(native))
+        holders = {name.partition(".")[0] for name in weights}
+        for name, child in native._modules.items():
+            if name not in holders:
+                self.add_module(name, child)
+        for name, other in native.named_parameters(recurse=False):  # biases
+            head, _, kind = name.rpartition("_")
+            if (head if kind in KINDS else name) not in weights:
+                self.register_parameter(name, other)
+        self.is_transposed = False  # banks are (rows, out, in), whatever the native weights were; peft asks
+        self.layout = layout
+        self._maps: dict[tuple, Any] = {}
+        kind = next(p for p in native.parameters() if p.is_floating_point())
+        for key, shape, quant in self.banks():
+            self.add_bank(key, shape, quant, kind.dtype, kind.device)
+        for key, size in channel_tensors(layout).items():
+            given = native._parameters.get(key)
+            tensor = torch.empty(size, dtype=torch.int32, device=kind.device) if given is None else given
+            self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+
+    def banks(self):
+        """Yields (parameter name, shape, quant) of every bank of the layout."""
+        for projection, parts in self.layout.items():
+            for i, part in enumerate(parts):
+                for bank, shape in part_banks(part, *self.shapes[projection]).items():
+                    yield f"{projection}_{i}_{bank}", shape, part["quant"].get(bank)
+
+    def bank(self, projection, i, bank, dtype, row=None):
+        """Bank of part i of a projection: float (rows, a, b), or (a, b) of one row."""
+        part = self.layout[projection][i]
+        columns = part_banks(part, *self.shapes[projection])[bank][-1]
+        return self.weight_rows(f"{projection}_{i}_{bank}", part["quant"].get(bank), columns, dtype, row)
+
+    def dense(self, projection, expert, dtype=torch.float32):
+        """Effective weight (out, in) of one expert."""
+        if projection not in self.shapes:  # gate or up of both
+            return separate({JOINT: self.dense(JOINT, expert, dtype).T})[projection].T
+        weight = torch.zeros(self.shapes[projection], dtype=dtype, device=self.device)
+        for i, part in enumerate(self.layout[projection]):
+            if expert not in part["experts"]:
+                continue
+            at = part["experts"].index(expert)
+            if "dense" in part:
+                weight = weight + self.spread(part, self.bank(projection, i, "dense", dtype, part["dense"][at]))
+            else:
+                left = self.bank(projection, i, "left", dtype, part["left"][at])
+                weight = weight + left @ self.bank(projection, i, "right", dtype, part["right"][at])
+        return weight
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    def row_map(self, projection, i, bank, device):
+        """Bank row of each expert, -1 where the part does not name it, as a cached tensor."""
+        key = projection, i, bank, device
+        if key not in self._maps:
+            part = self.layout[projection][i]
+            rows = torch.full((self.experts,), -1, dtype=torch.long)
+            rows[part["experts"]] = torch.tensor(part[bank])
+            self._maps[key] = rows.to(device)
+        return self._maps[key]
+
+    def bank_matmul(self, x, rows, projection, i, bank):
+        """y[t] = bank[rows[t]] @ x[t], x (n, in), rows (n) -> (n, out): one grouped product over sorted rows."""
+        part = self.layout[projection][i]
+        count, out, _ = part_banks(part, *self.shapes[projection])[bank]
+        if count == 1:
+            return F.linear(x, self.bank(projection, i, bank, x.dtype, 0))
+        order = None if self.owns_rows(part, bank) else torch.argsort(rows, stable=True)
+        x = x if order is None else x[order]
+        sizes = torch.bincount(rows, minlength=count)
+        if part["quant"].get(bank) is None and x.device.type not in ONE_BY_ONE:
+            weight = self.bank(projection, i, bank, x.dtype)
+            y = F.grouped_mm(x, weight.transpose(1, 2), offs=sizes.cumsum(0).int())
+            if y.requires_grad:
+                y.register_hook(torch.Tensor.contiguous)  # its backward takes no gradient with gaps
+        else:  # one expert's weight is dequantized at a time; on a CPU this is as fast as the grouped product
+            chunks = [
+                F.linear(chunk, self.bank(projection, i, bank, x.dtype, row))
+                for row, chunk in enumerate(x.split(sizes.tolist()))
+                if len(chunk)
+            ]
+            y = torch.cat(chunks) if chunks else x.new_zeros(0, out)
+        return y if order is None else torch.empty_like(y).index_copy(0, order, y)
+
+    def owns_rows(self, part, bank):
+        """Whether each expert has a row of its own, in order: pairs sorted by expert are then sorted by row."""
+        experts = part["experts"]
+        return part[bank] == list(range(len(experts))) and experts == sorted(experts)
+
+    def steps(self, device_type):
+        """{projection: for each expert its terms}, a term being the banks to multiply with, one after the other, as
+        arguments of `weight_rows`; None where a bank is shared, or grouped products serve better. Made once."""
+        key = "steps", device_type
+        if key not in self._maps:
+            parts = [part for parts in self.layout.values() for part in parts]
+            banks = [(part, bank) for part in parts for bank in ("dense", "right", "left") if bank in part]
+            alone = all(self.owns_rows(*at) and (device_type in ONE_BY_ONE or at[1] in at[0]["quant"]) for at in banks)
+            served = alone and not any(map(self.shared_input, parts))
+            self._maps[key] = {name: self._terms(name) for name in self.layout} if served else None
+        return self._maps[key]
+
+    def _terms(self, projection):
+        terms: list[list] = [[] for _ in range(self.experts)]
+        for i, part in enumerate(self.layout[projection]):
+            shapes = part_banks(part, *self.shapes[projection])
+            for row, expert in enumerate(part["experts"]):
+                banks = [bank for bank in ("dense", "right", "left") if bank in part]
+                at = [(f"{projection}_{i}_{bank}", part["quant"].get(bank), shapes[bank][-1]) for bank in banks]
+                terms[expert].append([(*where, row) for where in at])
+        return terms
+
+    def by_expert(self, x, token, ids, steps):
+        """x (tokens, in) -> (pairs, in), pairs sorted by expert: each expert from gate to down at once, so that what
+        lies between stays in the cache, and one packed weight at a time is dequantized."""
+        sizes = torch.bincount(ids, minlength=self.experts).tolist()
+        done = []
+        for expert, (at, own) in enumerate(zip(token.split(sizes), ids.split(sizes))):
+            if len(at):
+                hidden = x[at]
+                pairs = separate({k: self.multiply(hidden, k, steps[k][expert]) for k in steps if k != "down"})
+                self.add_bias(pairs, own)
+                done.append(self.multiply(self.activate(pairs), "down", steps["down"][expert]))
+        return torch.cat(done) if done else x.new_zeros(0, self.shapes["down"][0])
+
+    def multiply(self, x, projection, terms):
+        """x (n, in) -> (n, out) by the effective weight of one expert, factor by factor."""
+        y = None
+        for banks in terms:
+            h = x
+            for name, quant, columns, row in banks:
+                h = F.linear(h, self.weight_rows(name, quant, columns, x.dtype, row))
+            y = h if y is None else y + h
+        return x.new_zeros(len(x), self.shapes[projection][0]) if y is None else y
+
+    def spread(self, part, weight):
+        """A pruned dense weight at its full size (out, in), zero where it was pruned."""
+        for axis, kind in enumerate(("rows", "columns")):
+            if kind in part:
+                size = list(weight.shape)
+                size[axis] = self.shapes["down"][1]
+                weight = weight.new_zeros(size).index_copy(axis, self.channels.long(), weight)
+        return weight
+
+    def channel_mask(self, probe):
+        """1 for the channels that each token uses of a pruned base, 0 for others, like probe (tokens, channels): what
+        the first projection of the base puts out. A token decides for itself, whatever it is batched with: by its
+        share of the activations' energy, added to the calibrated share."""
+        count = min(part["dynamic"] for part in self.layout["down"] if "dynamic" in part)
+        given = {"gate": probe, "up": torch.ones_like(probe)} if self.has_gate else {"up": probe}
+        prior, weight = (self._parameters[f"channel_{k}"].view(torch.float32) for k in ("prior", "weight"))
+        energy = self.activate(given).float().square() * weight
+        score = prior + energy / energy.sum(-1, keepdim=True).clamp(min=1e-30)
+        return torch.zeros_like(probe).scatter(-1, score.topk(count, -1).indices, 1.0)
+
+    def shared_input(self, part):
+        """The bank that every token meets whatever its expert, first: a base, or a right factor."""
+        whole = len(part["experts"]) == self.experts
+        name = "dense" if "dense" in part else "right"
+        return name if whole and max(part[name]) == 0 else None
+
+    def apply_base(self, x, projection, i, masks):
+        """Part i, a dense weight for every token whatever its expert: x (n, in) -> (n, out). masks: see `project`."""
+        part = self.layout[projection][i]
+        if "columns" in part:
+            x = x[:, self.channels.long()]
+            x = x * masks["tokens"] if "dynamic" in part else x
+        y = F.linear(x, self.bank(projection, i, "dense", x.dtype, 0))
+        if "rows" not in part:
+            return y
+        if "dynamic" in part:
+            y = y * masks["tokens"]
+        elif "channel_prior" in self._parameters:  # gate, or up without a gate, comes first: up and down follow it
+            masks["tokens"] = self.channel_mask(y)
+        return y.new_zeros(len(y), self.shapes[projection][0]).index_copy(1, self.channels.long(), y)
+
+    def project(self, x, token, ids, projection, masks, with_base=True):
+        """x (tokens, in) -> (pairs, out) for the (token, expert) pairs; shared banks see each token once.
+
+        masks: {"tokens": (tokens, channels)}, filled by the first projection of a base that is pruned token by token.
+        """
+        y = None
+        for i, part in enumerate(self.layout[projection]):
+            first, last = ("dense", None) if "dense" in part else ("right", "left")
+            shared = self.shared_input(part)
+            if shared == "dense":
+                if with_base:
+                    h = self.apply_base(x, projection, i, masks)[token]
+                    y = h if y is None else y + h
+                continue
+            rows = self.row_map(projection, i, first, x.device)[ids]
+            if shared:
+                h, chosen = self.bank_matmul(x, rows, projection, i, first)[token], None
+            else:
+                chosen = None if len(part["experts"]) == self.experts else (rows >= 0).nonzero()[:, 0]
+                h = x[token if chosen is None else token[chosen]]
+                h = self.bank_matmul(h, rows if chosen is None else rows[chosen], projection, i, first)
+            if last:
+                rows = self.row_map(projection, i, last, x.device)[ids]
+                h = self.bank_matmul(h, rows if chosen is None else rows[chosen], projection, i, last)
+            if chosen is not None:
+                h = h.new_zeros(len(ids), h.shape[1]).index_copy(0, chosen, h)
+            y = h if y is None else y + h
+        return x.new_zeros(len(ids), self.shapes[projection][0]) if y is None else y
+
+    def activate(self, pairs):
+        """Gate and up (or up alone) -> the input of down, by the native class's own gate."""
+        if not self.has_gate:
+            up = pairs["up"]
+            return self.act_fn(up)
+        both = (pairs["gate"], pairs["up"])
+        gate = getattr(self.native_class, "_apply_gate", None)
+        if gate is None or gate.__name__ == "_default_apply_gate":  # it would chunk what is joined here
+            return self.act_fn(pairs["gate"]) * pairs["up"]
+        joint = torch.cat(both, -1) if self.is_concatenated else torch.stack(both, -1).flatten(-2)
+        return apply_gate(self, self.native_class, joint)
+
+    def add_bias(self, pairs, ids):
+        if not self.has_bias:
+            return
+        name = "gate_up_proj_bias" if self.has_gate else "up_proj_bias"
+        bias = getattr(self, name)[ids]
+        if not self.has_gate:
+            pairs["up"] = pairs["up"] + bias
+            return
+        gate, up = bias.chunk(2, -1) if self.is_concatenated else (bias[..., ::2], bias[..., 1::2])
+        pairs["gate"], pairs["up"] = pairs["gate"] + gate, pairs["up"] + up
+
+    def forward(self, *inputs):
+        """As the native module is called, for example hidden (T, H), index (T, k), weights (T, k) -> (T, H)."""
+        routed = self.form.route(self, *inputs)
+        bases = [i for i, part in enumerate(self.layout["down"]) if self.shared_input(part) == "dense"]
+        plain = not (self.has_post_expert_norm or hasattr(self, "identity_expert"))
+        if bases and plain and hasattr(self.form, "combine"):
+            y = self._with_base_last(routed, bases)
+            return y.to(inputs[0].dtype).view(inputs[0].shape)
+        return self.form.gather(self, self.compute(routed.x, routed.token, routed.expert), routed, *inputs)
+
+    def _with_base_last(self, routed, bases):
+        """(tokens, H). The base of down is linear: it meets each token once, after its experts are summed."""
+        masks: dict[str, torch.Tensor] = {}
+        inner = self._inner(routed.x, routed.token, routed.expert, masks)
+        each = torch.arange(len(inner), device=inner.device)
+        y = self.project(inner, each, routed.expert, "down", masks, with_base=False)
+        if self.has_bias:
+            y = y + self.down_proj_bias[routed.expert]
+        x = self.form.combine(inner, routed).to(inner.dtype)
+        return self.form.combine(y, routed) + sum(self.apply_base(x, "down", i, masks) for i in bases)
+
+    def compute(self, x, token, ids):
+        """x (tokens, H) -> (pairs, H) for pairs of a token (its row of x) and an expert, sorted by expert."""
+        if hasattr(self, "identity_expert"):  # experts past the last one hand their input on
+            known = int((ids < self.experts).sum())
+            return torch.cat([self._compute(x, token[:known], ids[:known]), x[token[known:]]])
+        return self._compute(x, token, ids)
+
+    def _compute(self, x, token, ids):
+        if steps := self.steps(x.device.type):
+            y = self.by_expert(x, token, ids, steps)
+        else:
+            masks: dict[str, torch.Tensor] = {}
+            inner = self._inner(x, token, ids, masks)
+            expanded = {"tokens": masks["tokens"][token]} if masks else {}
+            y = self.project(inner, torch.arange(len(ids), device=ids.device), ids, "down", expanded)
+        if self.has_bias:
+            y = y + self.down_proj_bias[ids]
+        return self.post_expert_norm(y) if self.has_post_expert_norm else y
+
+    def _inner(self, x, token, ids, masks):
+        """Input of down (pairs, inner); masks: see `project`."""
+        names = [name for name in self.shapes if name != "down"]
+        pairs = separate({name: self.project(x, token, ids, name, masks) for name in names})
+        self.add_bias(pairs, ids)
+        return self.activate(pairs)
