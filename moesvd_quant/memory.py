@@ -104,15 +104,15 @@ class Sizes:
     activations: int  # of a batch in a layer, at most
 
     @staticmethod
-    def of(meta, windows: torch.Tensor, batch_size: int) -> "Sizes":
-        """meta: a model on the meta device with `layers` and `config`; windows (n, length)."""
+    def of(meta, shape: tuple[int, int], batch_size: int) -> "Sizes":
+        """meta: a model on the meta device with `layers` and `config`; shape: windows, tokens in each."""
         config = meta.config.get_text_config(decoder=True)
         item = next(meta.layers.parameters()).dtype.itemsize
         layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in meta.layers]
-        rows = min(batch_size, len(windows)) * windows.shape[1]
+        rows = min(batch_size, shape[0]) * shape[1]
         inner = max(p.shape[-1] for p in meta.layers.parameters())
         heads = getattr(config, "num_attention_heads", 1) if config._attn_implementation == "eager" else 0
-        scores = 3 * heads * rows * windows.shape[1]
+        scores = 3 * heads * rows * shape[1]
         # Pairs of a token and an expert: their inputs, then their outputs, weighted and in the order of the tokens.
         chosen = 2 * max((getattr(config, name, None) or 0 for name in CHOSEN), default=0)
         activations = 4 * (rows * ((8 + chosen) * config.hidden_size + 4 * inner) + scores)

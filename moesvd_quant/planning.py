@@ -77,7 +77,7 @@ def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
             memo,
             run.recipe.limits,
         )
-        context.pool = run.pool
+        context.pool, context.report = run.pool, run.report
         context.surveyed = partial(run.report, f"{stage.name}: planning")
         plan = module.plan(context)
         widths = plan.widths

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -70,21 +71,32 @@ class Run:
         self.memory = Memory(how.get("memory"))
         self.pool = Pool(how.get("workers", 1), how.get("executor", "processes"))
         share = self.memory.share(self.pool.workers)
-        self.windows = self._windows(share)
-        self.statistics = Statistics(self.model, self.model_digest, self.windows, self.device, memory=share)
+        self.statistics = self._statistics(share)
         self._training = {index: self._training_windows(s.options) for index, s in self._trainers()}
 
     def _trainers(self):
         return [(index, stage) for index, stage in enumerate(self.recipe.stages) if stage.name == "lora"]
 
-    def _windows(self, memory: Memory) -> torch.Tensor:
-        from .calibration.windows import length_of, windows_of
+    def _statistics(self, memory: Memory) -> Statistics:
+        from .calibration.windows import length_of, must_write, windows_of
 
-        wanted = self.recipe.calibration
+        wanted, seed = self.recipe.calibration, self.recipe.seed
         length = length_of(self.meta.config, wanted.length, "calibration.length")
-        progress = lambda done, total: self.report("calibration text of the model itself", done, total)  # noqa: E731
-        seed = self.recipe.seed
-        return windows_of(wanted, self.model, self.model_digest, length, seed, self.device, memory, progress)
+        progress = partial(self.report, "calibration text of the model itself")
+
+        def make() -> torch.Tensor:
+            if missing:
+                self.needs().require(self.statistics.store)
+            return windows_of(wanted, self.model, self.model_digest, length, seed, self.device, memory, progress)
+
+        missing = must_write(wanted, self.model_digest, length, seed, self.device)
+        made, shape = make if missing else make(), (wanted.samples, length)
+        return Statistics(self.model, self.model_digest, made, self.device, memory=memory, shape=shape)
+
+    @property
+    def windows(self) -> torch.Tensor:
+        """(n, length) int64 of calibration."""
+        return self.statistics.windows
 
     def _training_windows(self, options):
         from transformers import AutoTokenizer
@@ -95,7 +107,7 @@ class Run:
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         own = options.dataset == "calibration"
         source = self.recipe.calibration.dataset if own else options.dataset
-        length = self.windows.shape[1]
+        length = self.statistics.shape[1]
         if options.length != "auto":
             length = length_of(self.meta.config, options.length, "lora.length")
         wanted = options.steps * options.batch
@@ -148,7 +160,8 @@ class Run:
     def needs(self) -> Needs:
         """Forecast of memory and disk, beside the checkpoints."""
         stored = self.statistics
-        return forecast(self.meta, stored.sizes, self.windows.numel(), stored, stored.memory, self.pool.workers)
+        tokens = stored.shape[0] * stored.shape[1]
+        return forecast(self.meta, stored.sizes, tokens, stored, stored.memory, self.pool.workers)
 
     def work_folder(self, index: int) -> Path:
         digest = hashlib.sha256(json.dumps(self.key(index), sort_keys=True).encode()).hexdigest()

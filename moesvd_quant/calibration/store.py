@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +43,19 @@ class Statistics:
     key: digest of all they depend on. Above `cap_bytes` nothing is stored and each pass walks again.
     """
 
-    def __init__(self, folder, model_digest, windows, device="cpu", cap_bytes=None, root=None, memory=None):
-        self.folder, self.windows, self.device = Path(folder), windows, device
+    def __init__(self, folder, model_digest, windows, device="cpu", cap_bytes=None, root=None, memory=None, shape=None):
+        """windows may be a function, called when they are needed; `shape` is theirs then."""
+        self.folder, self.device, self._make = Path(folder), device, windows
+        self.shape = tuple(shape or windows.shape)
         self.memory, self.model_digest = memory or Memory(), model_digest
         self.dtype = torch.float32 if str(device) == "cpu" else None
-        self.batch_size = max(1, BATCH_TOKENS // windows.shape[1])
-        described = {
-            "model": model_digest,
-            "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-            "shape": list(windows.shape),
-            "walk": [WALK_VERSION, BATCH_TOKENS, str(self.dtype), torch.__version__, transformers.__version__],
-            "threads": torch.get_num_threads(),
-        }
-        self.key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        self.batch_size = max(1, BATCH_TOKENS // self.shape[1])
         self.store = root or cache_root() / "statistics"
-        self.root = self.store / self.key[:32]
         meta = StreamedModel(folder, self.dtype)
         self.count, self.cap_bytes = len(meta.layer_names), cap_bytes or cache_cap()
         self.needed = recorded_bytes(meta.layers)
         self.stored = self.needed <= self.cap_bytes
-        self.sizes = Sizes.of(meta, windows, self.batch_size)
+        self.sizes = Sizes.of(meta, self.shape, self.batch_size)
         self._own: tempfile.TemporaryDirectory | None = None
 
     def __reduce__(self):
@@ -70,11 +64,32 @@ class Statistics:
             self.folder, self.model_digest, self.windows, self.device, self.cap_bytes, self.store, self.memory
         )  # fmt: skip
 
+    @cached_property
+    def windows(self) -> torch.Tensor:
+        """(n, length) int64."""
+        return self._make() if callable(self._make) else self._make
+
+    @cached_property
+    def key(self) -> str:
+        described = {
+            "model": self.model_digest,
+            "windows": hashlib.sha256(self.windows.numpy().tobytes()).hexdigest(),
+            "shape": list(self.shape),
+            "walk": [WALK_VERSION, BATCH_TOKENS, str(self.dtype), torch.__version__, transformers.__version__],
+            "threads": torch.get_num_threads(),
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def root(self) -> Path:
+        return self.store / self.key[:32]
+
     def path(self, name: str | int) -> Path:
         return self.root / (f"layer-{name:05d}.safetensors" if isinstance(name, int) else f"{name}.safetensors")
 
     def complete(self) -> bool:
-        return self.stored and all(self.path(i).is_file() for i in [*range(self.count), "outer"])
+        made = "windows" in vars(self) or not callable(self._make)
+        return made and self.stored and all(self.path(i).is_file() for i in [*range(self.count), "outer"])
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Statistics of a layer that is stored, mapped from its file."""
@@ -135,7 +150,7 @@ class Statistics:
 
     def all_hidden(self, copies: int) -> int:
         """Bytes of the hidden states of all windows, `copies` times."""
-        return copies * self.windows.numel() * self.sizes.row
+        return copies * self.shape[0] * self.shape[1] * self.sizes.row
 
     def scratch(self, needed: int) -> Path | None:
         """None where hidden states of `needed` bytes fit in memory beside two layers; else the folder for them."""

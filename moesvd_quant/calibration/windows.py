@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from ..memory import Memory
 from ..model.folder import ModelError
 from .text import calibration_windows
-from .written import Progress, written_windows
+from .written import Progress, written_path, written_windows
 
 LONGEST = 2048  # tokens of a window, where none are asked for
 
@@ -22,12 +22,22 @@ def length_of(config, wanted: str | int, key: str) -> int:
     return length
 
 
+def must_write(calibration, digest: str, length: int, seed: int, device) -> bool:
+    """Whether the model has text to write before the windows of a recipe's `calibration` are there: several walks."""
+    shape = (_written(calibration), length)
+    return shape[0] > 0 and not written_path(digest, shape, seed, device).is_file()
+
+
+def _written(calibration) -> int:
+    return round(calibration.samples * calibration.self_written)
+
+
 def windows_of(
     calibration, folder: Path, digest: str, length: int, seed: int, device, memory: Memory, progress: Progress
 ) -> torch.Tensor:
     """(samples, length) int64 of a recipe's `calibration`: text of its dataset, and of the model itself, shuffled."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    written = round(calibration.samples * calibration.self_written)
+    written = _written(calibration)
     given = calibration.samples - written
     parts = []
     if given:

@@ -28,6 +28,19 @@ CHUNK = 256  # tokens whose predictions are in memory at a time
 Progress = Callable[[int, int], None]
 
 
+def written_path(digest: str, shape: tuple[int, int], seed: int, device) -> Path:
+    """Where the cache keeps windows of this shape that a model wrote, or will."""
+    versions = [ROUNDS, BATCH_TOKENS, str(_precision(device)), torch.get_num_threads()]
+    described = [digest, list(shape), seed, *versions, torch.__version__, transformers.__version__]
+    key = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    return cache_root() / "written" / f"{key[:32]}.safetensors"
+
+
+def _precision(device) -> torch.dtype | None:
+    """Of the walks, as of those that read what a model sees."""
+    return torch.float32 if str(device) == "cpu" else None
+
+
 def written_windows(
     folder: Path, digest: str, tokenizer, shape: tuple[int, int], seed: int, device, memory: Memory, progress: Progress
 ) -> torch.Tensor:
@@ -35,10 +48,7 @@ def written_windows(
 
     digest: of the model's files. The tokens are never the tokenizer's special ones, except for the end of a text.
     """
-    dtype = torch.float32 if str(device) == "cpu" else None
-    versions = [ROUNDS, BATCH_TOKENS, str(dtype), torch.get_num_threads(), torch.__version__, transformers.__version__]
-    key = hashlib.sha256(json.dumps([digest, list(shape), seed, versions]).encode()).hexdigest()
-    path = cache_root() / "written" / f"{key[:32]}.safetensors"
+    path, dtype = written_path(digest, shape, seed, device), _precision(device)
     if path.is_file():
         return load_file(path)["windows"]
     streamed = StreamedModel(folder, dtype, device)
@@ -46,7 +56,7 @@ def written_windows(
     generator = torch.Generator().manual_seed(seed)
     start = allowed.nonzero()[:, 0][torch.randint(int(allowed.sum()), shape, generator=generator)]
     batch_size = max(1, BATCH_TOKENS // shape[1])
-    sizes = Sizes.of(streamed, start, batch_size)
+    sizes = Sizes.of(streamed, shape, batch_size)
     held = memory.free() > 2 * start.numel() * sizes.row + 2 * sizes.layer
     made = write(streamed, start, allowed, generator, batch_size, None if held else path.parent, progress)
     path.parent.mkdir(parents=True, exist_ok=True)

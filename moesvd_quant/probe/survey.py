@@ -67,7 +67,7 @@ def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report
         report("layers", index + 1, count)
     if not found.layers:
         raise ModelError(f"{folder}: no experts that text reaches; there is nothing to probe")
-    plans = _plans(found, Context(model, calibration, None, 0, model.device, partial(report, "effects")))
+    plans = _plans(found, Context(model, calibration, None, 0, model.device, report=report))
     for done, (name, statistics) in enumerate(texts.items()):
         streamed = StreamedModel(folder, calibration.dtype, calibration.device)
         scratch = statistics.scratch((len(RATIOS) + 2) * TOKENS * statistics.sizes.row)

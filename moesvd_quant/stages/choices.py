@@ -32,7 +32,8 @@ def choices_of(context: Context, widths: list[int], ranks: bool) -> Choices:
     key = (tuple(widths), ranks)
     if key not in context.memo:
         _require_native(context)
-        work = partial(_layer_choices, context.statistics.effects(context.progress), widths, ranks)
+        effects = context.statistics.effects(partial(context.report, "effects of errors on the output"))
+        work = partial(_layer_choices, effects, widths, ranks)
         found = dict(context.each_layer(work, context.surveyed))
         layers = [found[index] for index in sorted(found)]
         context.memo[key] = Choices(*(dict(ChainMap(*reversed(part))) for part in zip(*layers)))

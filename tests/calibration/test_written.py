@@ -6,9 +6,10 @@ from tiny import tiny_model, tiny_tokenizer
 
 from moesvd_quant.calibration.windows import windows_of
 from moesvd_quant.calibration.written import allowed_tokens, write, written_windows
-from moesvd_quant.memory import Memory
+from moesvd_quant.memory import Memory, MemoryLimitError
 from moesvd_quant.model.modeling_moesvd import MANIFEST
 from moesvd_quant.model.stream import StreamedModel
+from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import Calibration, load_recipe
 from moesvd_quant.runner import Run
 
@@ -97,3 +98,18 @@ def test_a_recipe_needs_no_data(make_model, tmp_path, small):
     wanted = [*small, "calibration.dataset=not there", "calibration.self_written=1.0"]
     (folder,) = Run(load_recipe("svd", wanted), make_model("mixtral"), tmp_path / "out").run()
     assert (folder / MANIFEST).is_file()
+
+
+def test_a_plan_that_needs_no_statistics_writes_nothing(make_model, tmp_path, small, monkeypatch):
+    monkeypatch.setattr(StreamedModel, "walk", None)
+    job = Run(
+        load_recipe("gptq4", [*small, "calibration.self_written=0.5", "seed=11"]), make_model("mixtral"), tmp_path
+    )
+    assert job.needs().statistics_disk > 0 and plan_stages(job)[-1]["accounting"]["disk_bytes"] > 0
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_written(make_model, tmp_path, small, monkeypatch):
+    monkeypatch.setattr(StreamedModel, "walk", None)
+    recipe = load_recipe("svd", [*small, "calibration.self_written=0.5", "seed=12"])
+    with pytest.raises(MemoryLimitError, match="are needed and 0.00 GB may be taken"):
+        Run(recipe, make_model("mixtral"), tmp_path, memory=1000).run()

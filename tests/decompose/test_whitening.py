@@ -96,3 +96,30 @@ def test_one_decomposition_gives_what_the_svd_gives(shape):
     assert torch.allclose(spectrum, s**2, rtol=1e-8)
     assert torch.allclose((basis * u[:, :8]).sum(0).abs(), torch.ones(8, dtype=torch.float64))
     assert torch.allclose(rows, basis.T @ weight)
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
+def test_in_single_precision_nothing_that_matters_is_lost(shape):
+    weight, gram, _ = problem(shape, tokens=1000)
+    exact = whitened_error(weight, torch.matmul(*whitened_svd(weight, gram, 40)), gram)
+    single = whitened_svd(weight.float(), gram.float(), 40)
+    assert whitened_error(weight, torch.matmul(*single), gram) == pytest.approx(exact, rel=1e-5)
+    full = torch.matmul(*whitened_svd(weight.float(), gram.float(), min(shape)))
+    assert whitened_error(weight, full, gram) < 1e-10
+    spectra = [whitened_spectrum(weight.to(kind), gram.to(kind)) for kind in (torch.float32, torch.float64)]
+    assert torch.allclose(*spectra, atol=1e-6 * float(spectra[1][0]))
+
+
+def test_inputs_that_nearly_repeat_others_are_no_trouble():
+    """A Cholesky factor exists, but its inverse would be noise."""
+    weight, _, x = problem((40, 24))
+    x[:, 20] = x[:, 3] * (1 + 1e-6 * torch.randn(len(x), generator=torch.Generator().manual_seed(1)))
+    gram = x.T @ x
+    assert not torch.linalg.cholesky_ex(gram)[1]
+    left, right = whitened_svd(weight, gram, 24)
+    assert whitened_error(weight, left @ right, gram) < 1e-12
+    spectrum, basis, rows = whitened_directions(weight, gram, 8)
+    u, s, _ = torch.linalg.svd(weight @ gram_root(gram), full_matrices=False)
+    assert torch.allclose(spectrum[:8], s[:8] ** 2, rtol=1e-8)
+    assert torch.allclose((basis * u[:, :8]).sum(0).abs(), torch.ones(8, dtype=torch.float64))
+    assert torch.allclose(rows, basis.T @ weight)
