@@ -33,14 +33,14 @@ def _precise(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _inner(weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-    """The smaller of A A^T and A^T A, float64, with A = weight @ root; the root where it is the latter, and whether
-    that is triangular."""
+    """The smaller of A A^T and A^T A, with A = weight @ root; the root where it is the latter, and whether that is
+    triangular."""
     if weight.shape[0] <= weight.shape[1]:
-        return (weight @ gram @ weight.T).double(), None, False
+        return weight @ gram @ weight.T, None, False
     triangular = _triangular_root(gram)
     root = gram_root(gram) if triangular is None else triangular
     half = root.to(weight.dtype)
-    return (half.T @ (weight.T @ weight) @ half).double(), root, triangular is not None
+    return half.T @ (weight.T @ weight) @ half, root, triangular is not None
 
 
 def whitened_spectrum(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -49,21 +49,22 @@ def whitened_spectrum(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     weight (out, in), gram (in, in). The sum of the first r is the energy a rank-r factorization keeps.
     """
     inner, _, _ = _inner(*_precise(weight, gram))
-    return torch.linalg.eigvalsh(inner).flip(0).clamp(min=0)
+    return torch.linalg.eigvalsh(inner).flip(0).clamp(min=0).double()
 
 
 def whitened_directions(
     weight: torch.Tensor, gram: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`whitened_spectrum` (k,), the leading left singular vectors U_r (out, rank) of weight @ gram_root(gram), and
-    U_r^T weight (rank, in), all float64, by one eigendecomposition of the smaller side.
+    U_r^T weight (rank, in), all float64, by one eigendecomposition of the smaller side, in the precision of the inputs.
     """
     weight, gram = _precise(weight, gram)
     inner, root, triangular = _inner(weight, gram)
     values, vectors = torch.linalg.eigh(inner)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)[:, :rank]
+    values, vectors = values.flip(0).clamp(min=0).double(), vectors.flip(1)[:, :rank]
     if root is None:
-        return values, vectors, (vectors.T.to(weight) @ weight).double()
+        return values, vectors.double(), (vectors.T @ weight).double()
+    vectors = vectors.double()
     left = (weight @ (root @ vectors).to(weight)).double()
     if triangular:  # U_r^T W = Sigma_r V_r^T S^-1: no second product with W
         sigma = left.norm(dim=0).clamp(min=1e-300)
