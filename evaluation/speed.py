@@ -72,10 +72,12 @@ def _filled(model: nn.Module, device: str) -> nn.Module:
 
 
 def uniform_layout(folder: str | Path, ratio: float) -> dict:
-    """Layout in which every expert matrix has factors of one rank share, `ratio` of the parameters gone."""
+    """Layout in which every expert matrix, gate and up as one, has factors of one rank share, `ratio` of the parameters
+    gone."""
     from ..decompose.ranks import level_ranks
     from ..layout import empty_layout, factor_part
     from ..model.experts import shapes_of
+    from ..model.factorized_experts import joined
     from ..model.folder import read_config
 
     config = read_config(Path(folder))
@@ -83,7 +85,9 @@ def uniform_layout(folder: str | Path, ratio: float) -> dict:
         model = _native_class(config)._from_config(config)
     layout, items = empty_layout(config.model_type), []
     for path, experts in find_experts(model):
-        items += [(path, name, shape, expert_count(experts)) for name, shape in shapes_of(experts).items()]
+        shapes = shapes_of(experts)
+        shapes = joined(shapes) if "gate" in shapes else shapes
+        items += [(path, name, shape, expert_count(experts)) for name, shape in shapes.items()]
     budget = int((1 - ratio) * sum(out * inner * count for *_, (out, inner), count in items))
     ranks = level_ranks([count * sum(shape) for *_, shape, count in items], [min(i[2]) for i in items], budget)
     for (path, name, _, count), rank in zip(items, ranks):
