@@ -21,7 +21,7 @@ BUDGETS = (1.0, 1.3, 1.5, 2.0, 2.5, 3.0, 4.0)  # bits per original expert weight
 PLANNERS = ("gptq-fit", "fit")
 ONE_WIDTH = (2, 3, 4)  # of plain GPTQ
 WIDTHS = (2, 3, 4, 8)  # of quantized factors of one rank share
-RESEEDED = (1.5, 2.5)  # budgets that are repeated with other calibration seeds
+RESEEDED = (1.5, 2.5, 3.0)  # budgets that are repeated with other calibration seeds
 SENSIBLE = (0.3, 0.65)  # shares of the expert parameters between which leaving them out competes with fewer bits
 UNSEEN_FROM = 2.3  # bits: below, nothing is claimed of text unlike the calibration
 

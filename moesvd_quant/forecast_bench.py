@@ -127,8 +127,11 @@ def measured(bench: Bench, bits: float, plans: int, file: Path, report) -> list[
 
 def plan_from(plan: dict) -> Choices:
     """As `measured` has written them."""
-    keys = {name: tuple(name.rsplit("/", 1)) for name in plan["choices"]}
-    return {keys[name]: [Choice(*choice) for choice in chosen] for name, chosen in plan["choices"].items()}  # type: ignore
+    found: Choices = {}
+    for name, chosen in plan["choices"].items():
+        path, _, projection = name.rpartition("/")
+        found[path, projection] = [Choice(*choice) for choice in chosen]
+    return found
 
 
 def main(
