@@ -20,7 +20,6 @@ from ..quantize.gptq import resolve_group_size, round_to_nearest
 PERTURBATION = 3  # bits
 TOKENS, LENGTH = 4096, 256  # of calibration text
 LAYERS = 16  # groups of layers at most
-CHUNK = 256  # tokens whose predictions are in memory at a time
 
 
 def perturbed(weights: torch.Tensor) -> torch.Tensor:
@@ -94,9 +93,8 @@ def _divergence(streamed: StreamedModel, hidden: Batches) -> float:
     """KL divergence per token of the predictions from `hidden` from those of the walk's own last hidden states."""
     total, count = 0.0, 0
     for original, other, batch in zip(streamed.hidden, hidden, streamed.batches):
-        few = max(1, CHUNK // batch.shape[1])  # windows
-        for one, two, ids in zip(original.split(few), other.split(few), batch.split(few)):
-            p, q = (streamed.head(h, ids).float().log_softmax(-1) for h in (one, two))
-            total += float((p.exp() * (p - q)).sum().double())
-            count += ids.numel()
+        for at in streamed.predicted(batch):
+            p, q = (streamed.head(h[:, at], batch[:, at]).float().log_softmax(-1) for h in (original, other))
+            total += float(q.sub_(p).mul_(p.exp_()).sum().double().neg())
+        count += batch.numel()
     return total / count

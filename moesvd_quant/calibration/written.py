@@ -23,7 +23,6 @@ from .cache import cache_root
 
 ROUNDS = 8
 BATCH_TOKENS = 2048  # of a batch in a layer; part of the result's last bits
-CHUNK = 256  # tokens whose predictions are in memory at a time
 
 Progress = Callable[[int, int], None]
 
@@ -102,12 +101,10 @@ def write(
 def _drawn(streamed, hidden, ids, allowed, generator) -> torch.Tensor:
     """The next tokens of a batch of windows (n, length), on the CPU."""
     drawn = [ids[:, :1].cpu()]
-    step = max(1, CHUNK // len(ids))
-    for first in range(0, ids.shape[1] - 1, step):
-        here = slice(first, min(first + step, ids.shape[1] - 1))
-        logits = streamed.head(hidden[:, here], ids[:, here]).float()
+    points = torch.rand(*ids.shape, 1, generator=generator).to(ids.device)
+    for at in streamed.predicted(ids):
+        logits = streamed.head(hidden[:, at], ids[:, at]).float()
         shares = logits.masked_fill_(~allowed.to(logits.device), -torch.inf).softmax(-1).cumsum(-1)
-        points = torch.rand(*shares.shape[:-1], 1, generator=generator).to(shares.device)
-        found = torch.searchsorted(shares, points * shares[..., -1:], right=True)[..., 0]
+        found = torch.searchsorted(shares, points[:, at] * shares[..., -1:], right=True)[..., 0]
         drawn.append(found.clamp(max=int(allowed.nonzero()[-1])).cpu())
-    return torch.cat(drawn, 1)
+    return torch.cat(drawn, 1)[:, :-1]  # the last ones come after the windows

@@ -16,6 +16,8 @@ from .layered import LayeredModel
 from .stateful import forwards
 from .visit import LayerVisit
 
+PREDICTED = 2**22  # logits in memory at a time, where those of a text are gone through
+
 
 class StreamedModel(LayeredModel):
     """A model whose layers are walked through.
@@ -95,16 +97,22 @@ class StreamedModel(LayeredModel):
         """Whether what comes after the layers reads the input embeddings as well."""
         if not any(p.device.type == "meta" for p in self.model.get_input_embeddings().parameters()):
             return False
-        found = []
+        found, few = [], (slice(0, 1), slice(0, 8))  # all predictions of a batch would be more than a layer
         for value in (0.0, 1.0):
             with without_embeddings(self.model, value):
-                found.append(finish(self.model, self.layers, self.hidden[0], self.batches[0], self.like))
+                found.append(finish(self.model, self.layers, self.hidden[0][few], self.batches[0][few], self.like))
         return not torch.equal(*found)
 
     def head(self, hidden: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """Logits (n, length, vocabulary) of token ids `batch` whose last decoder layer gave `hidden`; after a walk."""
         with without_embeddings(self.model):
             return finish(self.model, self.layers, hidden, batch, self.like)
+
+    def predicted(self, batch: torch.Tensor) -> Iterator[slice]:
+        """Positions of a batch of token ids (n, length), as many at a time as have PREDICTED logits."""
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        step = max(1, PREDICTED // (len(batch) * vocabulary))
+        return (slice(first, first + step) for first in range(0, batch.shape[1], step))
 
     def head_input(self, hidden: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """What the output head gets then."""

@@ -32,7 +32,7 @@ def test_a_round_draws_every_token_from_the_models_prediction(architecture, make
     generator, expected = torch.Generator().manual_seed(7), []
     for batch in windows.split(2):  # the same points of the same distributions, one token at a time
         shares = tiny_model(architecture)(batch).logits.softmax(-1).double()
-        points = torch.rand(len(batch), 23, 1, generator=generator)
+        points = torch.rand(len(batch), 24, 1, generator=generator)
         for row, own, drawn in zip(batch, shares, points):
             following = [int((own[at].cumsum(0) <= float(drawn[at])).sum()) for at in range(23)]
             expected.append([int(row[0]), *following])
