@@ -92,9 +92,10 @@ def _open(folder: Path, wanted: Wanted, device: str, progress: Report) -> _Opene
     import moesvd_quant
 
     from ..model.folder import read_config
+    from ..model.stream import precision_on
 
     config = read_config(folder)
-    dtype = torch.float32 if str(device) == "cpu" else None
+    dtype = precision_on(device)
     if wanted.stream if wanted.stream is not None else not fits(folder, device):
         if wanted.tasks:
             raise ValueError(f"{folder}: tasks need the whole model in memory; perplexity alone can stream")

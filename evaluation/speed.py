@@ -85,9 +85,7 @@ def uniform_layout(folder: str | Path, ratio: float) -> dict:
         model = _native_class(config)._from_config(config)
     layout, items = empty_layout(config.model_type), []
     for path, experts in find_experts(model):
-        shapes = shapes_of(experts)
-        shapes = joined(shapes) if "gate" in shapes else shapes
-        items += [(path, name, shape, expert_count(experts)) for name, shape in shapes.items()]
+        items += [(path, name, shape, expert_count(experts)) for name, shape in joined(shapes_of(experts)).items()]
     budget = int((1 - ratio) * sum(out * inner * count for *_, (out, inner), count in items))
     ranks = level_ranks([count * sum(shape) for *_, shape, count in items], [min(i[2]) for i in items], budget)
     for (path, name, _, count), rank in zip(items, ranks):

@@ -89,6 +89,10 @@ class Memory:
     def free(self) -> int:
         return self.limit - anonymous_bytes()
 
+    def holds(self, needed: int, layer: int) -> bool:
+        """Whether `needed` bytes of hidden states fit beside two layers of `layer` bytes."""
+        return self.free() > needed + 2 * layer
+
     def at_once(self, count: int, each: int, reserve: int = 0) -> int:
         """How many of `count` things of `each` bytes fit, with `reserve` bytes left; at least one."""
         return max(1, min(count, (self.free() - reserve) // each))

@@ -85,13 +85,15 @@ class Run:
         progress = partial(self.report, "calibration text of the model itself")
 
         def make() -> torch.Tensor:
-            if missing:
-                self.needs().require(self.statistics.store)
             return windows_of(wanted, self.model, self.model_digest, length, seed, self.device, memory, progress)
 
-        missing = must_write(wanted, self.model_digest, length, seed, self.device)
-        made, shape = make if missing else make(), (wanted.samples, length)
-        return Statistics(self.model, self.model_digest, made, self.device, memory=memory, shape=shape)
+        def make_if_it_fits() -> torch.Tensor:
+            self.needs().require(self.statistics.store)
+            return make()
+
+        later = must_write(wanted, self.model_digest, length, seed, self.device)
+        windows, shape = make_if_it_fits if later else make(), (wanted.samples, length)
+        return Statistics(self.model, self.model_digest, windows, self.device, memory=memory, shape=shape)
 
     @property
     def windows(self) -> torch.Tensor:

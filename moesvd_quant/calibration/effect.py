@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from ..memory import Batches
 from ..model.experts import find_experts, split_projections
@@ -95,6 +96,6 @@ def _divergence(streamed: StreamedModel, hidden: Batches) -> float:
     for original, other, batch in zip(streamed.hidden, hidden, streamed.batches):
         for at in streamed.predicted(batch):
             p, q = (streamed.head(h[:, at], batch[:, at]).float().log_softmax(-1) for h in (original, other))
-            total += float(q.sub_(p).mul_(p.exp_()).sum().double().neg())
+            total += float(F.kl_div(q, p, reduction="sum", log_target=True))
         count += batch.numel()
     return total / count

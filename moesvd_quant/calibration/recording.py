@@ -13,6 +13,8 @@ from ..model.experts import expert_count, find_experts, find_linears, shapes_of
 from ..model.stream import StreamedModel
 from .statistics import LayerRecorder
 
+BATCH_TOKENS = 2048  # part of the result: sums run batch by batch, of at most so many tokens or one window
+
 
 def record_layer(layer: nn.Module, path: Path, run: Callable[[], Any], at_once: int | None, scratch: Path) -> None:
     """The sums of `LayerRecorder` while `run` takes all batches through the layer, into the file `path`.

@@ -17,14 +17,13 @@ from ..checkpoint.files import write_json, write_tensors
 from ..memory import Memory, Sizes
 from ..model.experts import find_experts
 from ..model.modeling_moesvd import file_digest
-from ..model.stream import StreamedModel
+from ..model.stream import StreamedModel, precision_on
 from .cache import cache_cap, cache_root, make_room, walk_folder
 from .effect import LAYERS, TOKENS, measure_effects
 from .fisher import fisher_bases
-from .recording import experts_at_once, head_gram, pass_on, record_layer, recorded_bytes
+from .recording import BATCH_TOKENS, experts_at_once, head_gram, pass_on, record_layer, recorded_bytes
 
 WALK_VERSION = 4
-BATCH_TOKENS = 2048  # part of the result: sums run batch by batch, of at most so many tokens or one window
 EFFECT_BATCH = 8  # windows
 EFFECT_COPIES = 3 * LAYERS + 3  # of hidden states
 FISHER_SEQUENCES = 1024  # of the calibration windows, as in D2-MoE
@@ -48,7 +47,7 @@ class Statistics:
         self.folder, self.device, self._make = Path(folder), device, windows
         self.shape = tuple(shape or windows.shape)
         self.memory, self.model_digest = memory or Memory(), model_digest
-        self.dtype = torch.float32 if str(device) == "cpu" else None
+        self.dtype = precision_on(device)
         self.batch_size = max(1, BATCH_TOKENS // self.shape[1])
         self.store = root or cache_root() / "statistics"
         meta = StreamedModel(folder, self.dtype)
@@ -154,7 +153,7 @@ class Statistics:
 
     def scratch(self, needed: int) -> Path | None:
         """None where hidden states of `needed` bytes fit in memory beside two layers; else the folder for them."""
-        return None if self.memory.free() > needed + 2 * self.sizes.layer else self.store
+        return None if self.memory.holds(needed, self.sizes.layer) else self.store
 
     def record(self, visit, path: Path, run: Callable[[], Any]) -> None:
         """One layer's statistics while `run` takes all batches through it, as many experts at a time as memory

@@ -18,26 +18,21 @@ from safetensors.torch import load_file
 
 from ..checkpoint.files import write_tensors
 from ..memory import Memory, Sizes
-from ..model.stream import StreamedModel
+from ..model.stream import StreamedModel, precision_on
 from .cache import cache_root
+from .recording import BATCH_TOKENS
 
 ROUNDS = 8
-BATCH_TOKENS = 2048  # of a batch in a layer; part of the result's last bits
 
 Progress = Callable[[int, int], None]
 
 
 def written_path(digest: str, shape: tuple[int, int], seed: int, device) -> Path:
     """Where the cache keeps windows of this shape that a model wrote, or will."""
-    versions = [ROUNDS, BATCH_TOKENS, str(_precision(device)), torch.get_num_threads()]
+    versions = [ROUNDS, BATCH_TOKENS, str(precision_on(device)), torch.get_num_threads()]
     described = [digest, list(shape), seed, *versions, torch.__version__, transformers.__version__]
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()
     return cache_root() / "written" / f"{key[:32]}.safetensors"
-
-
-def _precision(device) -> torch.dtype | None:
-    """Of the walks, as of those that read what a model sees."""
-    return torch.float32 if str(device) == "cpu" else None
 
 
 def written_windows(
@@ -47,7 +42,7 @@ def written_windows(
 
     digest: of the model's files. The tokens are never the tokenizer's special ones, except for the end of a text.
     """
-    path, dtype = written_path(digest, shape, seed, device), _precision(device)
+    path, dtype = written_path(digest, shape, seed, device), precision_on(device)
     if path.is_file():
         return load_file(path)["windows"]
     streamed = StreamedModel(folder, dtype, device)
@@ -56,7 +51,7 @@ def written_windows(
     start = allowed.nonzero()[:, 0][torch.randint(int(allowed.sum()), shape, generator=generator)]
     batch_size = max(1, BATCH_TOKENS // shape[1])
     sizes = Sizes.of(streamed, shape, batch_size)
-    held = memory.free() > 2 * start.numel() * sizes.row + 2 * sizes.layer
+    held = memory.holds(2 * start.numel() * sizes.row, sizes.layer)
     made = write(streamed, start, allowed, generator, batch_size, None if held else path.parent, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, {"windows": made})
@@ -102,9 +97,10 @@ def _drawn(streamed, hidden, ids, allowed, generator) -> torch.Tensor:
     """The next tokens of a batch of windows (n, length), on the CPU."""
     drawn = [ids[:, :1].cpu()]
     points = torch.rand(*ids.shape, 1, generator=generator).to(ids.device)
+    forbidden, last = ~allowed.to(ids.device), int(allowed.nonzero()[-1])
     for at in streamed.predicted(ids):
         logits = streamed.head(hidden[:, at], ids[:, at]).float()
-        shares = logits.masked_fill_(~allowed.to(logits.device), -torch.inf).softmax(-1).cumsum(-1)
+        shares = logits.masked_fill_(forbidden, -torch.inf).softmax(-1).cumsum(-1)
         found = torch.searchsorted(shares, points[:, at] * shares[..., -1:], right=True)[..., 0]
-        drawn.append(found.clamp(max=int(allowed.nonzero()[-1])).cpu())
+        drawn.append(found.clamp(max=last).cpu())
     return torch.cat(drawn, 1)[:, :-1]  # the last ones come after the windows

@@ -54,7 +54,7 @@ def shapes_of(experts: nn.Module) -> dict[str, tuple[int, int]]:
 def all_shapes(experts: nn.Module) -> dict[str, tuple[int, int]]:
     """(out, in) of each projection, and of gate and up together where there are both."""
     shapes = shapes_of(experts)
-    return joined(shapes) | shapes if "gate" in shapes else shapes
+    return joined(shapes) | shapes
 
 
 def dense_weight(experts: nn.Module, projection: str, expert: int, dtype=torch.float32) -> torch.Tensor:

@@ -60,7 +60,9 @@ def projection_shapes(experts: nn.Module) -> dict:
 
 
 def joined(shapes: dict) -> dict:
-    """(out, in) of each projection where gate and up are one."""
+    """(out, in) of each projection where gate and up, if there are both, are one."""
+    if "gate" not in shapes:
+        return shapes
     (gate, inputs), (up, _) = shapes["gate"], shapes["up"]
     return {JOINT: (gate + up, inputs), "down": shapes["down"]}
 

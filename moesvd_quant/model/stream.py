@@ -19,6 +19,11 @@ from .visit import LayerVisit
 PREDICTED = 2**22  # logits in memory at a time, where those of a text are gone through
 
 
+def precision_on(device: torch.device | str) -> torch.dtype | None:
+    """Of the weights in a walk: float32 on a CPU, None (as they are stored) elsewhere."""
+    return torch.float32 if str(device) == "cpu" else None
+
+
 class StreamedModel(LayeredModel):
     """A model whose layers are walked through.
 

@@ -64,9 +64,7 @@ def _layer_choices(effects, widths, ranks, context: Context, index: int, layer, 
         if not reached(statistics, path):  # kept as it is
             continue
         made.weak[full] = weak_experts(statistics, path)
-        shapes = shapes_of(experts)
-        if ranks and "gate" in shapes:
-            shapes = joined(shapes)
+        shapes = joined(shapes_of(experts)) if ranks else shapes_of(experts)
         make = partial(_profiles, context, experts, statistics, path, full, effects, damp, list(shapes))
         kept = context.statistics.kept(f"profiles-{METRIC}-{damp}-{'joint' if ranks else 'apart'}-{full}", make)
         made.prices[full] = {key.removesuffix("/price"): float(kept[key]) for key in kept if key.endswith("/price")}

@@ -93,7 +93,7 @@ def test_a_frozen_model_in_nf4_is_bitsandbytes_own_and_still_trains_after_an_eva
     lm_loss(model, IDS).backward()  # after a forward without gradients
     grads = {name: p.grad.norm() for name, p in trained.tensors().items() if name.endswith("lora_B.weight")}
     assert len(grads) == len(trained.adapters) > 12
-    assert sum(norm > 0 for norm in grads.values()) > 0.8 * len(grads)  # all that met a token
+    assert all(norm > 0 for norm in grads.values())
     plain = Trained(reference, LAYERS, LoraOptions(), [], 0)
     lm_loss(reference, IDS).backward()
     for name, parameter in plain.tensors().items():
