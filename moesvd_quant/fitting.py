@@ -10,7 +10,7 @@ from .allocate import DENSE, FLOAT, NOTHING, Choice, Table, useful_ranks
 from .calibration.effect import perturbed
 from .decompose.whitening import whitened_directions
 from .model.packing import bank_tensors
-from .quantize.noise import ROUNDING, dense_noise, factor_noise, innovation
+from .quantize.noise import ROUNDING, dense_noise, factor_noise, innovations
 
 # Measured at one size of error, effects are trusted to this power (docs/results.md has the ablation).
 EFFECT, MIN_EFFECT = 0.7, 1e-7
@@ -31,7 +31,7 @@ class Profile:
 def profile(weight: torch.Tensor, gram: torch.Tensor, damp: float) -> Profile:
     """Of a matrix (out, in), each row times the root of its price, whose inputs have Gram matrix gram (in, in)."""
     spectrum, _, rows = whitened_directions(weight, gram, min(weight.shape))
-    columns, spread = weight.shape[1], innovation(gram, damp)
+    columns, spread = weight.shape[1], float(innovations(gram, damp).sum())
     return Profile(
         spectrum.cpu(),
         dense_noise(float(weight.double().square().sum()), columns, spread),

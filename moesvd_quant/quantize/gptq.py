@@ -9,11 +9,11 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from ..model.packing import KINDS, SCALES, STEPS, dequantize, pack, scale_levels, unpack
+from ..model.packing import KINDS, SCALES, dequantize, pack, scale_levels, unpack
+from .grid import Grids, largest_scale, whole_range
+from .noise import innovations
 
 FP16_MAX = 65504.0
-# Each group's range is clipped where the sum of |error|^GRID_NORM is least; 3-bit GPTQ then loses a fifth less.
-GRID_NORM = 2.4
 
 
 class QuantizeError(ValueError):
@@ -48,18 +48,12 @@ def _core():
         from gptqmodel.quantization.quantizer import Quantizer
 
     class OnGrid(Quantizer):
-        """Scales are rounded to what can be stored before anything is quantized with them."""
+        """Its grids are found beforehand."""
 
-        base: torch.Tensor
-        scale: torch.Tensor
-        zero: torch.Tensor
+        grids: Grids
 
         def find_params(self, x, weight=False):
-            super().find_params(x, weight)
-            found = self.scale
-            self.scale = on_grid(found, self.base, self.qcfg.bits)
-            if not self.qcfg.sym:  # the range stays where it was
-                self.zero = (self.zero * found / self.scale).round().clamp(0, self.maxq)
+            self.scale, self.zero = (found.unsqueeze(1) for found in self.grids.next())
 
     return GPTQ, GPTQConfig, OnGrid
 
@@ -102,58 +96,33 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, quant: dict, damp: float) -> 
         act_group_aware=False,
         static_groups=True,
         damp_percent=damp,
-        mse=GRID_NORM,
         offload_to_disk=False,
     )
     core = GPTQ(linear, qcfg=config)
     core.quantizer.configure(perchannel=True, bits=quant["bits"], sym=quant["sym"])
-    core.quantizer.__class__, core.quantizer.base = OnGrid, _largest_scale(linear.weight.data, quant)
-    # The core first searches a grid for the whole matrix, which static groups never use: half of the search.
-    core.quantizer.find_params = lambda *_, **__: delattr(core.quantizer, "find_params")
     core.H = _scaled(gram).to(weight.device)
+    base = largest_scale(linear.weight.data, quant)
+    core.quantizer.__class__ = OnGrid
+    core.quantizer.grids = Grids(linear.weight.data, innovations(core.H, damp), base, quant)
+    # The core first asks for a grid for the whole matrix, which static groups never use.
+    core.quantizer.find_params = lambda *_, **__: delattr(core.quantizer, "find_params")
     core.nsamples = columns + 1  # of the Gram matrix' scale nothing depends; zero would mean rounding
     core._hessian_dirty = False
     dense, scale, zero, *_ = core.quantize()
-    return pack_matrix(dense.float(), scale.float(), zero.float(), core.quantizer.base, quant)
-
-
-def on_grid(scale: torch.Tensor, base: torch.Tensor, bits: int) -> torch.Tensor:
-    """The nearest scales that can be stored under a base; at 8 bits the next larger ones, since clipping by a few
-    percent would cost more than all rounding does."""
-    exact = (base / scale).log2() * STEPS
-    levels = (exact.floor() if bits == 8 else exact.round()).clamp(0, len(SCALES) - 1)
-    return SCALES.to(scale.device)[levels.int()] * base
-
-
-def _largest_scale(weight: torch.Tensor, quant: dict) -> torch.Tensor:
-    """() float32: at least as large as the scale of any group of a matrix."""
-    low, high = (-weight.min()).clamp(min=0), weight.max().clamp(min=0)
-    span = 2 * torch.maximum(low, high) if quant["sym"] else low + high
-    flat = torch.tensor(2.0, device=weight.device)  # the range that a group of zeros is given
-    return torch.where(span > 0, span, flat) / (2 ** quant["bits"] - 1)
+    return pack_matrix(dense.float(), scale.float(), zero.float(), base, quant)
 
 
 def round_to_nearest(weight: torch.Tensor, quant: dict) -> PackedMatrix:
     """Plain rounding on the min-max grid of each group: the baseline that GPTQ has to beat."""
-    weight, size, top = weight.float(), quant["group_size"], 2 ** quant["bits"] - 1
-    base = _largest_scale(weight, quant)
-    scales, zeros = [], []
-    for group in weight.split(size, dim=1):
-        low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
-        if quant["sym"]:
-            high = torch.maximum(-low, high)
-            low = -high
-        flat = low == high
-        low, high = torch.where(flat, -1.0, low), torch.where(flat, 1.0, high)
-        scale = on_grid((high - low) / top, base, quant["bits"])
-        scales.append(scale)
-        zeros.append(torch.full_like(scale, (top + 1) / 2) if quant["sym"] else (-low / scale).round())
-    scale, zero = torch.stack(scales, 1), torch.stack(zeros, 1)
+    weight = weight.float()
+    base = largest_scale(weight, quant)
+    grids = [whole_range(group, base, quant) for group in weight.split(quant["group_size"], dim=1)]
+    scale, zero = (torch.stack(found, 1) for found in zip(*grids))
     return pack_matrix(weight, scale, zero, base, quant)
 
 
 def pack_matrix(dense, scale, zero, base, quant) -> PackedMatrix:
-    """Codes of `dense` (out, in) on the grid of scale (of `on_grid`) and zero (out, groups), all float32, packed."""
+    """Codes of `dense` (out, in) on the grid of scale (out, groups), which can be stored, and zero; float32, packed."""
     columns, size, top = dense.shape[1], quant["group_size"], 2 ** quant["bits"] - 1
     if not torch.isfinite(dense).all() or not torch.isfinite(scale).all():
         raise QuantizeError("quantization gave values that are not finite")

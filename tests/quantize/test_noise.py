@@ -6,7 +6,7 @@ import torch
 from moesvd_quant.decompose.whitening import whitened_directions, whitened_error, whitened_svd
 from moesvd_quant.quantize.factors import quantize_factors
 from moesvd_quant.quantize.gptq import gptq
-from moesvd_quant.quantize.noise import ROUNDING, dense_noise, factor_noise, innovation
+from moesvd_quant.quantize.noise import ROUNDING, dense_noise, factor_noise, innovations
 
 DAMP = 0.05
 
@@ -27,13 +27,12 @@ def problem(out=96, columns=128, seed=0):
 def test_innovation_is_what_later_inputs_do_not_explain():
     _, gram = problem()
     order = gram.diagonal().argsort(descending=True)
-    expected = 0.0
+    found = innovations(gram, 0.0)
     for step, j in enumerate(order):  # residual variance of a regression on the inputs that come later
         later = order[step + 1 :]
         cross = gram[j, later]
         explained = cross @ torch.linalg.solve(gram[later][:, later], cross) if len(later) else 0.0
-        expected += float(gram[j, j] - explained)
-    assert innovation(gram, 0.0) == pytest.approx(expected, rel=1e-6)
+        assert float(found[j]) == pytest.approx(float(gram[j, j] - explained), rel=1e-6)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -48,7 +47,7 @@ def test_dense_error_is_forecast(bits):
     weight, gram = problem()
     packed = gptq(weight, gram, {"bits": bits, "group_size": 64, "sym": False}, DAMP)
     measured = whitened_error(weight, packed.dense(), gram) * float(((weight @ gram) * weight).sum())
-    forecast = ROUNDING[bits] * dense_noise(float(weight.square().sum()), 128, innovation(gram, DAMP))
+    forecast = ROUNDING[bits] * dense_noise(float(weight.square().sum()), 128, float(innovations(gram, DAMP).sum()))
     assert measured == pytest.approx(forecast, rel=0.2)
 
 
@@ -65,5 +64,6 @@ def test_factor_error_is_forecast(bits, rank):
     truncated = whitened_error(weight, left @ right, gram)
     measured = (whitened_error(weight, lefts[0].dense() @ rights[0].dense(), gram) - truncated) * energy
     spectrum, _, rows = whitened_directions(weight, gram, min(weight.shape))
-    forecast = ROUNDING[bits] * factor_noise(spectrum, rows.norm(dim=1), 128, innovation(gram, DAMP), DAMP)[rank - 1]
+    spread = float(innovations(gram, DAMP).sum())
+    forecast = ROUNDING[bits] * factor_noise(spectrum, rows.norm(dim=1), 128, spread, DAMP)[rank - 1]
     assert 0.5 < measured / float(forecast) < 1.5
