@@ -35,7 +35,7 @@ def profile(weight: torch.Tensor, gram: torch.Tensor, damp: float) -> Profile:
     return Profile(
         spectrum.cpu(),
         dense_noise(float(weight.double().square().sum()), columns, spread),
-        factor_noise(spectrum, rows.norm(dim=1), columns, spread, damp).cpu(),
+        factor_noise(spectrum, rows.double().norm(dim=1), columns, spread, damp).cpu(),
     )
 
 

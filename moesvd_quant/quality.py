@@ -154,7 +154,7 @@ def excess_quotient(weight: torch.Tensor, gram: torch.Tensor, rank: int, bits: L
     quantizer = lambda matrix, inputs, how: gptq(matrix.float(), inputs, how, options.damp)  # noqa: E731
     left, right = whitened_svd(weight, gram, rank)
     (mine,), (rights,) = quantize_factors([weight], [gram], [left], [right], [0], [0], quant, quantizer, 0)
-    _, basis, plain = whitened_directions(weight, gram, rank)
+    _, basis, plain = (found.double() for found in whitened_directions(weight, gram, rank))
     sigma = (plain @ gram.double() * plain).sum(1).sqrt()
     v = plain / sigma[:, None]
     naive = quantizer(basis * sigma, v @ gram.double() @ v.T, quant["left"]).dense()

@@ -18,11 +18,15 @@ def gram_root(gram: torch.Tensor) -> torch.Tensor:
 
 
 def _triangular_root(gram: torch.Tensor) -> torch.Tensor | None:
-    """`gram_root` by Cholesky, in a tenth of the time: lower triangular, with an inverse that can be trusted. None
-    where gram is nearly singular, as no blended metric is."""
-    root, failed = torch.linalg.cholesky_ex(gram.double())
-    left_over = root.diagonal().square() / gram.diagonal()  # of an input's variance, when those before it are known
-    return None if failed or float(left_over.min()) < 1e-6 else root
+    """`gram_root` by Cholesky, in a tenth of the time: lower triangular, with an inverse that can be trusted; in single
+    precision if that will do. None where gram is nearly singular, as no blended metric is."""
+    for dtype, least in ((torch.float32, 1e-3), (torch.float64, 1e-6)):
+        if torch.promote_types(gram.dtype, dtype) is dtype:
+            root, failed = torch.linalg.cholesky_ex(gram.to(dtype))
+            left_over = root.diagonal().square() / gram.diagonal()  # of an input's variance, given those before it
+            if not failed and float(left_over.min()) > least:
+                return root
+    return None
 
 
 def _precise(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -32,15 +36,31 @@ def _precise(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
+def _product(left: torch.Tensor, right: torch.Tensor, triangular: bool = False, symmetric: bool = False):
+    """left.T @ right, by blocks of rows: without the zeros above the diagonal of a lower `triangular` left, and with
+    the half above the diagonal of a `symmetric` result copied from the other."""
+    count = left.shape[1]
+    size = max(128, count // 8)
+    made = right.new_empty(count, right.shape[1])
+    for first in range(0, count, size):
+        rows, end = slice(first, first + size), first + size if symmetric else None
+        start = first if triangular else 0
+        torch.mm(left[start:, rows].T, right[start:, :end], out=made[rows, :end])
+        if symmetric:
+            made[:first, rows] = made[rows, :first].T
+    return made
+
+
 def _inner(weight: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
     """The smaller of A A^T and A^T A, with A = weight @ root; the root where it is the latter, and whether that is
     triangular."""
     if weight.shape[0] <= weight.shape[1]:
-        return weight @ gram @ weight.T, None, False
+        return _product(weight.T, gram @ weight.T, symmetric=True), None, False
     triangular = _triangular_root(gram)
     root = gram_root(gram) if triangular is None else triangular
-    half = root.to(weight.dtype)
-    return half.T @ (weight.T @ weight) @ half, root, triangular is not None
+    half, lower = root.to(weight.dtype), triangular is not None
+    once = _product(half, _product(weight, weight, symmetric=True), lower)
+    return _product(half, once.T, lower, symmetric=True), root, lower
 
 
 def whitened_spectrum(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -55,33 +75,35 @@ def whitened_spectrum(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 def whitened_directions(
     weight: torch.Tensor, gram: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`whitened_spectrum` (k,), the leading left singular vectors U_r (out, rank) of weight @ gram_root(gram), and
-    U_r^T weight (rank, in), all float64, by one eigendecomposition of the smaller side, in the precision of the inputs.
+    """`whitened_spectrum` (k,) float64, the leading left singular vectors U_r (out, rank) of weight @ gram_root(gram),
+    and U_r^T weight (rank, in), both in the best of the inputs' precisions, by one eigendecomposition of the smaller
+    side.
     """
     weight, gram = _precise(weight, gram)
     inner, root, triangular = _inner(weight, gram)
     values, vectors = torch.linalg.eigh(inner)
     values, vectors = values.flip(0).clamp(min=0).double(), vectors.flip(1)[:, :rank]
     if root is None:
-        return values, vectors.double(), (vectors.T @ weight).double()
-    vectors = vectors.double()
-    left = (weight @ (root @ vectors).to(weight)).double()
+        return values, vectors, vectors.T @ weight
+    vectors = vectors.to(root)
+    left = weight @ (root @ vectors).to(weight)
     if triangular:  # U_r^T W = Sigma_r V_r^T S^-1: no second product with W
-        sigma = left.norm(dim=0).clamp(min=1e-300)
+        sigma = left.norm(dim=0).clamp(min=1e-30)
         undone = torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
-        return values, left / sigma, undone * sigma[:, None]
-    basis = torch.linalg.qr(left)[0]  # orthogonal already, unless their values vanish beside the largest
-    return values, basis, (basis.T.to(weight) @ weight).double()
+        return values, left / sigma, undone.to(left) * sigma[:, None]
+    basis = torch.linalg.qr(left.double())[0]  # orthogonal already, unless their values vanish beside the largest
+    return values, basis.to(weight), basis.T.to(weight) @ weight
 
 
 def whitened_svd(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """left (out, rank), right (rank, in) float64: the best rank-r factors under gram, directions balanced."""
+    """left (out, rank), right (rank, in): the best rank-r factors under gram, directions balanced, in the best of the
+    inputs' precisions."""
     return balance(*whitened_directions(weight, gram, rank)[1:])
 
 
 def balance(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same product with equal norms of each left column and right row: a gauge kind to quantization."""
-    scale = (right.norm(dim=1) / left.norm(dim=0).clamp(min=1e-300)).clamp(min=1e-300).sqrt()
+    scale = (right.norm(dim=1) / left.norm(dim=0).clamp(min=1e-30)).clamp(min=1e-30).sqrt()
     return left * scale, right / scale[:, None]
 
 
