@@ -9,7 +9,7 @@ from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run, RunError
 
 OPTIONS = "steps: 8, microbatch: 2, rank: 8, lr: 0.003, validation: 4, validate_every: 2, patience: 2"
-RECIPE = "stages: [{lora: {%s}}]"
+RECIPE = "stages: [%s{lora: {%s}}]"
 
 
 class Killed(BaseException):
@@ -17,12 +17,15 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def make(compressed, tmp_path, small):
+def make(compressed, make_model, tmp_path, small):
+    """make(out, options) -> a run that heals a compressed model; by distillation, which needs the original, from it."""
+
     def make(out: str, more: str = "") -> Run:
-        (tmp_path / "r.yaml").write_text(RECIPE % (OPTIONS + (more or ", batch: 4")))
-        return Run(
-            load_recipe(tmp_path / "r.yaml", small), compressed("svd", "mixtral", "svd.ratio=0.3"), tmp_path / out
-        )
+        distill = "distill" in more
+        before = "{svd: {ratio: 0.3}}, " if distill else ""
+        (tmp_path / "r.yaml").write_text(RECIPE % (before, OPTIONS + (more or ", batch: 4")))
+        folder = make_model("mixtral") if distill else compressed("svd", "mixtral", "svd.ratio=0.3")
+        return Run(load_recipe(tmp_path / "r.yaml", small), folder, tmp_path / out)
 
     return make
 
@@ -47,7 +50,12 @@ def kill_at(monkeypatch, name: str, step: int):
 
 
 @pytest.mark.parametrize(
-    "more", ["", pytest.param(", batch: 2, train: factors, in_turn: true", marks=pytest.mark.slow)]
+    "more",
+    [
+        "",
+        pytest.param(", batch: 2, train: factors, in_turn: true", marks=pytest.mark.slow),
+        pytest.param(", batch: 2, objective: distill", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_at_every_step_and_in_every_save_the_files_are_the_same(make, monkeypatch, more):
     make("whole", more).run()
@@ -90,7 +98,7 @@ def _die_at(index, heal, context, streamed, visit, *rest):
 
 
 def test_other_text_to_train_on_is_noticed(compressed, tmp_path, small, text):
-    (tmp_path / "r.yaml").write_text(RECIPE % (OPTIONS + f", batch: 4, dataset: {tmp_path}/mine.txt"))
+    (tmp_path / "r.yaml").write_text(RECIPE % ("", OPTIONS + f", batch: 4, dataset: {tmp_path}/mine.txt"))
     (tmp_path / "mine.txt").write_text(text.read_text())
     before = compressed("svd", "mixtral", "svd.ratio=0.3")
 
