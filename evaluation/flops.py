@@ -3,8 +3,9 @@
 from torch import nn
 
 from ..model.experts import ROUTERS, find_experts, shapes_of
-from ..model.factorized_experts import FactorizedExperts, part_banks
+from ..model.factorized_experts import FactorizedExperts
 from ..model.packing import PackedLinear
+from ..model.parts import part_banks
 
 
 def flops_per_token(model: nn.Module, context: int) -> dict[str, float]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..model.factorized_experts import part_banks
 from ..model.modeling_moesvd import MANIFEST
 from ..model.packing import bank_tensors
+from ..model.parts import part_banks
 from .memory import KINDS, disk_bytes
 from .plot import figure_bytes
 from .record import RECORD, collect

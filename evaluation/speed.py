@@ -77,8 +77,8 @@ def uniform_layout(folder: str | Path, ratio: float) -> dict:
     from ..decompose.ranks import level_ranks
     from ..layout import empty_layout, factor_part
     from ..model.experts import shapes_of
-    from ..model.factorized_experts import joined
     from ..model.folder import read_config
+    from ..model.parts import joined
 
     config = read_config(Path(folder))
     with init_empty_weights():

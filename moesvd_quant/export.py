@@ -13,10 +13,11 @@ from .accounting import original_model, stored_tensors
 from .checkpoint.files import write_json, write_one_by_one
 from .checkpoint.finish import OUTER_FILE, carry_files, layer_file, write_index
 from .model.experts import split_projections
-from .model.factorized_experts import JOINT, FactorizedExperts, channel_tensors, part_banks
+from .model.factorized_experts import FactorizedExperts
 from .model.folder import ModelError
 from .model.native_experts import form_of
 from .model.packing import KINDS, PackedLinear, pack, unpack
+from .model.parts import JOINT, channel_tensors, part_banks
 from .model.stream import StreamedModel
 from .quantize.gptq import PackedMatrix, QuantizeError, to_standard
 

@@ -8,7 +8,7 @@ import torch
 
 from .allocate import DENSE, FLOAT, NOTHING, Choice, Table, useful_ranks
 from .calibration.effect import perturbed
-from .decompose.whitening import whitened_directions
+from .decompose.whitening import energy, whitened_directions
 from .model.packing import bank_tensors
 from .quantize.noise import ROUNDING, dense_noise, factor_noise, innovations
 
@@ -73,14 +73,13 @@ def error_price(weights: torch.Tensor, grams: Sequence[torch.Tensor], effect: fl
 
     weights (experts, out, in), grams (in, in) by expert; effect: nats per token, of `measure_effects`.
     """
-    error = energy = 0.0
+    error = whole = 0.0
     for weight, gram in zip(weights, grams):
-        delta = weight.double() - perturbed(weight).double()
-        error += float(((delta @ gram.double()) * delta).sum())
-        energy += float(((weight.double() @ gram.double()) * weight.double()).sum())
-    if energy == 0:
+        error += energy(weight.float() - perturbed(weight).float(), gram)
+        whole += energy(weight, gram)
+    if whole == 0:
         return 0.0
-    return max(effect, MIN_EFFECT) ** EFFECT * (energy / error if error > 0 else 1.0) ** EFFECT / energy
+    return max(effect, MIN_EFFECT) ** EFFECT * (whole / error if error > 0 else 1.0) ** EFFECT / whole
 
 
 def describe(choice: Choice) -> str:

@@ -1,5 +1,5 @@
 """Layouts: which tensors make up which weights. A layout is the plan of a stage and the `config.moesvd` of
-its checkpoint (`model/factorized_experts.py` explains it)."""
+its checkpoint (`model/parts.py` explains it)."""
 
 import copy
 

@@ -1,7 +1,6 @@
 """A command of ours that is killed again and again, until it comes to its end."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,12 +16,14 @@ def kill_until_done(arguments: list[str], out: Path, waits: Iterable[float], **e
     left: list[set[str]] = []
     for wait in waits:
         process = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE)
-        time.sleep(wait)
-        if process.poll() is not None:
-            assert process.returncode == 0, process.stderr.read().decode()
-            return left
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
+        try:
+            time.sleep(wait)
+            if process.poll() is not None:
+                assert process.returncode == 0, process.stderr.read().decode()
+                return left
+        finally:  # of a test that ran out of time, too
+            process.kill()
+            process.wait()
+            process.stderr.close()
         left.append({str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()})
     raise AssertionError(f"killed {len(left)} times and never at its end")

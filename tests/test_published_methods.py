@@ -18,8 +18,8 @@ from moesvd_quant.decompose.pruning import delta_rank, delta_ratio
 from moesvd_quant.decompose.whitening import refit_left
 from moesvd_quant.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts, split_projections
-from moesvd_quant.model.factorized_experts import part_banks
 from moesvd_quant.model.folder import ModelError
+from moesvd_quant.model.parts import part_banks
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..lazy import picked
-from .whitening import refit_left
+from .whitening import energy, refit_left
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def share_and_trim(weights, grams, frequency: torch.Tensor, rank: int, keep_u: i
         if expert in kept:
             rows.append(kept.index(expert))
             continue
-        deltas = [weight.double() - u @ right for u in left]
-        losses = [float(((d @ gram.double()) * d).sum()) for d in deltas]
+        losses = [energy(weight.double() - u @ right, gram) for u in left]
         rows.append(losses.index(min(losses)))
     scale = (right.norm(dim=1) / left.square().sum((0, 1)).sqrt().clamp(min=1e-300)).sqrt()
     return Shared(left * scale, (right / scale[:, None])[None], rows, [0] * len(weights))

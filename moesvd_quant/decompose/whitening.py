@@ -123,9 +123,15 @@ def refit_left(
 
 
 @torch.no_grad()
+def energy(matrix: torch.Tensor, gram: torch.Tensor) -> float:
+    """tr(A G A^T), what a matrix A (out, in) puts out for inputs with Gram matrix gram (in, in)."""
+    matrix, gram = _precise(matrix, gram)
+    return float(((matrix @ gram) * matrix).sum(dtype=torch.float64))
+
+
+@torch.no_grad()
 def whitened_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor) -> float:
-    """tr((W - W_hat) G (W - W_hat)^T) / tr(W G W^T), 0 where the matrix has no energy under gram."""
-    weight, approximation, gram = _precise(weight, approximation, gram)
-    delta = weight - approximation
-    energy = float(((weight @ gram) * weight).sum(dtype=torch.float64))
-    return float(((delta @ gram) * delta).sum(dtype=torch.float64)) / energy if energy > 0 else 0.0
+    """`energy` of weight - approximation relative to that of weight, 0 where that has none."""
+    weight, approximation = _precise(weight, approximation)
+    whole = energy(weight, gram)
+    return energy(weight - approximation, gram) / whole if whole > 0 else 0.0

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .factorized_experts import JOINT, FactorizedExperts, joined, separate
+from .factorized_experts import FactorizedExperts
 from .native_experts import Routed, apply_gate, arguments, form_of
 from .packing import PackedLinear
+from .parts import JOINT, joined, separate
 
 # Names under which routers and the gate of a shared expert stand: they choose, and stay as they are.
 ROUTERS = {"gate", "router", "shared_expert_gate"}

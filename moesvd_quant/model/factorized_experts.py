@@ -1,17 +1,4 @@
-"""Experts in factors. A copy lies in every checkpoint.
-
-The layout (`config.moesvd`) says for each experts module and projection which tensors make up its weights:
-
-    W[e] = dense[d(e)] + sum_t left_t[l_t(e)] @ right_t[r_t(e)]
-
-A projection is a list of parts; a part holds one bank of dense rows, or a bank of left and one of right
-factors of a single rank, for the experts it names. Experts that no part names have weight zero. Gate and up may be one
-projection, `gate_up`, whose rows are those of gate and then those of up: they then share their right factors. A bank is
-floating point, or packed (`packing.dequantize`).
-
-A dense part may be pruned along the intermediate dimension: it then has `rows` of gate and up, or `columns` of down,
-only for the `channels` of its module. Where up and down also say `dynamic`, each token uses just that many of them.
-"""
+"""Experts in factors, as their layout (`parts`) says. A copy lies in every checkpoint."""
 
 from typing import Any
 
@@ -20,59 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from .native_experts import apply_gate, form_of
-from .packing import KINDS, Packed
+from .packing import KINDS
+from .parts import JOINT, joined, part_banks, projection_shapes, separate
+from .pruned_base import PrunedBase
 
-JOINT = "gate_up"  # gate and up as one projection
 ONE_BY_ONE = ("cpu",)  # devices on which a product for each expert is as fast as one grouped product
 
 
-def part_banks(part: dict, out_features: int, in_features: int) -> dict:
-    """Banks of a part: {"dense" | "left" | "right": shape}."""
-    if "dense" in part:
-        return {"dense": (max(part["dense"]) + 1, part.get("rows", out_features), part.get("columns", in_features))}
-    return {
-        "left": (max(part["left"]) + 1, out_features, part["rank"]),
-        "right": (max(part["right"]) + 1, part["rank"], in_features),
-    }
-
-
-def channel_tensors(layout: dict) -> dict:
-    """int32 tensors of a module with pruned dense parts, {name: length}: the channels they keep, and, as the bits of
-    fp32, what a token's choice among these starts from and how it weighs their activations."""
-    pruned = [part for parts in layout.values() for part in parts if "rows" in part or "columns" in part]
-    if not pruned:
-        return {}
-    names = ["channels"]
-    if any("dynamic" in part for part in pruned):
-        names += ["channel_prior", "channel_weight"]
-    return dict.fromkeys(names, pruned[0].get("rows") or pruned[0]["columns"])
-
-
-def projection_shapes(experts: nn.Module) -> dict:
-    """(out, in) of each projection of a native experts module: {"gate", "up", "down"} or without gate."""
-    form = form_of(experts)
-    if form is None:
-        raise ValueError(
-            f"{type(experts).__name__} is no fused experts module; a library that unfuses experts (gptqmodel does) "
-            "was at work in this process: open the checkpoint in a fresh one"
-        )
-    return {name: tuple(weight.shape[1:]) for name, weight in form.weights(experts).items()}
-
-
-def joined(shapes: dict) -> dict:
-    """(out, in) of each projection where gate and up, if there are both, are one."""
-    if "gate" not in shapes:
-        return shapes
-    (gate, inputs), (up, _) = shapes["gate"], shapes["up"]
-    return {JOINT: (gate + up, inputs), "down": shapes["down"]}
-
-
-def separate(pairs: dict) -> dict:
-    """Outputs (n, out) of gate and of up, from those of each projection before down."""
-    return dict(zip(("gate", "up"), pairs[JOINT].chunk(2, -1))) if JOINT in pairs else pairs
-
-
-class FactorizedExperts(Packed):
+class FactorizedExperts(PrunedBase):
     """Drop-in for the experts of any architecture that `native_experts` knows, built from them and a layout."""
 
     def __init__(self, native: nn.Module, layout: dict):
@@ -101,10 +43,7 @@ class FactorizedExperts(Packed):
         kind = next(p for p in native.parameters() if p.is_floating_point())
         for key, shape, quant in self.banks():
             self.add_bank(key, shape, quant, kind.dtype, kind.device)
-        for key, size in channel_tensors(layout).items():
-            given = native._parameters.get(key)
-            tensor = torch.empty(size, dtype=torch.int32, device=kind.device) if given is None else given
-            self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+        self.add_channels(native)
 
     def banks(self):
         """Yields (parameter name, shape, quant) of every bank of the layout."""
@@ -222,46 +161,11 @@ class FactorizedExperts(Packed):
             y = h if y is None else y + h
         return x.new_zeros(len(x), self.shapes[projection][0]) if y is None else y
 
-    def spread(self, part, weight):
-        """A pruned dense weight at its full size (out, in), zero where it was pruned."""
-        for axis, kind in enumerate(("rows", "columns")):
-            if kind in part:
-                size = list(weight.shape)
-                size[axis] = self.shapes["down"][1]
-                weight = weight.new_zeros(size).index_copy(axis, self.channels.long(), weight)
-        return weight
-
-    def channel_mask(self, probe):
-        """1 for the channels that each token uses of a pruned base, 0 for others, like probe (tokens, channels): what
-        the first projection of the base puts out. A token decides for itself, whatever it is batched with: by its
-        share of the activations' energy, added to the calibrated share."""
-        count = min(part["dynamic"] for part in self.layout["down"] if "dynamic" in part)
-        given = {"gate": probe, "up": torch.ones_like(probe)} if self.has_gate else {"up": probe}
-        prior, weight = (self._parameters[f"channel_{k}"].view(torch.float32) for k in ("prior", "weight"))
-        energy = self.activate(given).float().square() * weight
-        score = prior + energy / energy.sum(-1, keepdim=True).clamp(min=1e-30)
-        return torch.zeros_like(probe).scatter(-1, score.topk(count, -1).indices, 1.0)
-
     def shared_input(self, part):
         """The bank that every token meets whatever its expert, first: a base, or a right factor."""
         whole = len(part["experts"]) == self.experts
         name = "dense" if "dense" in part else "right"
         return name if whole and max(part[name]) == 0 else None
-
-    def apply_base(self, x, projection, i, masks):
-        """Part i, a dense weight for every token whatever its expert: x (n, in) -> (n, out). masks: see `project`."""
-        part = self.layout[projection][i]
-        if "columns" in part:
-            x = x[:, self.channels.long()]
-            x = x * masks["tokens"] if "dynamic" in part else x
-        y = F.linear(x, self.bank(projection, i, "dense", x.dtype, 0))
-        if "rows" not in part:
-            return y
-        if "dynamic" in part:
-            y = y * masks["tokens"]
-        elif "channel_prior" in self._parameters:  # gate, or up without a gate, comes first: up and down follow it
-            masks["tokens"] = self.channel_mask(y)
-        return y.new_zeros(len(y), self.shapes[projection][0]).index_copy(1, self.channels.long(), y)
 
     def project(self, x, token, ids, projection, masks, with_base=True):
         """x (tokens, in) -> (pairs, out) for the (token, expert) pairs; shared banks see each token once.

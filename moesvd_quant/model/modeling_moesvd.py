@@ -22,7 +22,8 @@ from .packing import PackedLinear
 FORMAT = 2
 # What a checkpoint needs to open itself.
 SHIPPED = (
-    "modeling_moesvd.py", "factorized_experts.py", "packing.py", "native_experts.py", "modeling_deepseek.py"
+    "modeling_moesvd.py", "factorized_experts.py", "pruned_base.py", "parts.py", "packing.py", "native_experts.py",
+    "modeling_deepseek.py",
 )  # fmt: skip
 MANIFEST = "moesvd.json"
 

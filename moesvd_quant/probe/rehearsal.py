@@ -15,7 +15,7 @@ from ..calibration.store import EFFECT_BATCH, Statistics
 from ..decompose.whitening import whitened_directions
 from ..memory import Batches
 from ..model.experts import dense_weight, expert_count, find_experts, shapes_of, split_projections
-from ..model.factorized_experts import JOINT
+from ..model.parts import JOINT
 from ..model.stream import StreamedModel
 from ..stages.base import Plan, expert_grams, reached
 from ..stages.choices import row_scale

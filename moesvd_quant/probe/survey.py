@@ -14,8 +14,9 @@ from ..calibration.store import Statistics
 from ..decompose.sensitivity import layer_sensitivity, sampling_frequency
 from ..decompose.whitening import whitened_spectrum
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
-from ..model.factorized_experts import JOINT, FactorizedExperts
+from ..model.factorized_experts import FactorizedExperts
 from ..model.folder import ModelError
+from ..model.parts import JOINT
 from ..model.stream import StreamedModel
 from ..stages.allocation import plan_ratio
 from ..stages.base import Context, Plan, expert_grams, reached

@@ -12,7 +12,7 @@ from ..allocate import DENSE, FLOAT, Allocation, Choice, Table, allocate, least_
 from ..fitting import describe
 from ..layout import layout_of, parts_by_choice
 from ..model.experts import all_shapes, find_experts
-from ..model.factorized_experts import JOINT
+from ..model.parts import JOINT
 from ..recipe import Limits
 from .base import UNREACHED, Context, Plan, StageError
 from .choices import Choices, choices_of

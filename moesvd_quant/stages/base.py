@@ -13,8 +13,9 @@ from ..calibration.paired import PairedWalk
 from ..calibration.store import Statistics
 from ..decompose.whitening import whitened_error
 from ..model.experts import find_experts, unknown_experts
-from ..model.factorized_experts import JOINT, FactorizedExperts
+from ..model.factorized_experts import FactorizedExperts
 from ..model.folder import ModelError
+from ..model.parts import JOINT
 from ..model.stream import StreamedModel
 from ..parallel import Pool
 from ..recipe import Limits

@@ -10,7 +10,8 @@ from ..allocate import FLOAT, Table
 from ..calibration.metric import METRIC
 from ..fitting import Profile, error_price, fit_table, profile
 from ..model.experts import dense_weight, expert_count, find_experts, shapes_of, split_projections
-from ..model.factorized_experts import JOINT, FactorizedExperts, joined
+from ..model.factorized_experts import FactorizedExperts
+from ..model.parts import JOINT, joined
 from ..quantize.gptq import QuantizeError, quant_format
 from .base import Context, StageError, expert_grams, reached, weak_experts
 

@@ -11,8 +11,9 @@ from ..decompose.whitening import whitened_error
 from ..layout import layout_of, projections_of
 from ..lazy import Lazily, picked
 from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of
-from ..model.factorized_experts import FactorizedExperts, part_banks
+from ..model.factorized_experts import FactorizedExperts
 from ..model.packing import PackedLinear
+from ..model.parts import part_banks
 from ..quantize.factors import quantize_factors
 from ..quantize.gptq import PackedMatrix, QuantizeError, gptq, quant_format, round_to_nearest
 from .allocation import plan_budget

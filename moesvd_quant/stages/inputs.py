@@ -5,7 +5,8 @@ from ..calibration.metric import Grams, blend, shrink, unknown
 from ..calibration.paired import PairedExperts, output_error
 from ..lazy import Lazily
 from ..model.experts import dense_weight, expert_count
-from ..model.factorized_experts import JOINT, FactorizedExperts
+from ..model.factorized_experts import FactorizedExperts
+from ..model.parts import JOINT
 from .base import Context, errors_of, expert_grams, reached
 
 
