@@ -122,6 +122,19 @@ def refit_left(
     return cross @ torch.linalg.pinv(inner, hermitian=True, rtol=1e-12)
 
 
+def refit_right(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, held: float) -> torch.Tensor:
+    """The right factor (rank, in) float64 that is best beside a given left one (out, rank), under any Gram matrix.
+
+    (L^T L + h I)^-1 (L^T W + h R), h = held times the mean diagonal of L^T L: held to the present right factor R
+    (rank, in) as far as the left one may yet change by `held` of its energy.
+    """
+    weight, left, right = weight.double(), left.double(), right.double()
+    inner = left.T @ left
+    weight = left.T @ weight + held * inner.diagonal().mean() * right
+    inner.diagonal().add_(held * inner.diagonal().mean())
+    return torch.linalg.solve(inner, weight)
+
+
 @torch.no_grad()
 def energy(matrix: torch.Tensor, gram: torch.Tensor) -> float:
     """tr(A G A^T), what a matrix A (out, in) puts out for inputs with Gram matrix gram (in, in)."""
