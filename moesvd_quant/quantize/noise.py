@@ -12,6 +12,7 @@ ROUNDING = {2: 0.123, 3: 0.031, 4: 0.0077, 8: 3.0e-5, 16: 0.0}
 # What remains of the noise of a left and of a right factor that are fitted to each other in turn (measured, to 10 %):
 # the left one, which comes last, takes up what the right one lost within its rows' span.
 LEFT, RIGHT = 1.07, 0.23
+NOISE = f"{LEFT}-{RIGHT}"  # for names of what is kept
 
 
 def innovations(gram: torch.Tensor, damp: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ from ..model.experts import dense_weight, expert_count, find_experts, shapes_of,
 from ..model.factorized_experts import FactorizedExperts
 from ..model.parts import JOINT, joined
 from ..quantize.gptq import QuantizeError, quant_format
+from ..quantize.noise import NOISE
 from .base import Context, StageError, expert_grams, reached, weak_experts
 
 LEAST_PRICE = 1e-30  # of experts that no error of theirs could be seen of
@@ -67,7 +68,7 @@ def _layer_choices(effects, widths, ranks, context: Context, index: int, layer, 
         made.weak[full] = weak_experts(statistics, path)
         shapes = joined(shapes_of(experts)) if ranks else shapes_of(experts)
         make = partial(_profiles, context, experts, statistics, path, full, effects, damp, list(shapes))
-        kept = context.statistics.kept(f"profiles-{METRIC}-{damp}-{'joint' if ranks else 'apart'}-{full}", make)
+        kept = context.statistics.kept(f"profiles-{METRIC}-{NOISE}-{damp}-{'joint' if ranks else 'apart'}-{full}", make)
         made.prices[full] = {key.removesuffix("/price"): float(kept[key]) for key in kept if key.endswith("/price")}
         for projection, shape in shapes.items():
             values = (kept[f"{projection}/{key}"] for key in ("spectrum", "dense", "factors"))
