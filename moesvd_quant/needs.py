@@ -5,19 +5,23 @@ Peaks are of anonymous memory. Every term is a tensor that the code holds; what 
 
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
 
+from .calibration.effect import COPIES, TOKENS
 from .calibration.recording import linear_sums
 from .memory import Memory, MemoryLimitError, Sizes, anonymous_bytes
 from .model.experts import all_shapes, expert_count, find_experts
 from .model.stream import StreamedModel
+from .stages.options import StageOptions
 
 IMPORTS = 156 * 10**6  # gptqmodel, where it is not loaded yet
 SINGLE, DOUBLE = 4, 8
 FACTORS = 1.6  # a layer, and what becomes of it
+EFFECTS, WORK = "effects of errors on the output", "a layer's decomposition and quantization"
 CHECK, CHUNK = 256, 32  # tokens whose predictions verification compares, and how many of them at a time
 
 
@@ -67,7 +71,15 @@ class Needs:
             )
 
 
-def forecast(meta: StreamedModel, sizes: Sizes, tokens: int, statistics, memory: Memory, workers: int) -> Needs:
+def forecast(
+    meta: StreamedModel,
+    sizes: Sizes,
+    tokens: int,
+    statistics,
+    memory: Memory,
+    workers: int,
+    stages: Sequence[StageOptions],
+) -> Needs:
     """meta: the original model; sizes: of its walk; tokens: of calibration; statistics: their store."""
     base, imports = anonymous_bytes(), 0 if "gptqmodel" in sys.modules else IMPORTS
     layers = [_layer(layer, sizes.item) for layer in meta.layers]
@@ -75,20 +87,34 @@ def forecast(meta: StreamedModel, sizes: Sizes, tokens: int, statistics, memory:
     predictions = meta.model.get_output_embeddings().weight.shape[0] * (2 * CHECK * SINGLE + 4 * CHUNK * DOUBLE)
     grams, each = max(layer.grams for layer in layers), max(layer.each for layer in layers)
     walked, loading = max(layer.walked for layer in layers), max(layer.loading for layer in layers)
-    room = memory.limit - base - walked - sizes.activations
+    held, work = max(layer.held for layer in layers), max(layer.work for layer in layers)
+    reading = base + walked + sizes.activations
+    room = memory.limit - reading
     at_once = max(each, min(grams, room // each * each)) if each else 0
     hidden = 2 * tokens * sizes.row
     in_memory = hidden if room > hidden + sizes.layer else 0
+    walks = max(stage.walks() for stage in stages)
+    worked = base + imports + held + walks * walked  # layers of all walks beside that which is worked on
+    sums, seen = walks * grams, 4 * walks * tokens * sizes.row
+    beside = sums if worked + sizes.activations + sums < memory.limit else walks * each
+    seen = seen if worked + seen + 2 * sizes.layer < memory.limit else 0
     peak = {
         "embeddings": base + embeddings + in_memory // 2,
-        "reading the model": base + max(loading, walked + at_once + sizes.activations) + in_memory,
-        "a layer's decomposition and quantization": base + imports + max(layer.worked for layer in layers),
+        "reading the model": max(base + loading, reading + at_once) + in_memory,
+        WORK: worked + max(work, beside + sizes.activations if walks else 0) + seen,
         "verification": base + imports + max(loading, head + predictions),
     }
-    least = {**peak, "reading the model": base + max(loading, walked + each + sizes.activations)}
+    least = {
+        **peak,
+        "reading the model": max(base + loading, reading + each),
+        WORK: worked + max(work, walks * each + sizes.activations if walks else 0),
+    }
+    weighed = COPIES * min(tokens, TOKENS) * sizes.row if any(stage.weighs() for stage in stages) else 0
+    if weighed:  # rounded weights lie beside what they were
+        peak[EFFECTS] = least[EFFECTS] = reading + max(layer.bank for layer in layers)
     stored = statistics.needed if statistics.stored and not statistics.complete() else 0
     spilled = 0 if statistics.complete() or in_memory else hidden + (hidden // 2 if at_once < grams else 0)
-    return Needs(peak, max(least.values()), memory.limit, stored, spilled, workers)
+    return Needs(peak, max(least.values()), memory.limit, stored, max(spilled, weighed), workers)
 
 
 @dataclass(frozen=True)
@@ -97,7 +123,9 @@ class _Layer:
     walked: int  # its weights then, and the Gram matrices of its other linears
     grams: int  # of all its experts
     each: int  # of one expert
-    worked: int  # original and factors in the stored precision, and the working set of its largest matrix
+    bank: int  # of one projection of all experts
+    held: int  # original and factors, in the stored precision
+    work: int  # the working set of its largest matrix
 
 
 def _layer(layer: nn.Module, item: int) -> _Layer:
@@ -105,16 +133,17 @@ def _layer(layer: nn.Module, item: int) -> _Layer:
     count = sum(p.numel() for p in layer.parameters())
     largest = max(p.numel() for p in layer.parameters())
     linears = linear_sums(layer)
-    each = grams = work = 0
+    each = grams = work = bank = 0
     for _, experts in find_experts(layer):
         shapes = all_shapes(experts)
         hidden, inner = shapes["down"]
         one = SINGLE * (hidden**2 + inner**2)
         each, grams = max(each, one), grams + one * expert_count(experts)
         work = max(work, *(_working_set(*shape) for shape in shapes.values()))
+        bank = max(bank, *(item * expert_count(experts) * out * columns for out, columns in shapes.values()))
     loading = item * max(count, 2 * largest)  # parts and their whole, side by side
     stored = next(layer.parameters()).dtype.itemsize
-    return _Layer(loading, item * count + linears, grams, each, int(FACTORS * stored * count) + work)
+    return _Layer(loading, item * count + linears, grams, each, bank, int(FACTORS * stored * count), work)
 
 
 def _working_set(out: int, columns: int) -> int:

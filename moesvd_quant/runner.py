@@ -163,7 +163,8 @@ class Run:
         """Forecast of memory and disk, beside the checkpoints."""
         stored = self.statistics
         tokens = stored.shape[0] * stored.shape[1]
-        return forecast(self.meta, stored.sizes, tokens, stored, stored.memory, self.pool.workers)
+        stages = [stage.options for stage in self.recipe.stages]
+        return forecast(self.meta, stored.sizes, tokens, stored, stored.memory, self.pool.workers, stages)
 
     def work_folder(self, index: int) -> Path:
         digest = hashlib.sha256(json.dumps(self.key(index), sort_keys=True).encode()).hexdigest()

@@ -21,6 +21,7 @@ from ..quantize.gptq import resolve_group_size, round_to_nearest
 PERTURBATION = 3  # bits
 TOKENS, LENGTH = 4096, 256  # of calibration text
 LAYERS = 16  # groups of layers at most
+COPIES = 3 * LAYERS + 3  # of hidden states at a time, at most
 
 
 def perturbed(weights: torch.Tensor) -> torch.Tensor:

@@ -19,13 +19,12 @@ from ..model.experts import find_experts
 from ..model.modeling_moesvd import file_digest
 from ..model.stream import StreamedModel, precision_on
 from .cache import cache_cap, cache_root, make_room, walk_folder
-from .effect import LAYERS, TOKENS, measure_effects
+from .effect import measure_effects
 from .fisher import fisher_bases
 from .recording import BATCH_TOKENS, experts_at_once, head_gram, pass_on, record_layer, recorded_bytes
 
 WALK_VERSION = 4
 EFFECT_BATCH = 8  # windows
-EFFECT_COPIES = 3 * LAYERS + 3  # of hidden states
 FISHER_SEQUENCES = 1024  # of the calibration windows, as in D2-MoE
 
 
@@ -182,9 +181,7 @@ class Statistics:
         if path.is_file():
             return {(full, name): value for full, name, value in json.loads(path.read_text())}
         streamed = StreamedModel(self.folder, self.dtype, self.device)
-        tokens = min(TOKENS, self.windows.numel())
-        scratch = self.scratch(EFFECT_COPIES * tokens * self.sizes.row)
-        found = measure_effects(streamed, self.windows, EFFECT_BATCH, progress, scratch)
+        found = measure_effects(streamed, self.windows, EFFECT_BATCH, progress, self.store)
         if self.stored:
             self._make_folder()
             write_json(path, [[*key, value] for key, value in found.items()])

@@ -22,9 +22,17 @@ class StageOptions(BaseModel):
         """Options that mean nothing beside the others, and what they need."""
         return {}
 
+    def walks(self) -> int:
+        """Models that the stage takes the calibration text through while it works on their layers."""
+        return 0
+
+    def weighs(self) -> bool:
+        """Whether the plan asks what an error in each group of experts does to the model's output."""
+        return False
+
     def in_order(self) -> bool:
         """Whether a layer depends on what was made of those before it: a run that goes on makes them again."""
-        return False
+        return self.walks() > 0
 
 
 class SvdOptions(StageOptions):
@@ -102,9 +110,11 @@ class SvdOptions(StageOptions):
         """Whether a budget has to decide something."""
         return self.ratio is None
 
-    def in_order(self) -> bool:
-        """Whether a layer depends on what was made of those before it: a run that goes on makes them again."""
-        return self.update
+    def walks(self) -> int:
+        return int(self.update)
+
+    def weighs(self) -> bool:
+        return self.method == "global"
 
     def kept(self, group: int) -> int:
         """Left factors that a group of so many experts keeps; ValueError where it has not as many."""
@@ -161,9 +171,11 @@ class GptqOptions(StageOptions):
             raise ValueError("error_aware: not with rtn, which looks at no inputs")
         return self
 
-    def in_order(self) -> bool:
-        """Whether a layer depends on what the stage made of the ones before it."""
-        return self.error_aware
+    def walks(self) -> int:
+        return 2 * self.error_aware
+
+    def weighs(self) -> bool:
+        return self.is_open()
 
     def is_open(self) -> bool:
         """Whether a budget has to decide something."""
