@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean, median, stdev
@@ -243,15 +243,15 @@ def main(
             *decomposition_bars(device=resolve_device(device)),
         ]
     )
-    figures = Table("", ["run", "disk MB", "bits/expert weight", *everything], [_row(*item) for item in named.items()])
+    figures = Table("", ["run", "disk MB", "bits/expert weight", *everything], [_row(*item, everything) for item in named.items()])
     text = f"{render(figures, 'markdown')}\n{bars.title}\n\n{render(bars, 'markdown')}"
     (out / "quality.md").write_text(text)
     print(text, end="")
 
 
-def _row(name: str, record: dict) -> list[str | float]:
+def _row(name: str, record: dict, texts: Iterable[str]) -> list[str | float]:
     size, bits = record["memory"]["disk_bytes"] / 1e6, record["accounting"]["bits_per_expert_weight"]
-    return [name, round(size, 3), round(bits, 3), *(round(f["ppl"], 3) for f in record["perplexity"].values())]
+    return [name, round(size, 3), round(bits, 3), *(round(record["perplexity"][t]["ppl"], 3) for t in texts)]
 
 
 if __name__ == "__main__":
