@@ -243,7 +243,8 @@ def main(
             *decomposition_bars(device=resolve_device(device)),
         ]
     )
-    figures = Table("", ["run", "disk MB", "bits/expert weight", *everything], [_row(*item, everything) for item in named.items()])
+    columns = ["run", "disk MB", "bits/expert weight", *everything]
+    figures = Table("", columns, [_row(*item, everything) for item in named.items()])
     text = f"{render(figures, 'markdown')}\n{bars.title}\n\n{render(bars, 'markdown')}"
     (out / "quality.md").write_text(text)
     print(text, end="")
