@@ -87,34 +87,38 @@ def forecast(
     predictions = meta.model.get_output_embeddings().weight.shape[0] * (2 * CHECK * SINGLE + 4 * CHUNK * DOUBLE)
     grams, each = max(layer.grams for layer in layers), max(layer.each for layer in layers)
     walked, loading = max(layer.walked for layer in layers), max(layer.loading for layer in layers)
-    held, work = max(layer.held for layer in layers), max(layer.work for layer in layers)
+    stored, work = max(layer.stored for layer in layers), max(layer.work for layer in layers)
     reading = base + walked + sizes.activations
     room = memory.limit - reading
     at_once = max(each, min(grams, room // each * each)) if each else 0
     hidden = 2 * tokens * sizes.row
     in_memory = hidden if room > hidden + sizes.layer else 0
     walks = max(stage.walks() for stage in stages)
-    worked = base + imports + held + walks * walked  # layers of all walks beside that which is worked on
+    # A stage that walks beside its work has the walks' layers as well, sums of as many experts as fit, and hidden
+    # states, of which each walk has two and what its experts were given.
+    present = stored + walks * walked if walks else int(FACTORS * stored)
+    worked = base + imports + present
     sums, seen = walks * grams, 4 * walks * tokens * sizes.row
-    beside = sums if worked + sizes.activations + sums < memory.limit else walks * each
+    sums = sums if worked + sizes.activations + sums < memory.limit else walks * each
     seen = seen if worked + seen + 2 * sizes.layer < memory.limit else 0
+    walking = sizes.activations if walks else 0
     peak = {
         "embeddings": base + embeddings + in_memory // 2,
         "reading the model": max(base + loading, reading + at_once) + in_memory,
-        WORK: worked + max(work, beside + sizes.activations if walks else 0) + seen,
+        WORK: worked + max(work, sums, walking) + seen,
         "verification": base + imports + max(loading, head + predictions),
     }
     least = {
         **peak,
         "reading the model": max(base + loading, reading + each),
-        WORK: worked + max(work, walks * each + sizes.activations if walks else 0),
+        WORK: worked + max(work, walks * each, walking),
     }
     weighed = COPIES * min(tokens, TOKENS) * sizes.row if any(stage.weighs() for stage in stages) else 0
     if weighed:  # rounded weights lie beside what they were
         peak[EFFECTS] = least[EFFECTS] = reading + max(layer.bank for layer in layers)
-    stored = statistics.needed if statistics.stored and not statistics.complete() else 0
+    kept = statistics.needed if statistics.stored and not statistics.complete() else 0
     spilled = 0 if statistics.complete() or in_memory else hidden + (hidden // 2 if at_once < grams else 0)
-    return Needs(peak, max(least.values()), memory.limit, stored, max(spilled, weighed), workers)
+    return Needs(peak, max(least.values()), memory.limit, kept, max(spilled, weighed), workers)
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class _Layer:
     grams: int  # of all its experts
     each: int  # of one expert
     bank: int  # of one projection of all experts
-    held: int  # original and factors, in the stored precision
+    stored: int  # its weights, in the stored precision
     work: int  # the working set of its largest matrix
 
 
@@ -142,8 +146,8 @@ def _layer(layer: nn.Module, item: int) -> _Layer:
         work = max(work, *(_working_set(*shape) for shape in shapes.values()))
         bank = max(bank, *(item * expert_count(experts) * out * columns for out, columns in shapes.values()))
     loading = item * max(count, 2 * largest)  # parts and their whole, side by side
-    stored = next(layer.parameters()).dtype.itemsize
-    return _Layer(loading, item * count + linears, grams, each, bank, int(FACTORS * stored * count), work)
+    stored = next(layer.parameters()).dtype.itemsize * count
+    return _Layer(loading, item * count + linears, grams, each, bank, stored, work)
 
 
 def _working_set(out: int, columns: int) -> int:
