@@ -128,7 +128,8 @@ def test_a_folder_of_the_users_is_not_overwritten(make_model, tmp_path, small):
 
 def test_too_little_room_is_said_before_the_work(make_model, tmp_path, small, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20 + 1000))
+    full = usage._replace(free=2**20 + 1000)  # the disk of the output, not that of the cache
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full if tmp_path in [path, *path.parents] else usage)
     with pytest.raises(WriteError, match=r"GB are needed and .* GB are free; make room"):
         run("svd", make_model("mixtral"), tmp_path, small)
     with pytest.raises(WriteError):
