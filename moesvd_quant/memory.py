@@ -6,7 +6,6 @@ part of a result: a run with little memory gives the bits of one with plenty.
 
 import ctypes
 import errno
-import gc
 import os
 import re
 import tempfile
@@ -75,12 +74,6 @@ def keep_nothing() -> None:
 def return_freed() -> None:
     """Gives back what was freed of smaller things."""
     _c_library("malloc_trim", 0)
-
-
-def collect() -> None:
-    """Gives back what nothing but itself still holds. gptqmodel's objects refer to each other, and hold a matrix each;
-    Python counts objects before it looks for such, not bytes."""
-    gc.collect()
 
 
 class Memory:

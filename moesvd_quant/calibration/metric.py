@@ -62,13 +62,14 @@ class Grams(Lazily):
         total = int(tokens.sum())
         if total == 0 and metric is not unknown:
             raise ValueError("no calibration token reached any expert of this layer")
-        super().__init__(len(gram), self._made)
-        self.gram, self.tokens, self.metric, self.device = gram, tokens, metric, device
         mean = (tokens + gram.shape[-1]).to(gram.dtype).mean()
-        self.layer = Layer((gram.sum(0) / max(total, 1)).to(device), mean.to(device))
+        layer = Layer((gram.sum(0) / max(total, 1)).to(device), mean.to(device))
 
-    def _made(self, expert: int) -> torch.Tensor:
-        return self.metric(self.gram[expert].to(self.device), self.tokens[expert].to(self.device), self.layer)
+        # No method of this object, which would then hold itself, and the layer's matrices with it.
+        def made(expert: int) -> torch.Tensor:
+            return metric(gram[expert].to(device), tokens[expert].to(device), layer)
+
+        super().__init__(len(gram), made)
 
 
 def coverage(tokens: torch.Tensor, features: int) -> dict[str, list[int]]:

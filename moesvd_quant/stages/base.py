@@ -12,7 +12,6 @@ from ..calibration.metric import Grams, blend, coverage
 from ..calibration.paired import PairedWalk
 from ..calibration.store import Statistics
 from ..decompose.whitening import whitened_error
-from ..memory import collect
 from ..model.experts import find_experts, unknown_experts
 from ..model.factorized_experts import FactorizedExperts
 from ..model.folder import ModelError
@@ -78,7 +77,6 @@ class Context:
                 layer = self.parent.load_layer(index)
                 yield index, work(self, index, layer, statistics)
                 self.parent.drop_layer(index)
-                collect()
 
     def compressed_walk(self) -> CompressedWalk:
         """The walk over the parent with what this stage made of its layers so far."""
@@ -111,7 +109,6 @@ class LayerWork:
             return self.work(self.context, index, layer, self.context.statistics.layer(index))
         finally:
             self.context.parent.drop_layer(index)
-            collect()
 
 
 @dataclass
