@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..checkpoint.files import TensorFile
+from ..decompose.whitening import energy
 from ..lazy import Lazily
 from ..memory import Batches
 from ..model.experts import dense_weight, expert_count, find_experts, intermediate, pairs_of, route, shapes_of
@@ -42,10 +43,9 @@ def corrected(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> 
 def output_error(weight, approximation, original, gram, cross) -> float:
     """sum |W x - V z|^2 / sum |W x|^2 by the Gram matrices of x and z and their cross sum; 0 where W gives nothing."""
     weight, approximation = weight.double(), approximation.double()
-    energy = float(((weight @ original.double()) * weight).sum())
-    given = float(((approximation @ gram.double()) * approximation).sum())
+    whole, given = energy(weight, original), energy(approximation, gram)
     common = float(((weight @ cross.double()) * approximation).sum())
-    return max(0.0, energy - 2 * common + given) / energy if energy > 0 else 0.0
+    return max(0.0, whole - 2 * common + given) / whole if whole > 0 else 0.0
 
 
 class Sums(NamedTuple):

@@ -62,23 +62,27 @@ def quantize_factors(
         inputs = (sum(grams[e].double() for e in users) for users in right_users)
         return [quantizer(wanted(row), gram, quant["right"]) for row, gram in enumerate(inputs)]
 
-    def quantized_left(row: int, rights: list[PackedMatrix]) -> PackedMatrix:
-        users = [e for e, r in enumerate(left_rows) if r == row]
-        own, inputs = picked(grams, users), opened(rights, [right_rows[e] for e in users])
-        bottleneck = sum(v @ g.double() @ v.T for g, v in zip(own, inputs))
-        return quantizer(refit_left(picked(targets, users), own, inputs), bottleneck, quant["left"])
+    def quantized_lefts(rights: list[PackedMatrix]) -> list[PackedMatrix]:
+        made = []
+        for row in range(len(left)):
+            users = [e for e, r in enumerate(left_rows) if r == row]
+            own, inputs = picked(grams, users), opened(rights, [right_rows[e] for e in users])
+            bottleneck = sum(v @ g.double() @ v.T for g, v in zip(own, inputs))
+            made.append(quantizer(refit_left(picked(targets, users), own, inputs), bottleneck, quant["left"]))
+        return made
 
     def lost(lefts: list[PackedMatrix], rights: list[PackedMatrix]) -> float:
         products = zip(targets, opened(lefts, left_rows), opened(rights, right_rows), grams)
         return sum(energy(target - (u @ v).to(target), gram) for target, u, v, gram in products)
 
     rights = quantized_rights(balanced)
-    lefts = [quantized_left(row, rights) for row in range(len(left))]
-    alone = all(len(users) == 1 for users in right_users)
-    best = lost(lefts, rights) if alone and ROUNDS else 0.0
-    for _ in range(ROUNDS if alone else 0):
+    lefts = quantized_lefts(rights)
+    if any(len(users) > 1 for users in right_users):
+        return lefts, rights
+    best = lost(lefts, rights)
+    for _ in range(ROUNDS):
         new_rights = quantized_rights(refitted)
-        new_lefts = [quantized_left(row, new_rights) for row in range(len(left))]
+        new_lefts = quantized_lefts(new_rights)
         error = lost(new_lefts, new_rights)
         if error >= best:
             break
