@@ -19,7 +19,8 @@ from .model.native_experts import form_of
 from .model.packing import KINDS, PackedLinear, pack, unpack
 from .model.parts import JOINT, channel_tensors, part_banks
 from .model.stream import StreamedModel
-from .quantize.gptq import PackedMatrix, QuantizeError, to_standard
+from .quantize.packed import PackedMatrix, QuantizeError
+from .quantize.standard import to_standard
 
 
 def export_checkpoint(folder: Path, out: Path, to: str) -> None:

@@ -10,7 +10,8 @@ from .allocate import DENSE, FLOAT, NOTHING, Choice, Table, useful_ranks
 from .calibration.effect import perturbed
 from .decompose.whitening import energy, whitened_directions
 from .model.packing import bank_tensors
-from .quantize.noise import ROUNDING, dense_noise, factor_noise, innovations
+from .quantize.feedback import innovations
+from .quantize.noise import ROUNDING, dense_noise, factor_noise
 
 # Measured at one size of error, effects are trusted to this power (docs/results.md has the ablation).
 EFFECT, MIN_EFFECT = 0.7, 1e-7

@@ -4,7 +4,6 @@ Peaks are of anonymous memory. Every term is a tensor that the code holds; what 
 """
 
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from .model.experts import all_shapes, expert_count, find_experts
 from .model.stream import StreamedModel
 from .stages.options import StageOptions
 
-IMPORTS = 156 * 10**6  # gptqmodel, where it is not loaded yet
 SINGLE, DOUBLE = 4, 8
 FACTORS = 1.6  # a layer, and what becomes of it
 EFFECTS, WORK = "effects of errors on the output", "a layer's decomposition and quantization"
@@ -81,7 +79,7 @@ def forecast(
     stages: Sequence[StageOptions],
 ) -> Needs:
     """meta: the original model; sizes: of its walk; tokens: of calibration; statistics: their store."""
-    base, imports = anonymous_bytes(), 0 if "gptqmodel" in sys.modules else IMPORTS
+    base = anonymous_bytes()
     layers = [_layer(layer, sizes.item) for layer in meta.layers]
     embeddings, head = (sizes.item * m.weight.numel() for m in _ends(meta))
     predictions = meta.model.get_output_embeddings().weight.shape[0] * (2 * CHECK * SINGLE + 4 * CHUNK * DOUBLE)
@@ -97,7 +95,7 @@ def forecast(
     # A stage that walks beside its work has the walks' layers as well, sums of as many experts as fit, and hidden
     # states, of which each walk has two and what its experts were given.
     present = stored + walks * walked if walks else int(FACTORS * stored)
-    worked = base + imports + present
+    worked = base + present
     sums, seen = walks * grams, 4 * walks * tokens * sizes.row
     sums = sums if worked + sizes.activations + sums < memory.limit else walks * each
     seen = seen if worked + seen + 2 * sizes.layer < memory.limit else 0
@@ -106,7 +104,7 @@ def forecast(
         "embeddings": base + embeddings + in_memory // 2,
         "reading the model": max(base + loading, reading + at_once) + in_memory,
         WORK: worked + max(work, sums, walking) + seen,
-        "verification": base + imports + max(loading, head + predictions),
+        "verification": base + max(loading, head + predictions),
     }
     least = {
         **peak,

@@ -20,7 +20,8 @@ from .evaluation.table import Table, render
 from .layout import layout_of
 from .model.experts import dense_weight, expert_count, find_experts, shapes_of
 from .quantize.factors import quantize_factors
-from .quantize.gptq import gptq, quant_format
+from .quantize.gptq import with_damp
+from .quantize.packed import quant_format
 from .recipe import load_recipe, named_texts
 from .runner import Run, sync_threads
 from .stages.allocation import WIDTHS
@@ -151,14 +152,14 @@ def excess_quotient(weight: torch.Tensor, gram: torch.Tensor, rank: int, bits: L
         "right": quant_format(options, weight.shape[1], False, bits),
         "left": quant_format(options, rank, True, bits),
     }
-    quantizer = lambda matrix, inputs, how: gptq(matrix.float(), inputs, how, options.damp)  # noqa: E731
+    quantizer = with_damp(options.damp)
     left, right = whitened_svd(weight, gram, rank)
     (mine,), (rights,) = quantize_factors([weight], [gram], [left], [right], [0], [0], quant, quantizer, 0)
     _, basis, plain = (found.double() for found in whitened_directions(weight, gram, rank))
     sigma = (plain @ gram.double() * plain).sum(1).sqrt()
     v = plain / sigma[:, None]
-    naive = quantizer(basis * sigma, v @ gram.double() @ v.T, quant["left"]).dense()
-    naive = naive @ quantizer(v, gram, quant["right"]).dense()
+    naive = quantizer.pack(basis * sigma, quantizer.inputs(v @ gram.double() @ v.T), quant["left"]).dense()
+    naive = naive @ quantizer.pack(v, quantizer.inputs(gram), quant["right"]).dense()
     truncated = whitened_error(weight, left @ right, gram)
     return (whitened_error(weight, mine.dense() @ rights.dense(), gram) - truncated) / (
         whitened_error(weight, naive, gram) - truncated

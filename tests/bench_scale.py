@@ -27,12 +27,10 @@ def run_one(model: str, out: str, room: float, overrides: list[str]) -> None:
 
     import moesvd_quant  # noqa: F401
     from moesvd_quant.memory import PeakMeter, anonymous_bytes
-    from moesvd_quant.quantize.gptq import _core
     from moesvd_quant.recipe import load_recipe
     from moesvd_quant.runner import Run, sync_threads
 
     sync_threads()
-    _core()
     start = anonymous_bytes()
     limit = start + int(room * 1e9) if room else None
     started = time.time()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..memory import Batches
 from ..model.experts import find_experts, split_projections
 from ..model.stream import StreamedModel
-from ..quantize.gptq import resolve_group_size, round_to_nearest
+from ..quantize.packed import resolve_group_size, round_to_nearest
 
 PERTURBATION = 3  # bits
 TOKENS, LENGTH = 4096, 256  # of calibration text

@@ -16,9 +16,12 @@ SCALES = torch.tensor([2.0 ** (-level / STEPS) for level in range(256)])  # a ta
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 values (..., n) below 2**bits -> uint8 (..., ceil(n/8)*bits): eight values fill `bits` bytes."""
-    values = F.pad(values, (0, -values.shape[-1] % 8)).unflatten(-1, (-1, 8)).long()
-    word = (values << (torch.arange(8, device=values.device) * bits)).sum(-1, keepdim=True)
-    shift = torch.arange(bits, device=values.device) * 8
+    values = F.pad(values, (0, -values.shape[-1] % 8))
+    if bits == 8:
+        return values
+    values = values.unflatten(-1, (-1, 8))
+    word = sum(values[..., i].int() << i * bits for i in range(8)).unsqueeze(-1)
+    shift = torch.arange(bits, device=values.device, dtype=torch.int32) * 8
     return (word >> shift & 255).to(torch.uint8).flatten(-2)
 
 

@@ -1,13 +1,17 @@
 """Quantizing factors together: rotate the bottleneck, quantize the right one, refit the left one to it, and in turn."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ..decompose.whitening import balance, energy, refit_left, refit_right
 from ..lazy import Lazily, picked
-from .gptq import PackedMatrix
 from .noise import ROUNDING
+from .packed import PackedMatrix, Quantizer
 
 # How often both factors are fitted anew, each to the quantized other: 2 take a fifth off the error that quantization
 # adds, 6 not quite a third (docs/results.md).
@@ -29,14 +33,14 @@ def quantize_factors(
     left_rows: list[int],
     right_rows: list[int],
     quant: dict,
-    quantizer,
+    quantizer: Quantizer,
     seed: int,
 ) -> tuple[list[PackedMatrix], list[PackedMatrix]]:
     """Packs the banks left n_left x (out, r) and right n_right x (r, in) of the experts that use them.
 
     targets: the weights (out, in) the products stand for; grams (in, in) of their inputs; rows: bank row of
-    each expert; quant: {"left", "right"}; quantizer(matrix, gram, quant) -> PackedMatrix. All may be made on demand:
-    no more is asked for at a time than one product needs.
+    each expert; quant: {"left", "right"}. Targets, grams and banks may be made on demand: no more is asked for at a
+    time than one product needs.
 
     The product is free up to left T, T^-1 right: directions are balanced and the bottleneck rotated, which
     costs nothing at run time. A right row is quantized for the summed inputs of its experts; a left row is
@@ -44,47 +48,102 @@ def quantize_factors(
     expert each are then refitted to the quantized left ones, and so on, while that lowers the error, ROUNDS times.
     """
     turn = rotation(len(right[0]), seed).to(right[0].device)
-    right_users = [[e for e, r in enumerate(right_rows) if r == row] for row in range(len(right))]
+    lefts: dict[int, PackedMatrix] = {}
+    rights: dict[int, PackedMatrix] = {}
+    for users in connected(left_rows, right_rows):
+        lower, upper = (sorted({rows[e] for e in users}) for rows in (left_rows, right_rows))
+        together = _Together(
+            _kept(picked(targets, users)),
+            _kept(picked(grams, users)),
+            picked(left, lower),
+            picked(right, upper),
+            [lower.index(left_rows[e]) for e in users],
+            [upper.index(right_rows[e]) for e in users],
+            quant,
+            quantizer,
+            turn,
+        )
+        made = together.quantized()
+        lefts |= zip(lower, made[0])
+        rights |= zip(upper, made[1])
+    return [lefts[row] for row in range(len(left))], [rights[row] for row in range(len(right))]
 
-    def opened(packed: list[PackedMatrix], rows: Sequence[int]) -> Lazily:
-        return Lazily(len(rows), lambda at: packed[rows[at]].dense().to(turn))
 
-    def balanced(row: int) -> torch.Tensor:
-        # Against a left factor that uses it, so that no direction drowns in the rotation.
-        return turn.T @ balance(left[left_rows[right_users[row][0]]].double(), right[row].double())[1]
+def connected(left_rows: list[int], right_rows: list[int]) -> list[list[int]]:
+    """Experts in sets that share no row with each other."""
+    first = max(left_rows) + 1
+    size = first + max(right_rows) + 1
+    edges = coo_array((np.ones(len(left_rows)), (left_rows, [first + row for row in right_rows])), shape=(size, size))
+    label = connected_components(edges, directed=False)[1]
+    sets: dict[int, list[int]] = {}
+    for expert, row in enumerate(left_rows):
+        sets.setdefault(int(label[row]), []).append(expert)
+    return list(sets.values())
 
-    def refitted(row: int) -> torch.Tensor:
-        (expert,) = right_users[row]
-        mine, held = opened(lefts, left_rows)[expert], ROUNDING[quant["left"]["bits"]]
-        return refit_right(targets[expert], mine, opened(rights, right_rows)[expert], held)
 
-    def quantized_rights(wanted: Callable[[int], torch.Tensor]) -> list[PackedMatrix]:
-        inputs = (sum(grams[e].double() for e in users) for users in right_users)
-        return [quantizer(wanted(row), gram, quant["right"]) for row, gram in enumerate(inputs)]
+def _kept(items: Sequence) -> Sequence:
+    """A single one is asked for in every round and made once."""
+    return list(items) if len(items) == 1 else items
 
-    def quantized_lefts(rights: list[PackedMatrix]) -> list[PackedMatrix]:
+
+class _Together(NamedTuple):
+    """Factors that depend on each other through the rows that experts share."""
+
+    targets: Sequence[torch.Tensor]
+    grams: Sequence[torch.Tensor]
+    left: Sequence[torch.Tensor]
+    right: Sequence[torch.Tensor]
+    left_rows: list[int]
+    right_rows: list[int]
+    quant: dict
+    quantizer: Quantizer
+    turn: torch.Tensor
+
+    def quantized(self) -> tuple[list[PackedMatrix], list[PackedMatrix]]:
+        users = [[e for e, r in enumerate(self.right_rows) if r == row] for row in range(len(self.right))]
+
+        def balanced(row: int) -> torch.Tensor:
+            # Against a left factor that uses it, so that no direction drowns in the rotation.
+            beside = self.left[self.left_rows[users[row][0]]]
+            return self.turn.T @ balance(beside.double(), self.right[row].double())[1]
+
+        def refitted(row: int) -> torch.Tensor:
+            (expert,) = users[row]
+            mine, held = self._opened(lefts, self.left_rows)[expert], ROUNDING[self.quant["left"]["bits"]]
+            return refit_right(self.targets[expert], mine, self._opened(rights, self.right_rows)[expert], held)
+
+        def quantized_rights(wanted: Callable[[int], torch.Tensor]) -> list[PackedMatrix]:
+            return [self.quantizer.pack(wanted(row), inputs[row], self.quant["right"]) for row in range(len(users))]
+
+        inputs: Sequence = Lazily(len(users), lambda row: self.quantizer.inputs(sum(self.grams[e] for e in users[row])))
+        inputs = _kept(inputs)
+        rights = quantized_rights(balanced)
+        lefts = self._lefts(rights)
+        if any(len(sharing) > 1 for sharing in users):
+            return lefts, rights
+        best = self._lost(lefts, rights)
+        for _ in range(ROUNDS):
+            new_rights = quantized_rights(refitted)
+            new_lefts = self._lefts(new_rights)
+            error = self._lost(new_lefts, new_rights)
+            if error >= best:
+                break
+            lefts, rights, best = new_lefts, new_rights, error
+        return lefts, rights
+
+    def _opened(self, packed: list[PackedMatrix], rows: Sequence[int]) -> Lazily:
+        return Lazily(len(rows), lambda at: packed[rows[at]].dense().to(self.turn))
+
+    def _lefts(self, rights: list[PackedMatrix]) -> list[PackedMatrix]:
         made = []
-        for row in range(len(left)):
-            users = [e for e, r in enumerate(left_rows) if r == row]
-            own, inputs = picked(grams, users), opened(rights, [right_rows[e] for e in users])
-            bottleneck = sum(v @ g.double() @ v.T for g, v in zip(own, inputs))
-            made.append(quantizer(refit_left(picked(targets, users), own, inputs), bottleneck, quant["left"]))
+        for row in range(len(self.left)):
+            users = [e for e, r in enumerate(self.left_rows) if r == row]
+            grams, inputs = picked(self.grams, users), self._opened(rights, [self.right_rows[e] for e in users])
+            bottleneck = sum(v @ g.double() @ v.T for g, v in zip(grams, inputs))
+            wanted = refit_left(picked(self.targets, users), grams, inputs)
+            made.append(self.quantizer.pack(wanted, self.quantizer.inputs(bottleneck), self.quant["left"]))
         return made
 
-    def lost(lefts: list[PackedMatrix], rights: list[PackedMatrix]) -> float:
-        products = zip(targets, opened(lefts, left_rows), opened(rights, right_rows), grams)
-        return sum(energy(target - (u @ v).to(target), gram) for target, u, v, gram in products)
-
-    rights = quantized_rights(balanced)
-    lefts = quantized_lefts(rights)
-    if any(len(users) > 1 for users in right_users):
-        return lefts, rights
-    best = lost(lefts, rights)
-    for _ in range(ROUNDS):
-        new_rights = quantized_rights(refitted)
-        new_lefts = quantized_lefts(new_rights)
-        error = lost(new_lefts, new_rights)
-        if error >= best:
-            break
-        lefts, rights, best = new_lefts, new_rights, error
-    return lefts, rights
+    def _lost(self, lefts: list[PackedMatrix], rights: list[PackedMatrix]) -> float:
+        products = zip(self.targets, self._opened(lefts, self.left_rows), self._opened(rights, self.right_rows))
+        return sum(energy(w - (u @ v).to(w), gram) for (w, u, v), gram in zip(products, self.grams))

@@ -1,19 +1,18 @@
 """The grid of each group of weights: scales that can be stored, and zeros.
 
 GPTQ loses sum_j d_j e_j^2 on a row, with e_j the rounding error of input j and d_j what is left of that input's
-variance once those that take up its error are known (`noise.innovations`; Frantar et al., eq. 2). So that is what the
-grid is chosen for, among all scales that can be stored from the one that covers the group downwards, and both zeros
-beside the ideal one. Searching for the least |error|^2.4 of all inputs alike, as GPTQ's implementations do, and
+variance once those that take up its error are known (`feedback.innovations`; Frantar et al., eq. 2). So that is what
+the grid is chosen for, among all scales that can be stored from the one that covers the group downwards, and both
+zeros beside the ideal one. Searching for the least |error|^2.4 of all inputs alike, as GPTQ's implementations do, and
 rounding the scale found to one that can be stored, loses 4 to 5 % more (docs/results.md).
 """
-
-from collections.abc import Iterator
 
 import torch
 
 from ..model.packing import SCALES, STEPS, scale_levels
 
 OCTAVES = 2.5  # how far a range is clipped at most: to a sixth
+AT_ONCE = 8  # scales that are tried before the rows that are done are left out
 
 
 def slack(bits: int) -> float:
@@ -23,8 +22,8 @@ def slack(bits: int) -> float:
 
 
 def bounds(group: torch.Tensor, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(low, high), each (out,): the ends of the range of each row (out, size), zero included, never equal."""
-    low, high = group.amin(1).clamp(max=0), group.amax(1).clamp(min=0)
+    """(low, high), each (out,): the ends of the range of a group (size, out), zero included, never equal."""
+    low, high = group.amin(0).clamp(max=0), group.amax(0).clamp(min=0)
     if sym:
         high = torch.maximum(-low, high)
         low = -high
@@ -33,15 +32,15 @@ def bounds(group: torch.Tensor, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def largest_scale(weight: torch.Tensor, quant: dict) -> torch.Tensor:
-    """() float32: at least as large as the best scale of any group of a matrix (out, in)."""
+    """() float32: at least as large as the best scale of any group of a matrix."""
     low, high = (-weight.min()).clamp(min=0), weight.max().clamp(min=0)
     span = 2 * torch.maximum(low, high) * slack(quant["bits"]) if quant["sym"] else low + high
     flat = torch.tensor(2.0, device=weight.device)  # the range that a group of zeros is given
-    return torch.where(span > 0, span, flat) / (2 ** quant["bits"] - 1)
+    return torch.where(span != 0, span, flat) / (2 ** quant["bits"] - 1)
 
 
 def whole_range(group: torch.Tensor, base: torch.Tensor, quant: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, zero), each (out,), of a group (out, size) from least to largest weight: the scale nearest to that which
+    """(scale, zero), each (out,), of a group (size, out) from least to largest weight: the scale nearest to that which
     can be stored under `base`; at 8 bits the next larger one, since clipping would cost more than all rounding."""
     top = 2 ** quant["bits"] - 1
     low, high = bounds(group, quant["sym"])
@@ -49,13 +48,14 @@ def whole_range(group: torch.Tensor, base: torch.Tensor, quant: dict) -> tuple[t
     if quant["bits"] == 8:
         exact = exact * 2 ** (0.5 / STEPS)
     scale = SCALES.to(group.device)[scale_levels(exact, base).int()] * base
-    return scale, torch.full_like(scale, (top + 1) / 2) if quant["sym"] else (-low / scale).round()
+    zero = torch.full_like(scale, (top + 1) / 2) if quant["sym"] else (-low / scale).round()
+    return scale, zero.clamp(max=top)
 
 
 def best_grid(
     group: torch.Tensor, matter: torch.Tensor, base: torch.Tensor, quant: dict
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, zero), each (out,) float32, with the least sum_j matter_j e_j^2 of rounding a group (out, size) float32.
+    """(scale, zero), each (out,) float32, with the least sum_j matter_j e_j^2 of rounding a group (size, out) float32.
 
     matter (size,): weight of each input's squared error; base: of `largest_scale`; quant: {"bits", "sym"}.
     """
@@ -63,36 +63,36 @@ def best_grid(
     low, high = bounds(group, quant["sym"])
     exact = (high - low) / top
     ideal = torch.full_like(exact, (top + 1) / 2) if quant["sym"] else -low / exact
-    zeros = [ideal] if quant["sym"] else [ideal.floor(), ideal.ceil().clamp(max=top)]
+    zeros = ideal[None] if quant["sym"] else torch.stack([ideal.floor(), ideal.ceil().clamp(max=top)])
     first = ((base / exact / slack(quant["bits"])).log2() * STEPS).floor().int()
     table, matter = SCALES.to(group.device) * base, matter.to(group)
-    best, scale, zero = torch.full_like(low, torch.inf), torch.zeros_like(low), torch.zeros_like(low)
-    for step in range(int(OCTAVES * STEPS)):
-        tried = table[(first + step).clamp(0, len(SCALES) - 1)]
-        least = torch.full_like(low, torch.inf)
-        for offset in zeros:
-            shift, unit = offset[:, None], tried[:, None]
-            error = (group / unit).round_().add_(shift).clamp_(0, top).sub_(shift).mul_(unit).sub_(group).square_()
-            loss = error @ matter
-            better = loss < best
-            best, least = torch.where(better, loss, best), torch.minimum(least, loss)
-            scale, zero = torch.where(better, tried, scale), torch.where(better, offset, zero)
+    found = torch.stack([torch.full_like(low, torch.inf), torch.zeros_like(low), torch.zeros_like(low)])
+    rows = torch.arange(len(low), device=group.device)  # whose best scale may yet be a smaller one
+    for level in range(0, int(OCTAVES * STEPS), AT_ONCE):
+        steps = torch.arange(level, level + AT_ONCE, device=group.device)[:, None]
+        scales = table[(first[rows] + steps).clamp(0, len(SCALES) - 1)]
+        found[:, rows], least = _best_of(group[:, rows], matter, scales, zeros[:, rows], top, found[:, rows])
         # What is clipped loses more with every step, and rounding, which gains, is no more than half of this.
-        if bool((least > 2 * best).all()):
+        rows = rows[least <= 2 * found[0, rows]]
+        if not len(rows):
             break
+    _, scale, zero = found
     return scale, zero
 
 
-class Grids:
-    """`best_grid` of the groups of a matrix, one after the other. gptqmodel copies its quantizer, and what that holds,
-    for each group; this stays one."""
-
-    def __init__(self, weight: torch.Tensor, matter: torch.Tensor, base: torch.Tensor, quant: dict):
-        parts = zip(weight.split(quant["group_size"], 1), matter.split(quant["group_size"]))
-        self._found: Iterator = (best_grid(group, part, base, quant) for group, part in parts)
-
-    def __deepcopy__(self, memo) -> "Grids":
-        return self
-
-    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return next(self._found)
+def _best_of(group, matter, scales, zeros, top: int, found) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, scale, zero) (3, out), the best of `found` and all pairs of scales and zeros, each (any, out); and the
+    least loss of the last scale (out,)."""
+    best, scale, zero = found
+    ratio, nearest, error = (torch.empty_like(group) for _ in range(3))
+    for tried in scales:
+        torch.div(group, tried, out=ratio)
+        torch.round(ratio, out=nearest)
+        least = torch.full_like(best, torch.inf)
+        for offset in zeros:
+            torch.clamp(nearest, -offset, top - offset, out=error)
+            loss = (matter @ error.sub_(ratio).square_()) * tried.square()
+            better = loss < best
+            best, least = torch.where(better, loss, best), torch.minimum(least, loss)
+            scale, zero = torch.where(better, tried, scale), torch.where(better, offset, zero)
+    return torch.stack([best, scale, zero]), least

@@ -15,18 +15,6 @@ LEFT, RIGHT = 1.07, 0.23
 NOISE = f"{LEFT}-{RIGHT}"  # for names of what is kept
 
 
-def innovations(gram: torch.Tensor, damp: float) -> torch.Tensor:
-    """(n,) float64: the variance of each input that those quantized after it do not explain; gram (n, n), positive.
-
-    damp: share of the mean diagonal that is added, as GPTQ does.
-    """
-    hessian = gram.double().clone()
-    hessian.diagonal().add_(damp * hessian.diagonal().mean())
-    order = hessian.diagonal().argsort()  # quantized last comes first
-    left_over = torch.linalg.cholesky(hessian[order][:, order]).diagonal().square()
-    return torch.empty_like(left_over).index_copy_(0, order, left_over)
-
-
 def dense_noise(energy: float, columns: int, innovation: float) -> float:
     """Expected tr(E G E^T) of a dense matrix with squared norm `energy`, per unit of rounding error."""
     return energy / columns * innovation

@@ -12,8 +12,8 @@ from ..fitting import Profile, error_price, fit_table, profile
 from ..model.experts import dense_weight, expert_count, find_experts, shapes_of, split_projections
 from ..model.factorized_experts import FactorizedExperts
 from ..model.parts import JOINT, joined
-from ..quantize.gptq import QuantizeError, quant_format
 from ..quantize.noise import NOISE
+from ..quantize.packed import QuantizeError, quant_format
 from .base import Context, StageError, expert_grams, reached, weak_experts
 
 LEAST_PRICE = 1e-30  # of experts that no error of theirs could be seen of

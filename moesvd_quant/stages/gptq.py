@@ -1,7 +1,8 @@
 """Stage `gptq`: experts (dense or factorized) and other linear layers in 2, 3, 4 or 8 bits."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -15,7 +16,8 @@ from ..model.factorized_experts import FactorizedExperts
 from ..model.packing import PackedLinear
 from ..model.parts import part_banks
 from ..quantize.factors import quantize_factors
-from ..quantize.gptq import PackedMatrix, QuantizeError, gptq, quant_format, round_to_nearest
+from ..quantize.gptq import with_damp
+from ..quantize.packed import PackedMatrix, QuantizeError, Quantizer, quant_format, round_to_nearest
 from .allocation import plan_budget
 from .base import UNREACHED, Context, Plan, StageError, factorized, require_experts, weak_experts
 from .inputs import inputs_of
@@ -123,17 +125,27 @@ def run_outer(context: Context, plan: Plan) -> dict:
     return {"lm_head": error}
 
 
-def _quantize(context: Context, where: str, weight, gram, quant) -> PackedMatrix:
+def _quantizer(context: Context, where: str) -> Quantizer:
+    """The stage's; what goes wrong is a StageError that names `where`."""
+    rounding = Quantizer(lambda gram: None, lambda weight, inputs, quant: round_to_nearest(weight, quant))
+    steps = rounding if context.options.rtn else with_damp(context.options.damp)
+    return Quantizer(*(partial(_named, where, step) for step in steps))
+
+
+def _named(where: str, step: Callable, *given):
     try:
-        if context.options.rtn:
-            return round_to_nearest(weight, quant)
-        return gptq(weight, gram, quant, context.options.damp)
+        return step(*given)
     except (QuantizeError, RuntimeError) as error:
         raise StageError(f"{where}: {error}") from error
 
 
+def _quantize(context: Context, where: str, weight, gram, quant) -> PackedMatrix:
+    quantizer = _quantizer(context, where)
+    return quantizer.pack(weight, quantizer.inputs(gram), quant)
+
+
 def _quantize_linear(context, where, linear, gram, quant):
-    packed = _quantize(context, where, linear.weight.float(), gram, quant)
+    packed = _quantize(context, where, linear.weight, gram, quant)
     kind = dict(dtype=linear.weight.dtype, device=linear.weight.device)
     made = PackedLinear(linear.in_features, linear.out_features, linear.bias is not None, quant, **kind)
     _fill(made, "weight", [packed], stacked=False)
@@ -218,7 +230,7 @@ def _quantize_part(context, full, name, i, part, experts, targets, grams):
         part["left"],
         part["right"],
         part["quant"],
-        lambda weight, gram, quant: _quantize(context, f"{full}.{name}", weight.float(), gram, quant),
+        _quantizer(context, f"{full}.{name}"),
         _seed(context.seed, full, name, i),
     )
     return {"left": lefts, "right": rights}

@@ -5,8 +5,9 @@ import torch
 
 from moesvd_quant.decompose.whitening import gram_root, refit_right, whitened_error, whitened_svd
 from moesvd_quant.quantize import factors
-from moesvd_quant.quantize.factors import quantize_factors, rotation
-from moesvd_quant.quantize.gptq import gptq
+from moesvd_quant.quantize.factors import connected, quantize_factors, rotation
+from moesvd_quant.quantize.gptq import with_damp
+from moesvd_quant.quantize.packed import Quantizer
 
 QUANT = {bank: {"bits": 3, "group_size": 32, "sym": False} for bank in ("left", "right")}
 
@@ -30,8 +31,7 @@ def problem(seed=0, out=64, columns=96, rank=32):
     return weight, gram, *whitened_svd(weight, gram, rank)
 
 
-def quantized(matrix, gram, quant):
-    return gptq(matrix.float(), gram.float(), quant, 0.01)
+GPTQ = with_damp(0.01)
 
 
 def run(quantizer, weight, gram, left, right):
@@ -41,7 +41,7 @@ def run(quantizer, weight, gram, left, right):
 
 def test_without_loss_in_the_quantizer_the_product_is_the_best_of_its_rank():
     weight, gram, left, right = problem()
-    got = run(lambda matrix, *_: Exact(matrix), weight, gram, left, right)
+    got = run(Quantizer(lambda gram: gram, lambda matrix, *_: Exact(matrix)), weight, gram, left, right)
     assert torch.allclose(got, left @ right, atol=1e-8)
 
 
@@ -53,9 +53,9 @@ def test_rotation_is_orthogonal_and_drawn_by_seed():
 
 def test_better_than_quantizing_the_factors_one_by_one():
     weight, gram, left, right = problem()
-    ours = whitened_error(weight, run(quantized, weight, gram, left, right), gram)
-    plain_right = quantized(right, gram, QUANT["right"]).dense()
-    plain_left = quantized(left, right @ gram @ right.T, QUANT["left"]).dense()
+    ours = whitened_error(weight, run(GPTQ, weight, gram, left, right), gram)
+    plain_right = GPTQ.pack(right, GPTQ.inputs(gram), QUANT["right"]).dense()
+    plain_left = GPTQ.pack(left, GPTQ.inputs(right @ gram @ right.T), QUANT["left"]).dense()
     lost = whitened_error(weight, left @ right, gram)
     assert ours - lost < 0.65 * (whitened_error(weight, plain_left @ plain_right, gram) - lost)
 
@@ -69,7 +69,7 @@ def test_fitted_in_turn_they_lose_less_than_one_after_the_other(bits, rank, monk
 
     def excess(rounds):
         monkeypatch.setattr(factors, "ROUNDS", rounds)
-        lefts, rights = quantize_factors([weight], [gram], left[None], right[None], [0], [0], quant, quantized, seed=0)
+        lefts, rights = quantize_factors([weight], [gram], left[None], right[None], [0], [0], quant, GPTQ, seed=0)
         return whitened_error(weight, lefts[0].dense() @ rights[0].dense(), gram) - lost
 
     once = excess(0)
@@ -97,10 +97,21 @@ def test_a_shared_right_factor_sees_the_inputs_of_all_its_experts():
 
     lefts, rights = quantize_factors(
         [first[0], second[0]], [first[1], second[1]], torch.stack([first[2], second[2]]), first[3][None],
-        [0, 1], [0, 0], QUANT, quantizer, seed=0,
+        [0, 1], [0, 0], QUANT, Quantizer(lambda gram: gram, quantizer), seed=0,
     )  # fmt: skip
     assert len(rights) == 1 and len(lefts) == 2
     assert torch.allclose(seen[32, 96][0], first[1] + second[1])
     right = rights[0].dense()
     for left, (weight, gram, *_) in zip(lefts, (first, second)):  # each refitted under its own inputs
         assert ((weight - left.dense() @ right) @ gram @ right.T).abs().max() < 1e-6 * gram.abs().max()
+
+
+def test_experts_that_share_no_row_are_fitted_apart():
+    assert connected([0, 1, 2, 0], [0, 1, 1, 2]) == [[0, 3], [1, 2]]
+    problems = [problem(seed) for seed in range(2)]
+    weights, grams, left, right = (list(parts) for parts in zip(*problems))
+    together = quantize_factors(weights, grams, left, right, [0, 1], [0, 1], QUANT, GPTQ, seed=0)
+    for expert, alone in enumerate(problems):
+        lefts, rights = quantize_factors(*([part] for part in alone), [0], [0], QUANT, GPTQ, seed=0)
+        assert torch.equal(together[0][expert].dense(), lefts[0].dense())
+        assert torch.equal(together[1][expert].dense(), rights[0].dense())

@@ -5,8 +5,9 @@ import torch
 
 from moesvd_quant.decompose.whitening import whitened_directions, whitened_error, whitened_svd
 from moesvd_quant.quantize.factors import quantize_factors
-from moesvd_quant.quantize.gptq import gptq
-from moesvd_quant.quantize.noise import ROUNDING, dense_noise, factor_noise, innovations
+from moesvd_quant.quantize.feedback import Feedback, innovations
+from moesvd_quant.quantize.gptq import gptq, with_damp
+from moesvd_quant.quantize.noise import ROUNDING, dense_noise, factor_noise
 
 DAMP = 0.05
 
@@ -38,14 +39,14 @@ def test_innovation_is_what_later_inputs_do_not_explain():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_rounding_of_a_gaussian(bits):
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
-    packed = gptq(weight, torch.eye(512), {"bits": bits, "group_size": 64, "sym": False}, 1e-6)
+    packed = gptq(weight, Feedback.of(torch.eye(512), 1e-6), {"bits": bits, "group_size": 64, "sym": False})
     assert float((packed.dense(torch.float32) - weight).square().mean()) == pytest.approx(ROUNDING[bits], rel=0.05)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_dense_error_is_forecast(bits):
     weight, gram = problem()
-    packed = gptq(weight, gram, {"bits": bits, "group_size": 64, "sym": False}, DAMP)
+    packed = gptq(weight, Feedback.of(gram, DAMP), {"bits": bits, "group_size": 64, "sym": False})
     measured = whitened_error(weight, packed.dense(), gram) * float(((weight @ gram) * weight).sum())
     forecast = ROUNDING[bits] * dense_noise(float(weight.square().sum()), 128, float(innovations(gram, DAMP).sum()))
     assert measured == pytest.approx(forecast, rel=0.2)
@@ -58,7 +59,7 @@ def test_factor_error_is_forecast(bits, rank):
     left, right = whitened_svd(weight, gram, rank)
     quant = {bank: {"bits": bits, "group_size": 32, "sym": False} for bank in ("left", "right")}
     lefts, rights = quantize_factors(
-        [weight], [gram], left[None], right[None], [0], [0], quant, lambda w, g, q: gptq(w.float(), g, q, DAMP), seed=0
+        [weight], [gram], left[None], right[None], [0], [0], quant, with_damp(DAMP), seed=0
     )
     energy = float(((weight @ gram) * weight).sum())
     truncated = whitened_error(weight, left @ right, gram)

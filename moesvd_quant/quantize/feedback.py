@@ -1,0 +1,60 @@
+"""How later inputs take up the rounding error of earlier ones: all that GPTQ needs to know of a matrix' inputs."""
+
+from typing import NamedTuple
+
+import torch
+
+from .packed import QuantizeError
+
+
+class Feedback(NamedTuple):
+    """order (n,) int64: the inputs as they are quantized, in order of activation; upper (n, n) float32: the share of
+    the rounding error of input order[i] that is added to input order[j] before that one is rounded, i < j, ones on the
+    diagonal; innovations (n,) float64: `innovations`, where the mean diagonal of the Gram matrix is 1.
+
+    With the damped Gram matrix H, in that order, H = upper diag(innovations) upper^T: GPTQ's inverse Cholesky factor
+    and this one's rows push the same errors (QuIP, Chee et al. 2023, theorem 6), and nothing has to be inverted.
+    """
+
+    order: torch.Tensor
+    upper: torch.Tensor
+    innovations: torch.Tensor
+
+    @classmethod
+    def of(cls, gram: torch.Tensor, damp: float) -> "Feedback":
+        """gram (n, n): of the inputs; damp: share of the mean diagonal that is added. QuantizeError where that is not
+        positive definite."""
+        order, root, _ = _root(gram, damp)
+        diagonal = root.diagonal()
+        upper = (root / diagonal).flip(0, 1).float()
+        return cls(order.flip(0), upper, _placed(diagonal, order))
+
+
+def innovations(gram: torch.Tensor, damp: float) -> torch.Tensor:
+    """(n,) float64: the variance of each input that those quantized after it do not explain; gram (n, n), positive.
+
+    damp: share of the mean diagonal that is added, as GPTQ does.
+    """
+    order, root, mean = _root(gram, damp)
+    return _placed(root.diagonal(), order) * mean
+
+
+def _root(gram: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The order with what is quantized last first, the lower Cholesky factor in that order, and the mean diagonal of
+    gram, by which it is divided: far from under- and overflow."""
+    mean = gram.diagonal().mean(dtype=torch.float64)
+    if not torch.isfinite(mean) or mean <= 0:
+        raise QuantizeError("the Gram matrix of the inputs is zero or not finite")
+    order = gram.diagonal().argsort(stable=True)
+    for dtype in (torch.promote_types(gram.dtype, torch.float32), torch.float64):
+        hessian = gram[order][:, order].to(dtype) / mean.to(dtype)
+        hessian.diagonal().add_(damp)
+        root, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            return order, root, mean
+    raise QuantizeError(f"the Gram matrix of the inputs with damp {damp} is not positive definite; give a larger damp")
+
+
+def _placed(diagonal: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    left_over = diagonal.double().square()
+    return torch.empty_like(left_over).index_copy_(0, order, left_over)

@@ -1,0 +1,58 @@
+"""Packed matrices in the format that GPTQ's kernels read. The only module that imports gptqmodel."""
+
+import contextlib
+import io
+import os
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.packing import unpack
+from .packed import PackedMatrix, QuantizeError
+
+
+@lru_cache
+def _gptqmodel() -> Any:
+    """It prints a banner, sets environment variables and takes seconds to import."""
+    os.environ.setdefault("HF_HOME", os.path.join(os.path.expanduser("~"), ".cache", "huggingface"))
+    os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
+    noise = io.StringIO()
+    with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+        import gptqmodel.nn_modules.qlinear.torch
+        import gptqmodel.utils.model
+    return gptqmodel
+
+
+def to_standard(packed: PackedMatrix, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """qweight, qzeros, scales, g_idx (and bias) of the GPTQ format v1, as gptqmodel packs them.
+
+    QuantizeError where the format cannot hold the matrix.
+    """
+    quant, columns, out = packed.quant, packed.columns, packed.tensors["scales"].shape[0]
+    if columns % 32 or out % 32 or columns % quant["group_size"]:
+        raise QuantizeError(f"the GPTQ format needs multiples of 32 and whole groups, the matrix is {out} x {columns}")
+    scale = packed.scale()
+    if scale.half().min() == 0:
+        raise QuantizeError("a scale underflows fp16, which the GPTQ format stores")
+    if quant["sym"]:
+        zero = torch.full_like(scale, 2.0 ** (quant["bits"] - 1))
+    else:
+        zero = unpack(packed.tensors["zeros"], quant["bits"], scale.numel()).view_as(scale).float()
+        if (zero == 0).any():
+            raise QuantizeError("a zero point of 0 cannot be stored in the GPTQ format v1; quantize with sym: true")
+    linear = nn.Linear(columns, out, bias=bias is not None)
+    linear.weight.data = packed.dense(torch.float32)
+    if bias is not None:
+        linear.bias.data = bias.float()
+    gptqmodel = _gptqmodel()
+    kind = {"bits": quant["bits"], "group_size": quant["group_size"]}
+    module = gptqmodel.nn_modules.qlinear.torch.TorchLinear(
+        **kind, sym=quant["sym"], desc_act=False, in_features=columns, out_features=out, bias=bias is not None
+    )
+    index = torch.arange(columns, dtype=torch.int32) // quant["group_size"]
+    module.pack_block(linear, scale, zero, index)
+    config = gptqmodel.quantization.GPTQConfig(**kind, offload_to_disk=False)
+    gptqmodel.utils.model.convert_gptq_v2_to_v1_format_module(module, config)
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
