@@ -40,6 +40,7 @@ def corrected(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> 
     return torch.linalg.solve(gram + held, weight @ (cross + held), left=False)
 
 
+@torch.no_grad()
 def output_error(weight, approximation, original, gram, cross) -> float:
     """sum |W x - V z|^2 / sum |W x|^2 by the Gram matrices of x and z and their cross sum; 0 where W gives nothing."""
     weight, approximation = weight.double(), approximation.double()

@@ -162,11 +162,16 @@ def require_experts(parent: StreamedModel) -> None:
 def factorized(native, layout: dict, banks: Iterable[tuple[str, int | None, torch.Tensor]]) -> FactorizedExperts:
     """The experts module that stands in for `native`; its float banks come as (name, row or None for all, tensor)."""
     made = FactorizedExperts(native, layout)
-    with torch.no_grad():
-        for key, row, value in banks:
-            bank = getattr(made, key)
-            (bank if row is None else bank[row]).copy_(value)
+    fill(made, banks)
     return made
+
+
+@torch.no_grad()
+def fill(made: FactorizedExperts, banks: Iterable[tuple[str, int | None, torch.Tensor]]) -> None:
+    """Sets float banks: (name, row or None for all, tensor)."""
+    for key, row, value in banks:
+        bank = getattr(made, key)
+        (bank if row is None else bank[row]).copy_(value)
 
 
 def errors_of(made: FactorizedExperts, weights: dict, grams: dict) -> dict[str, list[float]]:

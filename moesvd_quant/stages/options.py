@@ -49,6 +49,9 @@ class SvdOptions(StageOptions):
         False,
         description="uniform: left factors refitted to the inputs that the compressed layers before give (SVD-LLM)",
     )
+    error_aware: bool = Field(
+        False, description="global: factors fitted to the original's outputs on the inputs that compressed layers give"
+    )
     alpha: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="asvd: power of the mean |activation| that scales"
     )
@@ -79,6 +82,7 @@ class SvdOptions(StageOptions):
         paper, factors = self.method == "paper", self.select if self.select not in ("owl", "uniform") else ""
         needs = {
             "update": (self.method == "uniform", "method: uniform"),
+            "error_aware": (self.method == "global", "method: global"),
             "alpha": (self.method == "asvd", "method: asvd"),
             "principal_rank": ("p" in factors, "p in select"),
             "outlier": ("a" in factors, "a in select"),
@@ -111,7 +115,7 @@ class SvdOptions(StageOptions):
         return self.ratio is None
 
     def walks(self) -> int:
-        return int(self.update)
+        return 2 if self.error_aware else int(self.update)
 
     def weighs(self) -> bool:
         return self.method == "global"

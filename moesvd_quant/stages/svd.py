@@ -4,14 +4,13 @@ from collections.abc import Iterator
 
 import torch
 
-from ..calibration.metric import blend, shrink
+from ..calibration.metric import shrink
 from ..decompose.baselines import asvd, plain_svd
 from ..decompose.sensitivity import sampling_frequency
 from ..decompose.sharing import literal, share_and_trim, share_in_groups
 from ..decompose.whitening import balance, refit_left, whitened_svd
 from ..layout import layout_of, parts_by_rank
-from ..lazy import Lazily
-from ..model.experts import dense_weight, expert_count, find_experts, shapes_of
+from ..model.experts import expert_count, find_experts, shapes_of
 from ..model.factorized_experts import FactorizedExperts
 from .allocation import plan_budget, plan_ratio
 from .base import (
@@ -19,14 +18,15 @@ from .base import (
     Context,
     Plan,
     StageError,
-    errors_of,
     expert_grams,
     factorized,
+    fill,
     reached,
     require_experts,
     weak_experts,
 )
 from .choices import row_scale
+from .inputs import inputs_of
 from .paper import own_ranks, plan_paper, require_ranks, survey_layer
 
 
@@ -78,11 +78,6 @@ def _survey_layer(context: Context, index: int, layer, statistics: dict) -> dict
     return found
 
 
-def _metric(options):
-    """The published methods are judged, and factorized, by each expert's own inputs."""
-    return blend if options.method == "global" else shrink
-
-
 def _plan_uniform(survey, budget, options):
     """One share of the full rank for every matrix: the published methods per expert."""
     items = [(path, name) for path, entry in survey.items() for name in entry["shapes"]]
@@ -98,39 +93,36 @@ def _plan_uniform(survey, budget, options):
 
 def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
     """Replaces the experts of a loaded layer as planned. Returns errors per projection and expert."""
+    options = context.options
     report = {}
-    walk = context.compressed_walk() if context.options.update else None
+    walk = context.compressed_walk() if options.update else None
+    pair = context.paired_walk() if options.error_aware else None
+    if pair:
+        pair.enter()
     seen = walk.statistics(index) if walk else {}
     for path, native in list(find_experts(layer)):
         full = f"{context.parent.layer_names[index]}.{path}"
         if full not in plan.layout["experts"]:
             continue
-        grams = expert_grams(statistics, path, context.device, _metric(context.options))
+        given = inputs_of(context, native, statistics, path)
         after = expert_grams(seen, path, context.device, shrink) if seen else {}
-        magnitudes = _magnitudes(statistics, path) if context.options.method == "asvd" else {}
+        magnitudes = _magnitudes(statistics, path) if options.method == "asvd" else {}
         frequency = sampling_frequency(statistics[f"{path}/tokens"], context.statistics.windows.numel())
         layout, prices = plan.layout["experts"][full], plan.decisions[full].get("price", {})
-        weights = {name: _weights(native, name) for name in layout}
-        scales = {name: row_scale(prices, name, shapes_of(native)) if prices else None for name in layout}
-        given = {
-            name: (weights[name], grams[name], after.get(name), magnitudes.get(name), scales[name]) for name in layout
-        }
-        banks = (
-            (f"{name}_{i}_{bank}", row, value)
-            for name, parts in layout.items()
-            for i, part in enumerate(parts)
-            for bank, row, value in _banks(part, *given[name], frequency, context.options)
-        )
-        made = factorized(native, layout, banks)
+        made = factorized(native, layout, ())
+        for name in sorted(layout, key=lambda name: name == "down"):  # whose inputs the others decide
+            # The published methods are judged, and factorized, by each expert's own inputs.
+            fitted = given.weights(name, made), given.grams(name, options.method == "global")
+            scale = row_scale(prices, name, shapes_of(native)) if prices else None
+            for i, part in enumerate(layout[name]):
+                banks = _banks(part, *fitted, after.get(name), magnitudes.get(name), scale, frequency, options)
+                fill(made, ((f"{name}_{i}_{bank}", row, value) for bank, row, value in banks))
         layer.set_submodule(path, made)
-        if walk:
-            walk.replace(path, made)
-        report[full] = errors_of(made, weights, grams)
+        for either in (walk, pair):
+            if either:
+                either.replace(path, made)
+        report[full] = given.errors(made)
     return report
-
-
-def _weights(native, name: str) -> Lazily:
-    return Lazily(expert_count(native), lambda expert: dense_weight(native, name, expert))
 
 
 def _magnitudes(statistics: dict, path: str) -> dict[str, torch.Tensor]:

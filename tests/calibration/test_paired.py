@@ -1,5 +1,8 @@
 """The error-aware walk against least squares on the activations themselves, and what it is for."""
 
+import importlib
+
+import pytest
 import torch
 
 import moesvd_quant
@@ -71,12 +74,13 @@ def test_inputs_are_those_of_the_compressed_model(make_model, tmp_path, small):
         torch.testing.assert_close(pair.gate_up[1][expert], x.T @ z, rtol=1e-3, atol=1e-2)
 
 
-def test_error_aware_quantization_follows_the_original_closer_and_resumes_to_the_same_bits(
-    make_model, tmp_path, small, monkeypatch
+@pytest.mark.parametrize("recipe,stage", [("gptq2", "gptq"), ("svd", "svd")])
+def test_error_aware_stages_follow_the_original_closer_and_resume_to_the_same_bits(
+    recipe, stage, make_model, tmp_path, small, monkeypatch
 ):
     folder = make_model("mixtral", num_hidden_layers=3)
-    plain = Run(load_recipe("gptq2", small), folder, tmp_path / "plain").run()[-1]
-    aware = load_recipe("gptq2", [*small, "gptq.error_aware=true"])
+    plain = Run(load_recipe(recipe, small), folder, tmp_path / "plain").run()[-1]
+    aware = load_recipe(recipe, [*small, f"{stage}.error_aware=true"])
     whole = Run(aware, folder, tmp_path / "aware").run()[-1]
     windows = Run(aware, folder, tmp_path / "aware").windows[:8]
 
@@ -89,21 +93,20 @@ def test_error_aware_quantization_follows_the_original_closer_and_resumes_to_the
     errors = [float((last_hidden(f) - original).square().sum()) for f in (plain, whole)]
     assert errors[1] < 0.95 * errors[0]
 
-    from moesvd_quant.stages import gptq
-
-    real = gptq.run_layer
+    module = importlib.import_module(f"moesvd_quant.stages.{stage}")
+    real = module.run_layer
 
     def breaks(context, index, *rest):
         if index == 2:
             raise KeyboardInterrupt
         return real(context, index, *rest)
 
-    monkeypatch.setattr(gptq, "run_layer", breaks)
+    monkeypatch.setattr(module, "run_layer", breaks)
     again = Run(aware, folder, tmp_path / "again")
     try:
         again.run()
     except KeyboardInterrupt:
-        monkeypatch.setattr(gptq, "run_layer", real)
+        monkeypatch.setattr(module, "run_layer", real)
     resumed = Run(aware, folder, tmp_path / "again").run()[-1]
     for file in whole.glob("*.safetensors"):
         assert file.read_bytes() == (resumed / file.name).read_bytes()
