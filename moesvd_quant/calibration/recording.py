@@ -16,6 +16,11 @@ from .statistics import LayerRecorder
 BATCH_TOKENS = 2048  # part of the result: sums run batch by batch, of at most so many tokens or one window
 
 
+def windows_at_once(length: int) -> int:
+    """Windows of `length` tokens in a batch of the walk."""
+    return max(1, BATCH_TOKENS // length)
+
+
 def record_layer(layer: nn.Module, path: Path, run: Callable[[], Any], at_once: int | None, scratch: Path) -> None:
     """The sums of `LayerRecorder` while `run` takes all batches through the layer, into the file `path`.
 

@@ -21,7 +21,15 @@ from ..model.stream import StreamedModel, precision_on
 from .cache import cache_cap, cache_root, make_room, walk_folder
 from .effect import measure_effects
 from .fisher import fisher_bases
-from .recording import BATCH_TOKENS, experts_at_once, head_gram, pass_on, record_layer, recorded_bytes
+from .recording import (
+    BATCH_TOKENS,
+    experts_at_once,
+    head_gram,
+    pass_on,
+    record_layer,
+    recorded_bytes,
+    windows_at_once,
+)
 
 WALK_VERSION = 4
 EFFECT_BATCH = 8  # windows
@@ -47,7 +55,7 @@ class Statistics:
         self.shape = tuple(shape or windows.shape)
         self.memory, self.model_digest = memory or Memory(), model_digest
         self.dtype = precision_on(device)
-        self.batch_size = max(1, BATCH_TOKENS // self.shape[1])
+        self.batch_size = windows_at_once(self.shape[1])
         self.store = root or cache_root() / "statistics"
         meta = StreamedModel(folder, self.dtype)
         self.count, self.cap_bytes = len(meta.layer_names), cap_bytes or cache_cap()

@@ -20,7 +20,7 @@ from ..checkpoint.files import write_tensors
 from ..memory import Memory, Sizes
 from ..model.stream import StreamedModel, precision_on
 from .cache import cache_root
-from .recording import BATCH_TOKENS
+from .recording import BATCH_TOKENS, windows_at_once
 
 ROUNDS = 8
 
@@ -49,7 +49,7 @@ def written_windows(
     allowed = allowed_tokens(tokenizer, streamed.model.get_output_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(seed)
     start = allowed.nonzero()[:, 0][torch.randint(int(allowed.sum()), shape, generator=generator)]
-    batch_size = max(1, BATCH_TOKENS // shape[1])
+    batch_size = windows_at_once(shape[1])
     sizes = Sizes.of(streamed, shape, batch_size)
     held = memory.holds(2 * start.numel() * sizes.row, sizes.layer)
     made = write(streamed, start, allowed, generator, batch_size, None if held else path.parent, progress)
