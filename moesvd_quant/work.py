@@ -171,16 +171,21 @@ def _label(stage) -> str:
     if stage.name == "svd":
         label = _svd_label(options)
         ratio = "" if options.ratio is None else f"{round(options.ratio * 100)}"
-        return f"{label}-{ratio}" if label[-1].isdigit() else label + ratio
+        label = f"{label}-{ratio}" if label[-1].isdigit() else label + ratio
+        return label + _aware(options)
     if stage.name == "d2":
         pruned = f"-p{round(options.static * 100)}+{round(options.dynamic * 100)}-"
         return f"d2-{options.merge}{pruned if options.static or options.dynamic else ''}{round(options.ratio * 100)}"
     if stage.name == "gptq":
-        return f"{'rtn' if options.rtn else 'gptq'}{options.bits or ''}{'-aware' if options.error_aware else ''}"
+        return f"{'rtn' if options.rtn else 'gptq'}{options.bits or ''}{_aware(options)}"
     if stage.name == "lora":
         what = {"adapters": f"lora{options.rank}", "factors": "tuned", "router": "router"}[options.train]
         return what + {"lm": "", "distill": "-distilled", "layerwise": "-layerwise"}[options.objective]
     return stage.name
+
+
+def _aware(options) -> str:
+    return "-aware" if options.error_aware else ""
 
 
 def _svd_label(options) -> str:
