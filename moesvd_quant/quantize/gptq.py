@@ -9,6 +9,7 @@ from .packed import PackedMatrix, Quantizer, packed_matrix, storable
 BLOCK = 128  # inputs whose errors are passed on one by one; those of whole blocks before them in one product
 
 
+@torch.no_grad()
 def gptq(weight: torch.Tensor, inputs: Feedback, quant: dict) -> PackedMatrix:
     """Quantizes weight (out, in) for given inputs.
 

@@ -82,6 +82,7 @@ def packed_matrix(codes, scale, zero, base, quant: dict) -> PackedMatrix:
     return PackedMatrix(tensors, quant, codes.shape[1])
 
 
+@torch.no_grad()
 def round_to_nearest(weight: torch.Tensor, quant: dict) -> PackedMatrix:
     """Plain rounding of (out, in) on the min-max grid of each group: the baseline that GPTQ has to beat."""
     weight = weight.float()

@@ -127,6 +127,13 @@ def test_scale_of_the_gram_matrix_does_not_matter():
     assert torch.equal(small, large)
 
 
+def test_a_weight_that_is_trained_is_quantized_as_well():
+    weight, gram = problem()
+    quant, inputs = {"bits": 3, "group_size": 32, "sym": False}, Feedback.of(gram, 0.01)
+    trained = gptq(torch.nn.Parameter(weight), inputs, quant).dense()
+    assert torch.equal(trained, gptq(weight, inputs, quant).dense()) and not trained.requires_grad
+
+
 def test_one_input_direction_alone_still_works():
     weight, _ = problem()
     x = torch.ones(1, 128)
