@@ -94,8 +94,7 @@ def forecast(
     walks = max(stage.walks() for stage in stages)
     # A stage that walks beside its work has the walks' layers as well, sums of as many experts as fit, and hidden
     # states, of which each walk has two and what its experts were given.
-    present = stored + walks * walked if walks else int(FACTORS * stored)
-    worked = base + present
+    worked = base + (stored + walks * walked if walks else int(FACTORS * stored))
     sums, seen = walks * grams, 4 * walks * tokens * sizes.row
     sums = sums if worked + sizes.activations + sums < memory.limit else walks * each
     seen = seen if worked + seen + 2 * sizes.layer < memory.limit else 0

@@ -114,11 +114,24 @@ def refit_left(
 
     left = (sum_e W_e G_e R_e^T) (sum_e R_e G_e R_e^T)^+, for given right factors R_e (rank, in).
     """
+    return solved_left(*left_sums(weights, grams, rights))
+
+
+def left_sums(
+    weights: Sequence[torch.Tensor], grams: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `refit_left`: sum_e W_e G_e R_e^T (out, rank), and the Gram matrix of what the left factor is given,
+    sum_e R_e G_e R_e^T (rank, rank), float64."""
     cross: torch.Tensor | float = 0.0
     inner: torch.Tensor | float = 0.0
     for weight, gram, right in zip(weights, grams, rights):
         projected = gram.double() @ right.double().T
         cross, inner = cross + weight.double() @ projected, inner + right.double() @ projected
+    return cross, inner
+
+
+def solved_left(cross: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+    """`refit_left` from its `left_sums`."""
     return cross @ torch.linalg.pinv(inner, hermitian=True, rtol=1e-12)
 
 

@@ -8,7 +8,7 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ..decompose.whitening import balance, energy, refit_left, refit_right
+from ..decompose.whitening import balance, energy, left_sums, refit_right, solved_left
 from ..lazy import Lazily, picked
 from .noise import ROUNDING
 from .packed import PackedMatrix, Quantizer
@@ -115,8 +115,10 @@ class _Together(NamedTuple):
         def quantized_rights(wanted: Callable[[int], torch.Tensor]) -> list[PackedMatrix]:
             return [self.quantizer.pack(wanted(row), inputs[row], self.quant["right"]) for row in range(len(users))]
 
-        inputs: Sequence = Lazily(len(users), lambda row: self.quantizer.inputs(sum(self.grams[e] for e in users[row])))
-        inputs = _kept(inputs)
+        def known(row: int):
+            return self.quantizer.inputs(sum(self.grams[e] for e in users[row]))
+
+        inputs = _kept(Lazily(len(users), known))
         rights = quantized_rights(balanced)
         lefts = self._lefts(rights)
         if any(len(sharing) > 1 for sharing in users):
@@ -139,8 +141,8 @@ class _Together(NamedTuple):
         for row in range(len(self.left)):
             users = [e for e, r in enumerate(self.left_rows) if r == row]
             grams, inputs = picked(self.grams, users), self._opened(rights, [self.right_rows[e] for e in users])
-            bottleneck = sum(v @ g.double() @ v.T for g, v in zip(grams, inputs))
-            wanted = refit_left(picked(self.targets, users), grams, inputs)
+            cross, bottleneck = left_sums(picked(self.targets, users), grams, inputs)
+            wanted = solved_left(cross, bottleneck)
             made.append(self.quantizer.pack(wanted, self.quantizer.inputs(bottleneck), self.quant["left"]))
         return made
 

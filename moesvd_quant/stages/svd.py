@@ -19,7 +19,6 @@ from .base import (
     Plan,
     StageError,
     expert_grams,
-    factorized,
     fill,
     reached,
     require_experts,
@@ -109,7 +108,7 @@ def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan)
         magnitudes = _magnitudes(statistics, path) if options.method == "asvd" else {}
         frequency = sampling_frequency(statistics[f"{path}/tokens"], context.statistics.windows.numel())
         layout, prices = plan.layout["experts"][full], plan.decisions[full].get("price", {})
-        made = factorized(native, layout, ())
+        made = FactorizedExperts(native, layout)
         for name in sorted(layout, key=lambda name: name == "down"):  # whose inputs the others decide
             # The published methods are judged, and factorized, by each expert's own inputs.
             fitted = given.weights(name, made), given.grams(name, options.method == "global")
