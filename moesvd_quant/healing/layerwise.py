@@ -25,14 +25,15 @@ from .terms import into_layout
 def heal_layerwise(context, layout: dict, folder: Path) -> tuple[list[dict], Adapters]:
     """Trains each layer and leaves its updates in `folder`; a layer that is finished is not trained again. Returns the
     log {"phase": layer, "step", "loss"} and the adapters."""
-    dtype, windows = context.statistics.dtype, context.training.train
+    known, windows = context.statistics, context.training.train
+    dtype, scratch = known.dtype, known.scratch(4 * windows.numel() * known.sizes.row)  # of both models, in and out
     original = StreamedModel(context.statistics.folder, dtype, context.device)
     streamed = StreamedModel(context.parent.folder, dtype, context.device)
     history: list[dict] = []
     adapters: dict[str, torch.Tensor] = {}
     linears: list[str] = []
     banks: list[str] = []
-    for wanted, visit in zip(original.walk(windows, BATCH), streamed.walk(windows, BATCH)):
+    for wanted, visit in zip(*(model.walk(windows, BATCH, scratch) for model in (original, streamed))):
         index, name, file = visit.index, streamed.layer_names[visit.index], update_file(folder, visit.index)
         log, adapter = folder / f"losses-{index:05d}.json", folder / f"adapter-{index:05d}.safetensors"
         targets = wanted.outputs()

@@ -1,6 +1,7 @@
 """Healed layers as they will ship: rounded to the stored dtype, judged by the loss on held-out windows."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,9 +26,12 @@ def heal_layer(streamed: StreamedModel, index: int, layer: nn.Module, layout: di
     apply(layer, name + ".", updates, streamed.stored_dtype)
 
 
-def validation_loss(streamed: StreamedModel, windows: torch.Tensor, heal=None) -> float:
-    """Mean next-token loss on windows (n, length), one layer in memory; `heal(index, layer)` changes it first."""
-    for visit in streamed.walk(windows, BATCH):
+def validation_loss(streamed: StreamedModel, windows: torch.Tensor, heal=None, scratch: Path | None = None) -> float:
+    """Mean next-token loss on windows (n, length), one layer in memory; `heal(index, layer)` changes it first.
+
+    scratch: folder for hidden states, memory where it is None.
+    """
+    for visit in streamed.walk(windows, BATCH, scratch):
         if heal:
             heal(visit.index, visit.layer)
     return hidden_loss(streamed, streamed.hidden, windows)

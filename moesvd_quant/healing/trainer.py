@@ -14,22 +14,21 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..checkpoint.files import write_text
 from .losses import divergence, next_token
+from .teacher import Predict
 
 TRAINED, WHOLE = "trained.safetensors", "whole"  # in a trainer's checkpoint: what is trained; that all was written
 
-Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]  # model, token ids, numbers of these windows
 Progress = Callable[[int, int], None]
 
 
-def lm_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def lm_loss(model: nn.Module, ids: torch.Tensor, numbers: torch.Tensor | None = None) -> torch.Tensor:
     return next_token(model(input_ids=ids, use_cache=False).logits, ids)
 
 
-def distill_loss(teacher: nn.Module) -> Loss:
-    def loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            wanted = teacher(input_ids=ids, use_cache=False).logits
-        return divergence(model(input_ids=ids, use_cache=False).logits, wanted)
+def distill_loss(predict: Predict) -> Loss:
+    def loss(model: nn.Module, ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        return divergence(model(input_ids=ids, use_cache=False).logits, predict(numbers, ids))
 
     return loss
 
@@ -45,7 +44,7 @@ class Healer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = self.loss(model, inputs["input_ids"])
+        loss = self.loss(model, inputs["input_ids"], inputs["number"])
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -167,7 +166,7 @@ def train(
         loss,
         model=model,
         args=args,
-        train_dataset=[{"input_ids": ids} for ids in data.train],
+        train_dataset=[{"input_ids": ids, "number": number} for number, ids in enumerate(data.train)],
         eval_dataset=[{"input_ids": ids} for ids in data.validation],
         callbacks=[Watch(options.patience, progress)],
     )

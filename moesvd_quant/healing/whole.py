@@ -1,14 +1,15 @@
 """Healing of the whole model at once, by next-token loss or by the original's predictions."""
 
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from ..model.load import load
 from ..model.stream import StreamedModel
 from .adapters import Adapters, Trained, float_targets, update_file
 from .nf4 import freeze_in_nf4
 from .shipped import layer_seed
+from .teacher import predictions
 from .terms import into_layout
 from .trainer import Loss, distill_loss, lm_loss, train
 
@@ -30,19 +31,24 @@ def planned(streamed: StreamedModel, layout: dict, options, seed: int) -> tuple[
 def heal_whole(context, layout: dict, folder: Path) -> tuple[list[dict], Adapters]:
     """Trains as the stage's options say, with its state in `folder`, where the updates of every layer are left. Returns
     the log and the adapters."""
+    if context.options.objective == "lm":
+        return _train(context, layout, folder, lm_loss)
+    original = StreamedModel(context.statistics.folder, context.statistics.dtype, context.device)
+    say = partial(context.report, "lora: what the original predicts")
+    with predictions(original, context.training.train, context.statistics.store, say) as predict:
+        return _train(context, layout, folder, distill_loss(predict))
+
+
+def _train(context, layout: dict, folder: Path, loss: Loss) -> tuple[list[dict], Adapters]:
     options, dtype = context.options, context.statistics.dtype
     streamed = StreamedModel(context.parent.folder, dtype, context.device)
     model, new = planned(streamed, layout, options, context.seed)
     trained = Trained(model, streamed.layer_names, options, new, context.seed)
-    loss: Loss = lm_loss
-    if options.objective == "distill":
-        teacher = load(context.statistics.folder, dtype or "auto", str(context.device))
-        loss = distill_loss(teacher.requires_grad_(False))
     sides = ["left", "right"] if options.in_turn else ["both"]
     history: list[dict] = []
     for phase, side in enumerate(sides):
         steps = options.steps // len(sides) + (phase < options.steps % len(sides))
-        say = lambda done, total, side=side: context.report(f"lora: training {side}", done, total)  # noqa: E731
+        say = partial(context.report, f"lora: training {side}")
         tensors = trained.tensors(side)
         log = train(
             model, tensors, loss, options, context.training, steps, folder / side, context.device, context.seed, say

@@ -67,13 +67,14 @@ def _heal(context: Context, planned: Plan, folder: Path) -> None:
             f"lora.objective: {options.objective}: nothing is compressed yet; put lora after svd, d2 or gptq"
         )
     state.mkdir(exist_ok=True)
-    validation, dtype = context.training.validation, context.statistics.dtype
+    validation, known, dtype = context.training.validation, context.statistics, context.statistics.dtype
+    scratch = known.scratch(2 * validation.numel() * known.sizes.row)
     history, adapters = (heal_layerwise if options.objective == "layerwise" else heal_whole)(
         context, planned.layout, state
     )
 
     def loss(heal) -> float:
-        return validation_loss(StreamedModel(context.parent.folder, dtype, context.device), validation, heal)
+        return validation_loss(StreamedModel(context.parent.folder, dtype, context.device), validation, heal, scratch)
 
     before = loss(None)
     streamed = StreamedModel(context.parent.folder, dtype, context.device)
@@ -85,7 +86,7 @@ def _heal(context: Context, planned: Plan, folder: Path) -> None:
         trained += updates.parameters()
         heal_layer(streamed, index, layer, planned.layout, updates, context.seed)
 
-    after = validation_loss(streamed, validation, heal)
+    after = validation_loss(streamed, validation, heal, scratch)
     if not math.isfinite(after):
         raise StageError(f"lora: the healed model's validation loss is {after}; lower lora.lr")
     write_curve(folder, history, OBJECTIVE[options.objective])
