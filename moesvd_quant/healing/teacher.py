@@ -10,8 +10,11 @@ from pathlib import Path
 
 import torch
 
+from ..memory import Batches
 from ..model.stream import StreamedModel
 from .shipped import BATCH
+
+WINDOWS = 1024  # that go through the layers together: fewer read the model more often, more want a larger disk
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -23,14 +26,16 @@ def predictions(
     """Within it, predict(numbers (n,), their token ids (n, length)) gives the original's logits (n, length, vocabulary)
     on these of the windows (count, length).
 
-    scratch: folder whose disk takes the hidden states of all windows, twice while the walk is under way.
+    scratch: folder whose disk takes the hidden states (`disk_bytes`).
     """
-    for visit in original.walk(windows, BATCH, scratch):
-        progress(visit.index + 1, len(original.layer_names))
-    states = original.hidden.like()  # window by window: training draws them in another order
-    for batch in original.hidden:
-        for window in batch.split(1):
-            states.append(window)
+    parts, states = windows.split(WINDOWS), Batches(scratch, original.device)
+    total = len(parts) * len(original.layer_names)
+    for done, part in enumerate(parts):
+        for visit in original.walk(part, BATCH, scratch):
+            progress(done * len(original.layer_names) + visit.index + 1, total)
+        for batch in original.hidden:
+            for window in batch.split(1):  # training draws them in another order
+                states.append(window)
     original.hidden = states
 
     @torch.no_grad()
@@ -39,3 +44,9 @@ def predictions(
 
     with original.output():
         yield predict
+
+
+def disk_bytes(windows: int, window: int) -> int:
+    """Of hidden states while the walk is under way: `window` bytes for each of the windows; for those that are in the
+    layers twice more."""
+    return window * (windows + 2 * min(windows, WINDOWS))
