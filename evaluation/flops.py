@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..model.experts import ROUTERS, find_experts, shapes_of
+from ..model.experts import ROUTERS, find_experts, is_shared, shapes_of
 from ..model.factorized_experts import FactorizedExperts
 from ..model.packing import PackedLinear
 from ..model.parts import part_banks
@@ -21,7 +21,7 @@ def flops_per_token(model: nn.Module, context: int) -> dict[str, float]:
     inside: tuple[str, ...] = ()
     for path, experts in find_experts(model):
         inside += (f"{path}.",)
-        count["experts"] += 2 * _expert_macs(experts, top_k)
+        count["experts"] += 2 * _expert_macs(experts, 1 if is_shared(experts) else top_k)
     for path, module in model.named_modules():
         if path.startswith(inside):
             continue

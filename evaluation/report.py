@@ -29,8 +29,8 @@ class Stage:
     manifest: dict
     layout: dict
     run: dict  # seconds, peak memory, date; empty where the checkpoint travelled without
-    shapes: dict[str, tuple[int, int]]
-    experts: int
+    shapes: dict[str, dict[str, tuple[int, int]]]  # of each experts module
+    experts: dict[str, int]
     bits: int  # of an original weight
 
     @property
@@ -77,21 +77,21 @@ def _stage(folder: Path) -> Stage:
     manifest = json.loads((folder / MANIFEST).read_text())
     config = json.loads((folder / "config.json").read_text())
     run = folder / "run.json"
-    shapes, experts, bits = _shapes(folder)
-    return Stage(
-        folder, manifest, config["moesvd"], json.loads(run.read_text()) if run.is_file() else {}, shapes, experts, bits
-    )
+    timed = json.loads(run.read_text()) if run.is_file() else {}
+    return Stage(folder, manifest, config["moesvd"], timed, *_shapes(folder))
 
 
-def _shapes(folder: Path) -> tuple[dict, int, int]:
-    """(out, in) of the projections, gate and up as one as well, experts of a module, bits of an original weight."""
+def _shapes(folder: Path) -> tuple[dict, dict, int]:
+    """(out, in) of the projections of each experts module, gate and up as one as well; experts in each; bits of an
+    original weight."""
     from ..accounting import original_model
     from ..model.experts import all_shapes, expert_count, find_experts
     from ..model.stream import StreamedModel
 
     parent = StreamedModel(folder)
-    _, experts = next(iter(find_experts(original_model(parent))))
-    return all_shapes(experts), expert_count(experts), 8 * parent.stored_dtype.itemsize
+    found = dict(find_experts(original_model(parent)))
+    shapes = {path: all_shapes(experts) for path, experts in found.items()}
+    return shapes, {p: expert_count(experts) for p, experts in found.items()}, 8 * parent.stored_dtype.itemsize
 
 
 def expert_bits(parts: list[dict], shape: tuple[int, int], experts: int, bits: int) -> np.ndarray:
@@ -119,9 +119,9 @@ def _layer_table(stage: Stage) -> Table:
     for path, projections in stage.layout["experts"].items():
         decision = stage.manifest["decisions"].get(path, {})
         for name in sorted(projections, key=PROJECTIONS.index):
-            parts, shape = projections[name], stage.shapes[name]
+            parts, shape = projections[name], stage.shapes[path][name]
             errors = _mean_error(stage.manifest["errors"].get(path, {}).get(name))
-            bits = expert_bits(parts, shape, stage.experts, stage.bits)
+            bits = expert_bits(parts, shape, stage.experts[path], stage.bits)
             rows.append([
                 path.removesuffix(".experts"), name, _describe(parts),
                 round(float(bits.mean()), 3),
@@ -233,17 +233,20 @@ def _axes(width: float, height: float, columns: int = 1):
 
 
 def _draw_bits(stage: Stage):
+    """Of the routed experts; shared ones, one in a layer, stand in the table."""
     from matplotlib.ticker import MaxNLocator
 
-    layers = list(stage.layout["experts"].values())
-    names = [name for name in PROJECTIONS if all(name in parts for parts in layers)]
+    layers = {path: parts for path, parts in stage.layout["experts"].items() if stage.experts[path] > 1}
+    names = [name for name in PROJECTIONS if all(name in parts for parts in layers.values())]
     figure, axes = _axes(6.4, 1.4 + 0.22 * max(4, min(len(layers), 40)), len(names))
-    grids = [
-        np.array([expert_bits(parts[name], stage.shapes[name], stage.experts, stage.bits) for parts in layers])
-        for name in names
-    ]
+    widest = max(stage.experts[path] for path in layers)
+    grids = [np.full((len(layers), widest), np.nan) for _ in names]
+    for name, grid in zip(names, grids):
+        for row, (path, parts) in zip(grid, layers.items()):
+            count = stage.experts[path]
+            row[:count] = expert_bits(parts[name], stage.shapes[path][name], count, stage.bits)
     for axis, name, grid in zip(axes[0], names, grids):
-        top = max(map(np.max, grids))
+        top = max(map(np.nanmax, grids))
         shown = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
         axis.set(title=name, xlabel="expert")
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checkpoint.files import NAMES
-from .model.experts import expert_count, find_experts, shapes_of
+from .model.experts import count_shared, expert_count, find_experts, is_shared, shapes_of
 from .model.factorized_experts import FactorizedExperts
 from .model.modeling_moesvd import config_class, model_class, native_class
 from .model.stream import StreamedModel
@@ -44,14 +44,18 @@ def planned_model(parent: StreamedModel, layout: dict):
 
 
 def original_model(parent: StreamedModel):
-    """The native architecture on the meta device."""
+    """The native architecture on the meta device; shared experts count as experts where they do in `parent`."""
     config = parent.config
     if hasattr(config, "moesvd"):
         native = CONFIG_MAPPING[config.moesvd["native_type"]]
         ours = ("moesvd", "auto_map", "architectures", "model_type")
         config = native.from_dict({key: value for key, value in config.to_dict().items() if key not in ours})
     with init_empty_weights(include_buffers=False):
-        return native_class(type(config))._from_config(config, dtype=parent.stored_dtype)
+        made = native_class(type(config))._from_config(config, dtype=parent.stored_dtype)
+    if parent.shared or any(is_shared(experts) for _, experts in find_experts(parent.model)):
+        for name in parent.layer_names:
+            count_shared(made.get_submodule(name))
+    return made
 
 
 def stored_tensors(model) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from .accounting import original_model, stored_tensors
 from .checkpoint.files import write_json, write_one_by_one
 from .checkpoint.finish import OUTER_FILE, carry_files, layer_file, write_index
-from .model.experts import split_projections
+from .model.experts import is_shared, split_projections
 from .model.factorized_experts import FactorizedExperts
 from .model.folder import ModelError
 from .model.native_experts import form_of
@@ -153,8 +153,9 @@ def _packed_modules(modules: dict):
                         get = module._parameters.get
                         kinds = [k for k in KINDS if get(f"{name}_{i}_dense_{k}") is not None]
                         tensors = {k: get(f"{name}_{i}_dense_{k}")[row] for k in kinds}
+                        home = path if is_shared(module) else f"{path}.{expert}"
                         for own, half in _halves(name, PackedMatrix(tensors, quant, columns)):
-                            yield f"{path}.{expert}.{own}_proj", half, None
+                            yield f"{home}.{own}_proj", half, None
 
 
 def _halves(name: str, packed: PackedMatrix) -> Iterator[tuple[str, PackedMatrix]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from .calibration.effect import COPIES, TOKENS
+from .calibration.effect import TOKENS, copies_of
 from .calibration.recording import linear_sums
 from .memory import Memory, MemoryLimitError, Sizes, anonymous_bytes
 from .model.experts import all_shapes, expert_count, find_experts
@@ -110,7 +110,8 @@ def forecast(
         "reading the model": max(base + loading, reading + each),
         WORK: worked + max(work, walks * each, walking),
     }
-    weighed = COPIES * min(tokens, TOKENS) * sizes.row if any(stage.weighs() for stage in stages) else 0
+    weighs = any(stage.weighs() for stage in stages)
+    weighed = copies_of(meta) * min(tokens, TOKENS) * sizes.row if weighs else 0
     if weighed:  # rounded weights lie beside what they were
         peak[EFFECTS] = least[EFFECTS] = reading + max(layer.bank for layer in layers)
     kept = statistics.needed if statistics.stored and not statistics.complete() else 0

@@ -58,7 +58,7 @@ def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
     forecasts: list[dict] = []
     widths: dict = {}
     gptq = next((stage.options for stage in run.recipe.stages if stage.name == "gptq"), None)
-    for stage in run.recipe.stages:
+    for index, stage in enumerate(run.recipe.stages):
         module = importlib.import_module(f"moesvd_quant.stages.{stage.name}")
         parent = run.meta
         if forecasts:
@@ -77,7 +77,7 @@ def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
             memo,
             run.recipe.limits,
         )
-        context.pool, context.report = run.pool, run.report
+        context.pool, context.report, context.training = run.pool, run.report, run.training(index)
         context.surveyed = partial(run.report, f"{stage.name}: planning")
         plan = module.plan(context)
         widths = plan.widths

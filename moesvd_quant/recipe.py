@@ -105,6 +105,9 @@ class Recipe(_Part):
     model: str | None = None
     seed: int = 0
     calibration: Calibration = Calibration()
+    experts: Literal["routed", "all"] = Field(
+        "routed", description="what is compressed as experts; all: shared experts as well, which every token passes"
+    )
     stages: tuple[Stage, ...]
     evaluate: Evaluate = Evaluate()
     keep: Literal["all", "last"] = "all"
@@ -129,6 +132,7 @@ class Recipe(_Part):
         content = {
             "seed": self.seed,
             "calibration": self.calibration.model_dump(),
+            "experts": self.experts,
             "stages": [{s.name: s.options.model_dump()} for s in self.stages],
             "budget": self.budget,
             "limits": self.limits.model_dump(),

@@ -65,7 +65,7 @@ class Run:
         self.report = report or (lambda what, done, total: None)
         if self.out.resolve() == self.model.resolve():
             raise RunError(f"{out}: is the model's own folder; choose another --out")
-        self.meta = StreamedModel(self.model)
+        self.meta = StreamedModel(self.model, shared=recipe.experts == "all")
         self.model_digest = fingerprint(self.model)
         keep_nothing()
         self.memory = Memory(how.get("memory"))
@@ -93,7 +93,8 @@ class Run:
 
         later = must_write(wanted, self.model_digest, length, seed, self.device)
         windows, shape = make_if_it_fits if later else make(), (wanted.samples, length)
-        return Statistics(self.model, self.model_digest, windows, self.device, memory=memory, shape=shape)
+        more = {"memory": memory, "shape": shape, "shared": self.meta.shared}
+        return Statistics(self.model, self.model_digest, windows, self.device, **more)
 
     @property
     def windows(self) -> torch.Tensor:
@@ -240,7 +241,7 @@ class Run:
         stage = self.recipe.stages[index]
         module = importlib.import_module(f"moesvd_quant.stages.{stage.name}")
         progress = lambda done, total: self.report(f"{stage.name}: reading the model", done, total)  # noqa: E731
-        streamed = StreamedModel(parent, device=self.device)
+        streamed = StreamedModel(parent, device=self.device, shared=self.meta.shared)
         context = Context(streamed, self.statistics, stage.options, self.recipe.seed, self.device, progress)
         context.pool = self.pool
         context.training, context.folder, context.report = self.training(index), self.work_folder(index), self.report

@@ -9,11 +9,12 @@ from architectures import tiny_architecture
 from tiny import tiny_tokenizer
 
 import moesvd_quant
+from moesvd_quant.model.experts import find_experts, find_linears, is_shared
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
 
-STEPS = ("read", "svd", "gptq4", "reload", "generate")
+STEPS = ("read", "svd", "gptq4", "reload", "generate", "shared")
 IDS = torch.randint(10, 250, (3, 32), generator=torch.Generator().manual_seed(0))
 
 
@@ -35,16 +36,17 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def check(name: str, folder: Path) -> dict:
-    """{"model_type", "class", "stateful", step: "pass" or why not}; a step is tried where those before passed."""
+    """{"model_type", "class", "stateful", step: what it says, "pass", or why not}; a step is tried where those before
+    passed."""
     row: dict = {"model_type": name, "class": "", "stateful": False} | dict.fromkeys(STEPS, "")
     made: dict = {"folder": folder / "model", "out": folder / "out", "text": write_text(folder / "text.txt")}
     for step in STEPS:
         try:
-            globals()[f"_{step}"](name, made, row)
+            said = globals()[f"_{step}"](name, made, row)
         except Exception as error:
             row[step] = f"{type(error).__name__}: {error}".splitlines()[0][:200].replace(str(folder), "")
             break
-        row[step] = "pass"
+        row[step] = said or "pass"
     return row
 
 
@@ -99,3 +101,15 @@ def _generate(name, made, row):
     ids = IDS[:, :8]
     out = made["model"].generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
     assert out.shape[1] > ids.shape[1]
+
+
+def _shared(name, made, row):
+    """Shared experts as experts: factorized, quantized, reloaded."""
+    streamed = StreamedModel(made["folder"], shared=True)
+    if not any(is_shared(experts) for _, experts in find_experts(streamed.model)):
+        linears = any("shared" in path for path, _ in find_linears(streamed.model))
+        return "linears" if linears else "none"
+    made["out"] = made["out"].with_name("shared")
+    _run(made, "svd-gptq4", "svd.ratio=0.2", "experts=all")
+    _reload(name, made, row)
+    assert any(is_shared(experts) for _, experts in find_experts(made["model"])), "none became factors"

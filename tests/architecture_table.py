@@ -11,6 +11,7 @@ import transformers
 from architecture_check import STEPS, check
 from architectures import NOT_BUILT, SURVEY
 
+DONE = ("pass", "linears", "none")  # what the last step says where all went well
 HEAD = """# Architectures
 
 Made by `make arch-table` (transformers {transformers}, torch {torch}), which builds a random model of every
@@ -21,13 +22,15 @@ architecture in miniature from its config and tries on it:
 - **gptq4**: the same with 4-bit factors, attention, recurrent layers, shared experts and dense layers
 - **reload**: the checkpoint opened with `moesvd_quant.load` gives the logits of the walk over it
 - **generate**: `generate` with a cache
+- **shared**: with `experts: all` shared experts are factorized and quantized as experts and reloaded; *linears* are
+  quantized as linears (they fuse gate and up, clamp, or lie elsewhere), *none* has none
 
-{passed} of {count} pass all five. *State* marks models whose layers hand each other more than hidden states (indices,
+{passed} of {count} pass all. *State* marks models whose layers hand each other more than hidden states (indices,
 router states, keys): their walk keeps one suspended forward per batch. What stays in 16 bit besides norms, embeddings
 and the output head is named. Experts that no text reaches (those for images) are kept by `svd`, rounded by `gptq`.
 
-| model type | class | read | svd | gptq4 | reload | generate | KL of gptq4 | kept in 16 bit |
-|---|---|---|---|---|---|---|---|---|
+| model type | class | read | svd | gptq4 | reload | generate | shared | KL of gptq4 | kept in 16 bit |
+|---|---|---|---|---|---|---|---|---|---|
 """
 TAIL = """
 ## Not in the table
@@ -51,7 +54,7 @@ def main(out: Path, kept: Path) -> None:
     torch.set_num_threads(1)
     os.environ["MOESVD_CACHE"] = tempfile.mkdtemp()
     lines = kept.read_text().splitlines() if kept.is_file() else []
-    rows = {row["model_type"]: row for row in map(json.loads, lines) if row["generate"] == "pass"}
+    rows = {row["model_type"]: row for row in map(json.loads, lines) if row["shared"] in DONE}
     for name in SURVEY:
         if name not in rows:
             with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +63,7 @@ def main(out: Path, kept: Path) -> None:
                 file.write(json.dumps(rows[name]) + "\n")
             print(name, *(rows[name][step] for step in STEPS), file=sys.stderr)
     found = [rows[name] for name in SURVEY]
-    passed = sum(row["generate"] == "pass" for row in found)
+    passed = sum(row["shared"] in DONE for row in found)
     versions = dict(transformers=transformers.__version__, torch=torch.__version__)
     refused = "\n".join(f"- {name}: {why}" for name, why in NOT_BUILT.items())
     text = HEAD.format(passed=passed, count=len(found), **versions) + "".join(map(line, found))

@@ -258,7 +258,7 @@ def test_the_plan_of_mixtral_8x7b_is_the_accounting_of_the_paper(ratio):
     """Throughput settings at real shapes, on the meta device: only the static half counts as removed."""
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_local_experts": 8}
     config = MixtralConfig(**shape, num_attention_heads=32, num_key_value_heads=8, vocab_size=32000)
-    parent = StreamedModel.described(config, SimpleNamespace(folder=Path("mixtral-8x7b"), device="cpu"))
+    parent = StreamedModel.described(config, SimpleNamespace(folder=Path("mixtral-8x7b"), device="cpu", shared=False))
     made = d2.plan(Context(parent, None, D2Options(ratio=ratio, static=0.3, dynamic=0.3), 0, torch.device("cpu")))
     account = accounting.account(parent, made.layout)
     assert account.original_params == pytest.approx(46.703e9, rel=1e-4)

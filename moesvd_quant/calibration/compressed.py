@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..model.stream import StreamedModel
 from .cache import walk_folder
 from .store import Statistics
 
@@ -20,7 +19,7 @@ class CompressedWalk:
 
     def __init__(self, folder: Path, known: Statistics):
         self.known = known
-        streamed = StreamedModel(folder, known.dtype, known.device)
+        streamed = known.model(folder)
         self._visits = streamed.walk(known.windows, known.batch_size, known.scratch(known.all_hidden(3)))
         self._own = walk_folder(known.store)
 

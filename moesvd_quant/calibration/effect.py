@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from ..memory import Batches
-from ..model.experts import find_experts, split_projections
+from ..model.experts import find_experts, shapes_of, split_projections
 from ..model.stream import StreamedModel
 from ..quantize.packed import resolve_group_size, round_to_nearest
 
 PERTURBATION = 3  # bits
 TOKENS, LENGTH = 4096, 256  # of calibration text
 LAYERS = 16  # groups of layers at most
-COPIES = 3 * LAYERS + 3  # of hidden states at a time, at most
 
 
 def perturbed(weights: torch.Tensor) -> torch.Tensor:
@@ -50,6 +49,12 @@ def groups_of(streamed: StreamedModel) -> list[int]:
     for at, index in enumerate(places):
         groups[index] = at * min(LAYERS, len(places)) // len(places)
     return groups
+
+
+def copies_of(streamed: StreamedModel) -> int:
+    """Hidden states at a time, at most: of each group, and those of a layer besides."""
+    each = max(sum(len(shapes_of(experts)) for _, experts in find_experts(layer)) for layer in streamed.layers)
+    return each * (min(LAYERS, len(streamed.layers)) + 1)
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from ..lazy import Lazily
 from ..memory import Batches
 from ..model.experts import dense_weight, expert_count, find_experts, intermediate, pairs_of, route, shapes_of
 from ..model.native_experts import Routed
-from ..model.stream import StreamedModel
 from .cache import walk_folder
 from .store import Statistics
 
@@ -133,7 +132,7 @@ class PairedWalk:
         """parent: folder of the input checkpoint; known: statistics of the original, whose windows are walked."""
         self.known, self.scratch = known, known.scratch(known.all_hidden(8))
         self._own = walk_folder(known.store)
-        models = [StreamedModel(folder, known.dtype, known.device) for folder in (known.folder, parent)]
+        models = [known.model(folder) for folder in (known.folder, parent)]
         self._walks = [model.walk(known.windows, known.batch_size, self.scratch) for model in models]
 
     def enter(self) -> None:

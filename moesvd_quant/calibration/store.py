@@ -49,15 +49,19 @@ class Statistics:
     key: digest of all they depend on. Above `cap_bytes` nothing is stored and each pass walks again.
     """
 
-    def __init__(self, folder, model_digest, windows, device="cpu", cap_bytes=None, root=None, memory=None, shape=None):
-        """windows may be a function, called when they are needed; `shape` is theirs then."""
-        self.folder, self.device, self._make = Path(folder), device, windows
+    def __init__(
+        self, folder, model_digest, windows, device="cpu", cap_bytes=None, root=None, memory=None, shape=None,
+        shared=False,
+    ):  # fmt: skip
+        """windows may be a function, called when they are needed; `shape` is theirs then. shared: whether shared
+        experts count as experts."""
+        self.folder, self.device, self._make, self.shared = Path(folder), device, windows, shared
         self.shape = tuple(shape or windows.shape)
         self.memory, self.model_digest = memory or Memory(), model_digest
         self.dtype = precision_on(device)
         self.batch_size = windows_at_once(self.shape[1])
         self.store = root or cache_root() / "statistics"
-        meta = StreamedModel(folder, self.dtype)
+        meta = StreamedModel(folder, self.dtype, shared=shared)
         self.count, self.cap_bytes = len(meta.layer_names), cap_bytes or cache_cap()
         self.needed = recorded_bytes(meta.layers)
         self.stored = self.needed <= self.cap_bytes
@@ -67,8 +71,13 @@ class Statistics:
     def __reduce__(self):
         """A worker reads the same store."""
         return Statistics, (
-            self.folder, self.model_digest, self.windows, self.device, self.cap_bytes, self.store, self.memory
+            self.folder, self.model_digest, self.windows, self.device, self.cap_bytes, self.store, self.memory, None,
+            self.shared,
         )  # fmt: skip
+
+    def model(self, folder: Path | None = None) -> StreamedModel:
+        """The model that they are of, or another one, in the precision of the walk."""
+        return StreamedModel(folder or self.folder, self.dtype, self.device, self.shared)
 
     @cached_property
     def windows(self) -> torch.Tensor:
@@ -83,7 +92,7 @@ class Statistics:
             "shape": list(self.shape),
             "walk": [WALK_VERSION, BATCH_TOKENS, str(self.dtype), torch.__version__, transformers.__version__],
             "threads": torch.get_num_threads(),
-        }
+        } | ({"shared": True} if self.shared else {})
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -132,7 +141,7 @@ class Statistics:
     def _walk(self, progress: Callable[[int, int], None]) -> Iterator[Path]:
         """The files of all layers, as they are made."""
         with self._folder() as root:
-            streamed = StreamedModel(self.folder, self.dtype, self.device)
+            streamed = self.model()
             for visit in streamed.walk(self.windows, self.batch_size, self.scratch(self.all_hidden(2))):
                 path = root / self.path(visit.index).name
                 if path.is_file():
@@ -188,7 +197,7 @@ class Statistics:
         path = self.root / "effects.json"
         if path.is_file():
             return {(full, name): value for full, name, value in json.loads(path.read_text())}
-        streamed = StreamedModel(self.folder, self.dtype, self.device)
+        streamed = self.model()
         found = measure_effects(streamed, self.windows, EFFECT_BATCH, progress, self.store)
         if self.stored:
             self._make_folder()
@@ -206,7 +215,7 @@ class Statistics:
 
     def merge_bases(self, progress: Callable[[int, int], None]) -> None:
         """One base for each projection of each layer, computed once."""
-        streamed = StreamedModel(self.folder, self.dtype, self.device)
+        streamed = self.model()
         rows = self.windows[:FISHER_SEQUENCES]
         scratch = self.scratch((self.count + 3) * rows.numel() * self.sizes.row + 2 * self.sizes.layer)
         paths = [f"{n}.{p}" for n, layer in zip(streamed.layer_names, streamed.layers) for p, _ in find_experts(layer)]

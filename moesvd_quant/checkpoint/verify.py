@@ -40,14 +40,13 @@ def _digest(module: FactorizedExperts | PackedLinear) -> str:
         # A tensor mapped from a file may start at any address, and products differ in the last bit with it.
         parameter.data = parameter.data.clone()
     generator = torch.Generator().manual_seed(0)
-    first = next(iter(module.parameters()))
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    like = dict(device=first.device, dtype=dtype)
+    like = dict(device=module.device, dtype=dtype)
     if isinstance(module, PackedLinear):
         y = module(torch.randn(PROBES, module.in_features, generator=generator).to(**like))
     else:
         x = torch.randn(module.experts, module.shapes["down"][0], generator=generator).to(**like)
-        each = torch.arange(module.experts, device=first.device)  # every expert once
+        each = torch.arange(module.experts, device=module.device)  # every expert once
         y = module.compute(x, each, each)
     return hashlib.sha256(y.float().cpu().numpy().tobytes()).hexdigest()
 

@@ -78,7 +78,7 @@ def float_targets(module: nn.Module, layers: list[str], attention: bool) -> tupl
     linears, banks = [], []
     for prefix, layer in _layers(module, layers):
         for path, linear in find_linears(layer):
-            if attention and isinstance(linear, nn.Linear):
+            if attention and isinstance(linear, nn.Linear) and not _passed_by(layer, path):
                 linears.append(prefix + path)
         for path, experts in find_experts(layer):
             for projection, parts in experts.layout.items():
@@ -86,6 +86,12 @@ def float_targets(module: nn.Module, layers: list[str], attention: bool) -> tupl
                     names = (key for key, *_ in experts.banks() if key.startswith(f"{projection}_"))
                     banks += [f"{prefix}{path}.{key}" for key in names]
     return linears, banks
+
+
+def _passed_by(layer: nn.Module, path: str) -> bool:
+    """Whether a linear is one whose weight Mamba's fused kernels take as it is: an adapter on it would be passed by."""
+    home, _, name = path.rpartition(".")
+    return name == "out_proj" and hasattr(layer.get_submodule(home), "conv1d")
 
 
 def router_parameters(module: nn.Module, layers: list[str]) -> list[str]:

@@ -26,9 +26,9 @@ def heal_layerwise(context, layout: dict, folder: Path) -> tuple[list[dict], Ada
     """Trains each layer and leaves its updates in `folder`; a layer that is finished is not trained again. Returns the
     log {"phase": layer, "step", "loss"} and the adapters."""
     known, windows = context.statistics, context.training.train
-    dtype, scratch = known.dtype, known.scratch(4 * windows.numel() * known.sizes.row)  # of both models, in and out
-    original = StreamedModel(context.statistics.folder, dtype, context.device)
-    streamed = StreamedModel(context.parent.folder, dtype, context.device)
+    scratch = known.scratch(4 * windows.numel() * known.sizes.row)  # of both models, in and out
+    original = known.model()
+    streamed = known.model(context.parent.folder)
     history: list[dict] = []
     adapters: dict[str, torch.Tensor] = {}
     linears: list[str] = []

@@ -78,7 +78,7 @@ def _dense(native: nn.Module, parts: dict) -> FactorizedExperts:
 @torch.no_grad()
 def _add(module: Packed, banks: dict, dtype: torch.dtype, generator: torch.Generator) -> list[str]:
     """Adds those float banks {name: shape} that the module lacks; returns their names."""
-    device = next(module.parameters()).device
+    device = module.device
     new = [key for key in banks if key not in dict(module.named_parameters(recurse=False))]
     for key in new:
         module.add_bank(key, banks[key], None, dtype, device)

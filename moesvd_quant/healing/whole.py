@@ -33,15 +33,15 @@ def heal_whole(context, layout: dict, folder: Path) -> tuple[list[dict], Adapter
     the log and the adapters."""
     if context.options.objective == "lm":
         return _train(context, layout, folder, lm_loss)
-    original = StreamedModel(context.statistics.folder, context.statistics.dtype, context.device)
+    original = context.statistics.model()
     say = partial(context.report, "lora: what the original predicts")
     with predictions(original, context.training.train, context.statistics.store, say) as predict:
         return _train(context, layout, folder, distill_loss(predict))
 
 
 def _train(context, layout: dict, folder: Path, loss: Loss) -> tuple[list[dict], Adapters]:
-    options, dtype = context.options, context.statistics.dtype
-    streamed = StreamedModel(context.parent.folder, dtype, context.device)
+    options = context.options
+    streamed = context.statistics.model(context.parent.folder)
     model, new = planned(streamed, layout, options, context.seed)
     trained = Trained(model, streamed.layer_names, options, new, context.seed)
     sides = ["left", "right"] if options.in_turn else ["both"]

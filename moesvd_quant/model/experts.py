@@ -1,12 +1,13 @@
 """Finding experts, and the other linear layers, in any architecture of transformers 5."""
 
+import copy
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from .factorized_experts import FactorizedExperts
-from .native_experts import Routed, apply_gate, arguments, form_of
+from .native_experts import EveryToken, Routed, apply_gate, arguments, form_of
 from .packing import PackedLinear
 from .parts import JOINT, joined, separate
 
@@ -23,6 +24,37 @@ def find_experts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, FactorizedExperts) or form_of(module) is not None:
             inside = (*inside, path + ".")
             yield path, module
+
+
+def count_shared(layer: nn.Module) -> None:
+    """From now on the MLPs beside the experts of a layer, which every token passes, are experts as well; those that do
+    something of their own with their weights stay linears."""
+    homes = {path.rpartition(".")[0] for path, _ in find_experts(layer)}
+    for path, module in layer.named_modules():
+        if path and path.rpartition(".")[0] in homes and EveryToken.fits(module) and _is_plain(module):
+            module.is_expert = True
+
+
+def is_shared(experts: nn.Module) -> bool:
+    """Whether every token passes this experts module."""
+    return _form(experts) is EveryToken
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it computes down(act(gate(x)) * up(x)), or down(act(up(x))): tried with small weights, as large inputs
+    as a clamp would show at."""
+    tried = copy.deepcopy(module)
+    for name, seed in (("gate", 0.3), ("up", 0.7), ("down", 1.1)):
+        if f"{name}_proj" in tried._modules:
+            made = nn.Linear(4, 4, bias=False, device="meta")
+            weight = 20 * torch.sin(seed + torch.arange(16.0)).view(4, 4)
+            made.weight = nn.Parameter(weight, requires_grad=False)
+            setattr(tried, f"{name}_proj", made)
+    x = torch.linspace(-2, 2, 12).view(3, 4)
+    tried.is_expert = True
+    with torch.no_grad():
+        inner = intermediate(tried, 0, x)
+        return torch.allclose(tried(x), inner @ dense_weight(tried, "down", 0).T, rtol=1e-4)
 
 
 def _form(experts: nn.Module):

@@ -40,7 +40,7 @@ class FactorizedExperts(PrunedBase):
         self.is_transposed = False  # banks are (rows, out, in), whatever the native weights were; peft asks
         self.layout = layout
         self._maps: dict[tuple, Any] = {}
-        kind = next(p for p in native.parameters() if p.is_floating_point())
+        kind = next((p for p in native.parameters() if p.is_floating_point()), torch.empty(0))
         for key, shape, quant in self.banks():
             self.add_bank(key, shape, quant, kind.dtype, kind.device)
         self.add_channels(native)
@@ -73,10 +73,6 @@ class FactorizedExperts(PrunedBase):
                 left = self.bank(projection, i, "left", dtype, part["left"][at])
                 weight = weight + left @ self.bank(projection, i, "right", dtype, part["right"][at])
         return weight
-
-    @property
-    def device(self):
-        return next(self.parameters()).device
 
     def row_map(self, projection, i, bank, device):
         """Bank row of each expert, -1 where the part does not name it, as a cached tensor."""

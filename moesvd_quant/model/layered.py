@@ -13,6 +13,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ..memory import return_freed
+from .experts import count_shared
 from .folder import ModelError, class_for, read_config
 from .modeling_moesvd import MoesvdConfig, check_digests, model_class
 from .sources import take_dequantizer
@@ -40,10 +41,12 @@ def is_finite(tensor: torch.Tensor) -> bool:
 class LayeredModel:
     """A causal model on the meta device whose layers are filled and emptied one by one.
 
-    dtype: of the weights in memory; None keeps the checkpoint's. Packed tensors stay integers.
+    dtype: of the weights in memory; None keeps the checkpoint's. Packed tensors stay integers. shared: whether shared
+    experts count as experts.
     """
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
+    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None, device="cpu", shared: bool = False):
+        self.shared = shared
         config = read_config(Path(folder))
         check_digests(Path(folder))
         try:
@@ -56,13 +59,13 @@ class LayeredModel:
 
     def __reduce__(self):
         """A worker opens the folder itself."""
-        return type(self), (self.folder, self.dtype, self.device)
+        return type(self), (self.folder, self.dtype, self.device, self.shared)
 
     @classmethod
     def described(cls, config, like: "LayeredModel") -> Self:
         """A model that is planned and not yet written: it has shapes and no tensors to load."""
         made = cls.__new__(cls)
-        made.quantizer = None
+        made.quantizer, made.shared = None, like.shared
         made._describe(like.folder, config, None, like.device)
         return made
 
@@ -75,6 +78,9 @@ class LayeredModel:
         self.model.requires_grad_(False)
         self.dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         self.layers_path, self.layers = _decoder_layers(self.model)
+        if self.shared:
+            for layer in self.layers:
+                count_shared(layer)
         self.layer_names = [f"{self.layers_path}.{i}" for i in range(len(self.layers))]
 
     def _construct(self):

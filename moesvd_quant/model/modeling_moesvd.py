@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from .factorized_experts import FactorizedExperts
 from .modeling_deepseek import DeepseekForCausalLM as DeepseekForCausalLM  # its model type is registered by that
+from .native_experts import EveryToken
 from .packing import PackedLinear
 
 FORMAT = 2
@@ -31,7 +32,9 @@ MANIFEST = "moesvd.json"
 def apply_layout(model: nn.Module, layout: dict) -> None:
     """Replaces the modules that the layout names; their tensors are empty."""
     for path, projections in layout["experts"].items():
-        model.set_submodule(path, FactorizedExperts(model.get_submodule(path), projections))
+        native = model.get_submodule(path)
+        native.is_expert = EveryToken.fits(native)
+        model.set_submodule(path, FactorizedExperts(native, projections))
     for path, quant in layout["linears"].items():
         old = model.get_submodule(path)
         kind = dict(dtype=old.weight.dtype, device=old.weight.device)

@@ -157,7 +157,49 @@ class Block:
         return torch.zeros_like(routed.x).index_add(0, routed.token, y).view(hidden.shape) + module.bias
 
 
-FORMS = (Convention, EveryExpert, Flat, Block)
+class EveryToken:
+    """A shared expert, an MLP beside the others that all tokens pass: mlp(hidden (..., H)). A module of one expert,
+    but only where it was told to count as one (`is_expert`); otherwise it is a few linears.
+    """
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether it has the parts of one."""
+        held = [module._modules.get(f"{name}_proj") for name in ("gate", "up", "down")]
+        linears = [linear for linear in held if linear is not None]
+        plain = all(type(linear).forward is nn.Linear.forward and linear.bias is None for linear in linears)
+        has = None not in held[1:] and plain and _activation(module) is not None
+        return has and len(arguments(module)) == 1
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return vars(module).get("is_expert", False)
+
+    @staticmethod
+    def flags(module: nn.Module) -> dict:
+        return FLAGS | {"act_fn": _activation(module), "has_gate": "gate_proj" in module._modules}
+
+    @staticmethod
+    def parameters(module: nn.Module) -> list[str]:
+        return [f"{name}_proj.weight" for name in ("gate", "up", "down") if f"{name}_proj" in module._modules]
+
+    @staticmethod
+    def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+        names = EveryToken.parameters(module)
+        return {name.partition("_")[0]: module.get_parameter(name).unsqueeze(0) for name in names}
+
+    @staticmethod
+    def route(module: nn.Module, hidden) -> Routed:
+        x = hidden.reshape(-1, hidden.shape[-1])
+        every = torch.arange(len(x), device=x.device)
+        return Routed(x, every, torch.zeros_like(every))
+
+    @staticmethod
+    def gather(module: nn.Module, y, routed: Routed, hidden) -> torch.Tensor:
+        return y.to(hidden.dtype).view(hidden.shape)
+
+
+FORMS = (Convention, EveryExpert, Flat, Block, EveryToken)
 FLAGS = dict(has_gate=True, has_bias=False, has_post_expert_norm=False, is_concatenated=True, is_transposed=False)
 
 
@@ -197,6 +239,10 @@ def arguments(module: nn.Module) -> list[str]:
     """What the class's forward is called with."""
     found = list(inspect.signature(type(module).forward).parameters.values())[1:]
     return [p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def _activation(module: nn.Module):
+    return next((getattr(module, name) for name in ("act_fn", "activation_fn", "act") if hasattr(module, name)), None)
 
 
 def _count(module: nn.Module) -> int:

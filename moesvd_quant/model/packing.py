@@ -83,6 +83,11 @@ class Packed(nn.Module):
             tensor = torch.empty(size, dtype=kind, device=device)
             self.register_parameter(key, nn.Parameter(tensor, requires_grad=kind.is_floating_point))
 
+    @property
+    def device(self):
+        """Of its tensors; what lost all of them is nowhere, and its zeros may be anywhere."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
     def weight_rows(self, name: str, quant: dict | None, columns: int, dtype: torch.dtype, row: int | None):
         """Bank `name` (row None) or one row of it, dequantized into `dtype` where it is packed."""
         if quant is None:

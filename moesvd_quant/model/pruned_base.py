@@ -13,10 +13,9 @@ class PrunedBase(Packed):
 
     def add_channels(self, native):
         """The tensors of the channels that are kept, those of `native` where it has them."""
-        device = next(native.parameters()).device
         for key, size in channel_tensors(self.layout).items():
             given = native._parameters.get(key)
-            tensor = torch.empty(size, dtype=torch.int32, device=device) if given is None else given
+            tensor = torch.empty(size, dtype=torch.int32, device=self.device) if given is None else given
             self.register_parameter(key, torch.nn.Parameter(tensor, requires_grad=False))
 
     def spread(self, part, weight):

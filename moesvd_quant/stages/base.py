@@ -176,7 +176,8 @@ def fill(made: FactorizedExperts, banks: Iterable[tuple[str, int | None, torch.T
 
 def errors_of(made: FactorizedExperts, weights: dict, grams: dict) -> dict[str, list[float]]:
     """Whitened error of every matrix, {projection: [per expert]}; weights and grams by projection and expert."""
-    return {
-        name: [whitened_error(weights[name][e], made.dense(name, e), grams[name][e]) for e in range(made.experts)]
-        for name in made.layout
-    }
+    found: dict[str, list[float]] = {}
+    for name in made.layout:
+        pairs = ((weights[name][e], made.dense(name, e), grams[name][e]) for e in range(made.experts))
+        found[name] = [whitened_error(weight, dense.to(weight.device), gram) for weight, dense, gram in pairs]
+    return found

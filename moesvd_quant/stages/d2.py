@@ -21,7 +21,7 @@ from ..decompose.ranks import level_ranks
 from ..decompose.whitening import whitened_svd
 from ..layout import factor_part, layout_of, parts_by_rank
 from ..lazy import Lazily
-from ..model.experts import expert_count, find_experts, shapes_of, split_projections
+from ..model.experts import expert_count, find_experts, is_shared, shapes_of, split_projections
 from ..model.factorized_experts import FactorizedExperts
 from .base import Context, Plan, StageError, errors_of, expert_grams, factorized, require_experts, weak_experts
 from .paper import own_ranks
@@ -36,6 +36,10 @@ def plan(context: Context) -> Plan:
         for path, experts in find_experts(layer):
             if isinstance(experts, FactorizedExperts):
                 raise StageError(f"{name}.{path}: is factorized already; stage d2 needs an original model")
+            if is_shared(experts):
+                raise StageError(
+                    f"{name}.{path}: a shared expert is alone, it has no base and no delta; leave out experts: all"
+                )
             survey[f"{name}.{path}"] = {"experts": expert_count(experts), "shapes": shapes_of(experts)}
     kept = {
         path: kept_counts(entry["shapes"]["down"][1], options.static, options.dynamic) for path, entry in survey.items()

@@ -5,9 +5,12 @@ import math
 import shutil
 from pathlib import Path
 
+import torch
+
 from ..checkpoint.files import write_json
 from ..healing.adapters import Updates, save_peft, update_file
 from ..healing.layerwise import heal_layerwise
+from ..healing.needs import healing_needs
 from ..healing.record import write_curve
 from ..healing.shipped import heal_layer, validation_loss
 from ..healing.terms import TermError, healed_layout, is_packed
@@ -34,7 +37,16 @@ def plan(context: Context) -> Plan:
         layout = healed_layout(context.parent, options.rank, options.train == "adapters", options.attention)
     except TermError as error:
         raise StageError(str(error)) from error
-    return Plan(layout, widths=context.widths)
+    needs = healing_needs(context.parent, layout, options, context.training.train.shape, context.statistics)
+    needs.require(_free(context), options)
+    return Plan(layout, {"needs": needs.to_dict()}, context.widths)
+
+
+def _free(context: Context) -> int:
+    """Bytes that training may take."""
+    if context.device.type == "cuda":
+        return torch.cuda.mem_get_info(context.device)[0]
+    return context.statistics.memory.free()
 
 
 def _require_original(context: Context) -> None:
@@ -67,17 +79,17 @@ def _heal(context: Context, planned: Plan, folder: Path) -> None:
             f"lora.objective: {options.objective}: nothing is compressed yet; put lora after svd, d2 or gptq"
         )
     state.mkdir(exist_ok=True)
-    validation, known, dtype = context.training.validation, context.statistics, context.statistics.dtype
+    validation, known = context.training.validation, context.statistics
     scratch = known.scratch(2 * validation.numel() * known.sizes.row)
     history, adapters = (heal_layerwise if options.objective == "layerwise" else heal_whole)(
         context, planned.layout, state
     )
 
     def loss(heal) -> float:
-        return validation_loss(StreamedModel(context.parent.folder, dtype, context.device), validation, heal, scratch)
+        return validation_loss(known.model(context.parent.folder), validation, heal, scratch)
 
     before = loss(None)
-    streamed = StreamedModel(context.parent.folder, dtype, context.device)
+    streamed = known.model(context.parent.folder)
     trained = 0
 
     def heal(index: int, layer) -> None:

@@ -70,10 +70,10 @@ def test_it_is_one_file_that_loads_nothing(run, tmp_path):
 def test_bits_of_the_experts_add_up_to_the_accounting(run, stage):
     found = _stage(run / stage)
     bits = sum(
-        expert_bits(parts, found.shapes[name], found.experts, found.bits).sum()
-        * found.shapes[name][0]
-        * found.shapes[name][1]
-        for projections in found.layout["experts"].values()
+        expert_bits(parts, found.shapes[path][name], found.experts[path], found.bits).sum()
+        * found.shapes[path][name][0]
+        * found.shapes[path][name][1]
+        for path, projections in found.layout["experts"].items()
         for name, parts in projections.items()
     )
     assert bits == pytest.approx(8 * found.manifest["accounting"]["expert_bytes"])

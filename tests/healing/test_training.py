@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from architectures import tiny_architecture
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from tiny import tiny_model, tiny_tokenizer
 
@@ -15,7 +16,10 @@ from moesvd_quant.healing.losses import divergence, next_token, output_error
 from moesvd_quant.healing.nf4 import freeze_in_nf4
 from moesvd_quant.healing.shipped import validation_loss
 from moesvd_quant.healing.trainer import lm_loss
+from moesvd_quant.layout import projections_of
 from moesvd_quant.model.experts import find_experts
+from moesvd_quant.model.factorized_experts import FactorizedExperts
+from moesvd_quant.model.layered import _decoder_layers
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import RecipeError, load_recipe
@@ -121,6 +125,17 @@ def test_routers_and_targets_are_found_in_other_architectures(architecture):
     assert len(routers) == {"gpt_oss": 4, "deepseek_v2": 1, "phimoe": 2}[architecture]
     assert all("router" in name or "gate" in name for name in routers)
     assert not any("gate_proj" in name or "gate_up" in name for name in routers)
+
+
+def test_what_mambas_kernels_take_as_it_is_gets_no_adapter():
+    """As PEFT has it, which refuses such a target by the model's name; ours has another."""
+    model = tiny_architecture("nemotron_h")
+    layers = _decoder_layers(model)[0]
+    for path, native in list(find_experts(model)):
+        model.set_submodule(path, FactorizedExperts(native, projections_of(native)))
+    linears, _ = float_targets(model.get_submodule(layers), ["0", "1"], attention=True)
+    assert "0.mixer.in_proj" in linears and "0.mixer.out_proj" not in linears
+    Trained(model, [f"{layers}.0", f"{layers}.1"], LoraOptions(), [], 0)
 
 
 def test_router_healing_changes_routers_alone_even_of_a_packed_model(compressed, heal, monkeypatch):

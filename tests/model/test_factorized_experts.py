@@ -3,7 +3,9 @@
 import pytest
 import torch
 from tiny import ARCHITECTURES, fill_banks, tiny_model
+from torch import nn
 
+from moesvd_quant.checkpoint.verify import outputs
 from moesvd_quant.layout import dense_part, factor_part
 from moesvd_quant.model import factorized_experts
 from moesvd_quant.model.experts import expert_count, find_experts, find_linears, shapes_of, split_projections
@@ -150,3 +152,13 @@ def test_experts_without_a_gate_and_transposed_ones(kind):
         weights = torch.rand(9, 2, generator=generator)
         expected = native(hidden, index, weights)
         assert torch.allclose(factorize(native)(hidden, index, weights), expected, atol=1e-4)
+
+
+def test_experts_that_lost_every_matrix_give_nothing():
+    _, native = next(find_experts(tiny_model("mixtral")))
+    made = FactorizedExperts(native, {"gate_up": [], "down": []})
+    again = FactorizedExperts(made, made.layout)
+    assert not list(again.parameters()) and again.dense("gate", 1).count_nonzero() == 0
+    x, index = torch.ones(3, 64), torch.tensor([[0, 1], [1, 2], [3, 0]])
+    assert torch.equal(again(x, index, torch.full((3, 2), 0.5)), torch.zeros(3, 64))
+    assert outputs(nn.ModuleDict({"experts": again}), ["experts"])

@@ -1,0 +1,112 @@
+"""What healing will need of memory and disk, from shapes, before anything is compressed."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from ..accounting import planned_model
+from ..layout import layout_of
+from ..memory import MemoryLimitError
+from ..model.stream import StreamedModel
+from .adapters import float_targets, router_parameters
+from .teacher import disk_bytes
+
+FLOAT, NF4 = 4, 0.5625  # bytes of a float32 weight, of one in NF4 with its scales
+# Bytes for each trained parameter: gradient, two moments, and the state before; an adapter, which is new, besides.
+TRAINED, NEW = 16, 4
+LOGITS = {"lm": 2, "distill": 5}  # tensors of a micro-batch's predictions at a time
+KEPT = 2.5  # what autograd keeps of a layer, beside what the layer needs
+
+
+@dataclass(frozen=True)
+class HealingNeeds:
+    """Bytes. weights: of the model as it is held; trained: what training adds to them; working: of a micro-batch; disk:
+    of hidden states."""
+
+    weights: int
+    trained: int
+    working: int
+    disk: int
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @property
+    def memory(self) -> int:
+        return self.weights + self.trained + self.working
+
+    def require(self, free: int, options) -> None:
+        """MemoryLimitError where `free` bytes do not hold it, with what would make it fit."""
+        if self.memory <= free:
+            return
+        ways = ["objective: layerwise"] if options.objective != "layerwise" else []
+        if options.train == "factors":
+            ways.append("train: adapters")
+        elif options.train == "adapters" and options.frozen != "nf4":
+            ways.append("frozen: nf4")
+        ways += [f"microbatch below {options.microbatch}"] if options.microbatch > 1 else ["a shorter length"]
+        raise MemoryLimitError(
+            f"lora: healing takes {self.memory / 1e9:.2f} GB ({self.weights / 1e9:.2f} of weights, "
+            f"{self.trained / 1e9:.2f} of what is trained, {self.working / 1e9:.2f} of a micro-batch), and "
+            f"{free / 1e9:.2f} GB are free; what takes less: {', '.join(ways)}"
+        )
+
+
+def healing_needs(parent: StreamedModel, layout: dict, options, windows: Sequence[int], statistics) -> HealingNeeds:
+    """parent: the input checkpoint, or its description; layout: of the output; windows: (count, length) to train on;
+    statistics: of the original model."""
+    item = FLOAT if statistics.dtype == torch.float32 else parent.stored_dtype.itemsize
+    model, whole = planned_model(parent, layout), options.objective != "layerwise"
+    before = planned_model(parent, layout_of(parent))
+    sizes, (count, length) = statistics.sizes, windows
+    layers = [_layer(model, before, name, item, options) for name in parent.layer_names]
+    held, trained, banks = zip(*layers)
+    rows, batch_rows = options.microbatch * length, statistics.batch_size * statistics.shape[1]
+    once = KEPT * sizes.activations * rows / batch_rows + 3 * max(banks) * item
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    if not whole:
+        around = 2 * max(_ends(model)) * item
+        return HealingNeeds(int(3 * max(held) + around), max(trained), int(once), 4 * count * length * sizes.row)
+    outer = sum(p.numel() * p.element_size() for p in model.parameters()) - _inside(model, parent)
+    outer = outer * item // parent.stored_dtype.itemsize
+    head = max(_ends(model)) * item if options.objective == "distill" else 0
+    kept = once + len(layers) * rows * sizes.row if options.checkpointing else len(layers) * once
+    working = kept + LOGITS[options.objective] * FLOAT * rows * vocabulary + head
+    disk = disk_bytes(count, length * sizes.row) if options.objective == "distill" else 0
+    return HealingNeeds(int(sum(held) + outer), sum(trained), int(working), disk)
+
+
+def _layer(model: nn.Module, before: nn.Module, name: str, item: int, options) -> tuple[float, int, int]:
+    """(bytes of a layer's weights as they are held, bytes for what is trained of it, weights of its float banks)."""
+    layer = model.get_submodule(name)
+    held = sum(p.numel() * (item if p.is_floating_point() else p.element_size()) for p in layer.parameters())
+    linears, banks = float_targets(layer, [""], options.attention)
+    parameters = dict(layer.named_parameters())
+    targets = [parameters[f"{path}.weight"] for path in linears] + [parameters[path] for path in banks]
+    in_banks = sum(parameters[path].numel() for path in banks)
+    if options.frozen == "nf4":
+        held -= sum(p.numel() for p in targets) * (item - NF4)
+    if options.train == "adapters":
+        terms = _floats(layer) - _floats(before.get_submodule(name))
+        adapters = sum(options.rank * p[..., 0, 0].numel() * sum(p.shape[-2:]) for p in targets)
+        return held, (TRAINED + NEW) * adapters + (TRAINED + NEW - item) * terms, in_banks
+    if options.train == "router":
+        targets = [parameters[path] for path in router_parameters(layer, [""])]
+    return held, (TRAINED + NEW - item) * sum(p.numel() for p in targets), in_banks
+
+
+def _floats(layer: nn.Module) -> int:
+    return sum(p.numel() for p in layer.parameters() if p.is_floating_point())
+
+
+def _ends(model) -> list[int]:
+    return [module.weight.numel() for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+
+
+def _inside(model: nn.Module, parent: StreamedModel) -> int:
+    """Bytes of the decoder layers."""
+    return sum(
+        p.numel() * p.element_size() for name in parent.layer_names for p in model.get_submodule(name).parameters()
+    )
