@@ -47,7 +47,7 @@ def blend(gram: torch.Tensor, count: torch.Tensor, layer: Layer) -> torch.Tensor
 
 
 def unknown(gram: torch.Tensor, count: torch.Tensor, layer: Layer) -> torch.Tensor:
-    """The metric of experts that no token of the text reaches: all inputs alike."""
+    """The metric of experts that no token of the text reaches, or none but zeros: all inputs alike."""
     return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
@@ -62,8 +62,10 @@ class Grams(Lazily):
         total = int(tokens.sum())
         if total == 0 and metric is not unknown:
             raise ValueError("no calibration token reached any expert of this layer")
-        mean = (tokens + gram.shape[-1]).to(gram.dtype).mean()
-        layer = Layer((gram.sum(0) / max(total, 1)).to(device), mean.to(device))
+        mean, pooled = (tokens + gram.shape[-1]).to(gram.dtype).mean(), gram.sum(0) / max(total, 1)
+        if not pooled.count_nonzero():  # gate and up of all of them may be gone
+            metric = unknown
+        layer = Layer(pooled.to(device), mean.to(device))
 
         # No method of this object, which would then hold itself, and the layer's matrices with it.
         def made(expert: int) -> torch.Tensor:

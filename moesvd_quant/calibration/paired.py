@@ -30,11 +30,14 @@ RIDGE = 0.01
 
 def corrected(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     """W' (out, in) float64 that gives W x for the compressed input z of the same token:
-    argmin sum |W x - W' z|^2 + r |W - W'|^2 = (W C + r W) (G + r I)^-1, r = RIDGE times the mean diagonal of G.
+    argmin sum |W x - W' z|^2 + r |W - W'|^2 = (W C + r W) (G + r I)^-1, r = RIDGE times the mean diagonal of G. W where
+    every z is zero: gate and up of all experts may be gone.
 
     weight (out, in); gram G = sum z z^T, cross C = sum x z^T, both (in, in).
     """
     gram, cross, weight = gram.double(), cross.double(), weight.double()
+    if not gram.count_nonzero():
+        return weight
     held = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(gram + held, weight @ (cross + held), left=False)
 

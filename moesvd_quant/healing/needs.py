@@ -9,6 +9,7 @@ from torch import nn
 from ..accounting import planned_model
 from ..layout import layout_of
 from ..memory import MemoryLimitError
+from ..model.experts import expert_count, find_experts, shapes_of
 from ..model.stream import StreamedModel
 from .adapters import float_targets, router_parameters
 from .teacher import disk_bytes
@@ -17,7 +18,8 @@ FLOAT, NF4 = 4, 0.5625  # bytes of a float32 weight, of one in NF4 with its scal
 # Bytes for each trained parameter: gradient, two moments, and the state before; an adapter, which is new, besides.
 TRAINED, NEW = 16, 4
 LOGITS = {"lm": 2, "distill": 5}  # tensors of a micro-batch's predictions at a time
-KEPT = 2.5  # what autograd keeps of a layer, beside what the layer needs
+# Times that a layer's experts are made anew in a step: a weight with its adapter's product, in PEFT; one out of codes.
+ADAPTED, UNPACKED = 3, 2
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,9 @@ def healing_needs(parent: StreamedModel, layout: dict, options, windows: Sequenc
     before = planned_model(parent, layout_of(parent))
     sizes, (count, length) = statistics.sizes, windows
     layers = [_layer(model, before, name, item, options) for name in parent.layer_names]
-    held, trained, banks = zip(*layers)
+    held, trained, made = zip(*layers)
     rows, batch_rows = options.microbatch * length, statistics.batch_size * statistics.shape[1]
-    once = KEPT * sizes.activations * rows / batch_rows + 3 * max(banks) * item
+    once = sizes.activations * rows / batch_rows + max(made) * item
     vocabulary = model.get_output_embeddings().weight.shape[0]
     if not whole:
         around = 2 * max(_ends(model)) * item
@@ -79,22 +81,27 @@ def healing_needs(parent: StreamedModel, layout: dict, options, windows: Sequenc
 
 
 def _layer(model: nn.Module, before: nn.Module, name: str, item: int, options) -> tuple[float, int, int]:
-    """(bytes of a layer's weights as they are held, bytes for what is trained of it, weights of its float banks)."""
+    """Of a layer: bytes of its weights as they are held, bytes for what is trained, weights that a step makes anew."""
     layer = model.get_submodule(name)
     held = sum(p.numel() * (item if p.is_floating_point() else p.element_size()) for p in layer.parameters())
     linears, banks = float_targets(layer, [""], options.attention)
     parameters = dict(layer.named_parameters())
     targets = [parameters[f"{path}.weight"] for path in linears] + [parameters[path] for path in banks]
-    in_banks = sum(parameters[path].numel() for path in banks)
+    packed = 0 if banks else sum(_weights(experts) for _, experts in find_experts(layer))
+    made = UNPACKED * packed + ADAPTED * sum(parameters[path].numel() for path in banks)
     if options.frozen == "nf4":
         held -= sum(p.numel() for p in targets) * (item - NF4)
     if options.train == "adapters":
         terms = _floats(layer) - _floats(before.get_submodule(name))
         adapters = sum(options.rank * p[..., 0, 0].numel() * sum(p.shape[-2:]) for p in targets)
-        return held, (TRAINED + NEW) * adapters + (TRAINED + NEW - item) * terms, in_banks
+        return held, (TRAINED + NEW) * adapters + (TRAINED + NEW - item) * terms, made
     if options.train == "router":
         targets = [parameters[path] for path in router_parameters(layer, [""])]
-    return held, (TRAINED + NEW - item) * sum(p.numel() for p in targets), in_banks
+    return held, (TRAINED + NEW - item) * sum(p.numel() for p in targets), UNPACKED * packed
+
+
+def _weights(experts: nn.Module) -> int:
+    return expert_count(experts) * sum(out * inputs for out, inputs in shapes_of(experts).values())
 
 
 def _floats(layer: nn.Module) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moesvd_quant
+from moesvd_quant.calibration.metric import Grams, blend
 from moesvd_quant.calibration.paired import RIDGE, PairedExperts, corrected, output_error
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.recipe import load_recipe
@@ -110,3 +111,13 @@ def test_error_aware_stages_follow_the_original_closer_and_resume_to_the_same_bi
     resumed = Run(aware, folder, tmp_path / "again").run()[-1]
     for file in whole.glob("*.safetensors"):
         assert file.read_bytes() == (resumed / file.name).read_bytes()
+
+
+def test_what_gets_nothing_but_zeros_is_fitted_as_what_no_token_reaches():
+    """Down, where gate and up of all experts of a layer are gone."""
+    _, z, weight = inputs()
+    nothing = torch.zeros(2, 24, 24)
+    assert torch.equal(corrected(weight, nothing[0], nothing[0]), weight)
+    grams = Grams(nothing, torch.tensor([9, 4]), blend)
+    assert all(torch.equal(gram, torch.eye(24)) for gram in grams)
+    assert output_error(weight, weight, z.T @ z, nothing[0], nothing[0]) == pytest.approx(1)
