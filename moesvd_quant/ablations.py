@@ -44,7 +44,7 @@ def rows_of(number: int, ratio: float, experts: int, calibrations: Sequence[str]
         return {"·".join(metric): (paper | OWN | {"select": metric}, first) for metric in METRICS}
     if number == 6:
         return {f"{trimmed} of {experts}": (paper | {"trim_u": trimmed}, first) for trimmed in range(experts)}
-    return {Path(text).name.split(".")[0]: (paper, text) for text in calibrations}
+    return {"+".join(Path(p).name.split(".")[0] for p in text.split(",")): (paper, text) for text in calibrations}
 
 
 def run_table(

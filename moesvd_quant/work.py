@@ -93,10 +93,11 @@ class StageWork:
         commit_folder(self.folder, final)
 
     def _name(self, before: list[str]) -> str:
-        """Short name in tables: svd40-gptq3, or svd-gptq@2.3bpw where a budget decided."""
+        """Short name in tables: svd40-gptq3; svd-gptq@2.3bpw where a budget decided, +shared with shared experts."""
         stages = self.run.recipe.stages[: self.index + 1]
         budget = f"@{self.run.recipe.budget}" if any(s.options.is_open() for s in stages) else ""
-        return "-".join([*before, *(_label(s) for s in stages)]) + budget
+        shared = "+shared" if self.run.recipe.experts == "all" else ""
+        return "-".join([*before, *(_label(s) for s in stages)]) + shared + budget
 
     def _describe(self, plan: Plan) -> None:
         files = by_file(planned_model(self.parent, plan.layout), self.parent.layer_names)

@@ -13,6 +13,7 @@ def test_rows_are_the_papers():
     six = rows_of(6, 0.2, 8, ["wiki.txt"])
     assert [options["trim_u"] for options, _ in six.values()] == list(range(8))
     assert six["6 of 8"] == rows_of(4, 0.2, 8, ["wiki.txt"])["MoE-SVD"]  # runs once for both
+    assert list(rows_of(7, 0.2, 8, ["a/wiki.txt,b/books.jsonl.gz", "code"])) == ["wiki+books", "code"]
     assert [text for _, text in rows_of(7, 0.2, 8, ["a/wiki.txt", "b/c4.txt"]).values()] == ["a/wiki.txt", "b/c4.txt"]
 
 

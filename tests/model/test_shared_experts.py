@@ -108,7 +108,9 @@ def test_recipes_take_them_along(run, stages, more, bits):
     folders = run("all", stages, more)
     model = moesvd_quant.load(folders[-1])
     assert [path for path in shared_in(model)] == [f"model.layers.{i}.mlp.shared_expert" for i in range(2)]
-    found = json.loads((folders[-1] / "moesvd.json").read_text())["accounting"]
+    manifest = json.loads((folders[-1] / "moesvd.json").read_text())
+    assert "+shared" in manifest["name"]
+    found = manifest["accounting"]
     assert found["original_expert_params"] == 2 * (ROUTED + 3 * HIDDEN * INNER)
     if "ratio" in stages:
         assert found["expert_ratio"] == pytest.approx(0.4, abs=0.03)  # ranks are in steps of 8, of 32 and 64
