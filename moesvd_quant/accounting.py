@@ -52,7 +52,7 @@ def original_model(parent: StreamedModel):
         config = native.from_dict({key: value for key, value in config.to_dict().items() if key not in ours})
     with init_empty_weights(include_buffers=False):
         made = native_class(type(config))._from_config(config, dtype=parent.stored_dtype)
-    if parent.shared or any(is_shared(experts) for _, experts in find_experts(parent.model)):
+    if any(is_shared(experts) for _, experts in find_experts(parent.model)):
         for name in parent.layer_names:
             count_shared(made.get_submodule(name))
     return made

@@ -113,9 +113,8 @@ class StageWork:
         the whole model runs. {"kl": nats per token to its input, "tokens"}; StageError otherwise."""
         verify.check_reload(StreamedModel(self.folder, device=self.run.device), plan.layout, outputs)
         windows = self.run.windows[:CHECK_WINDOWS, :CHECK_LENGTH]
-        dtype, device = self.run.statistics.dtype, self.run.device
         before, after = (
-            next(StreamedModel(folder, dtype, device).logits(windows, len(windows))).flatten(0, 1)
+            next(self.run.statistics.model(folder).logits(windows, len(windows))).flatten(0, 1)
             for folder in (self.parent.folder, self.folder)
         )
         total = 0.0

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from ..accounting import planned_model
-from ..layout import layout_of
 from ..memory import MemoryLimitError
 from ..model.experts import expert_count, find_experts, shapes_of
 from ..model.stream import StreamedModel
@@ -60,30 +59,26 @@ def healing_needs(parent: StreamedModel, layout: dict, options, windows: Sequenc
     """parent: the input checkpoint, or its description; layout: of the output; windows: (count, length) to train on;
     statistics: of the original model."""
     item = FLOAT if statistics.dtype == torch.float32 else parent.stored_dtype.itemsize
-    model, whole = planned_model(parent, layout), options.objective != "layerwise"
-    before = planned_model(parent, layout_of(parent))
-    sizes, (count, length) = statistics.sizes, windows
-    layers = [_layer(model, before, name, item, options) for name in parent.layer_names]
-    held, trained, made = zip(*layers)
+    model, sizes, (count, length) = planned_model(parent, layout), statistics.sizes, windows
+    held, trained, made = zip(*(_layer(model, parent.model, name, item, options) for name in parent.layer_names))
     rows, batch_rows = options.microbatch * length, statistics.batch_size * statistics.shape[1]
     once = sizes.activations * rows / batch_rows + max(made) * item
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    if not whole:
-        around = 2 * max(_ends(model)) * item
-        return HealingNeeds(int(3 * max(held) + around), max(trained), int(once), 4 * count * length * sizes.row)
-    outer = sum(p.numel() * p.element_size() for p in model.parameters()) - _inside(model, parent)
-    outer = outer * item // parent.stored_dtype.itemsize
-    head = max(_ends(model)) * item if options.objective == "distill" else 0
-    kept = once + len(layers) * rows * sizes.row if options.checkpointing else len(layers) * once
-    working = kept + LOGITS[options.objective] * FLOAT * rows * vocabulary + head
-    disk = disk_bytes(count, length * sizes.row) if options.objective == "distill" else 0
+    ends = [module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    widest = max(end.numel() for end in ends) * item
+    if options.objective == "layerwise":
+        return HealingNeeds(int(3 * max(held) + 2 * widest), max(trained), int(once), 4 * count * length * sizes.row)
+    outer = _held(model, item) - sum(_held(model.get_submodule(name), item) for name in parent.layer_names)
+    kept = once + len(held) * rows * sizes.row if options.checkpointing else len(held) * once
+    working, disk = kept + LOGITS[options.objective] * FLOAT * rows * len(ends[1]), 0
+    if options.objective == "distill":
+        working, disk = working + widest, disk_bytes(count, length * sizes.row)
     return HealingNeeds(int(sum(held) + outer), sum(trained), int(working), disk)
 
 
 def _layer(model: nn.Module, before: nn.Module, name: str, item: int, options) -> tuple[float, int, int]:
     """Of a layer: bytes of its weights as they are held, bytes for what is trained, weights that a step makes anew."""
     layer = model.get_submodule(name)
-    held = sum(p.numel() * (item if p.is_floating_point() else p.element_size()) for p in layer.parameters())
+    held: float = _held(layer, item)
     linears, banks = float_targets(layer, [""], options.attention)
     parameters = dict(layer.named_parameters())
     targets = [parameters[f"{path}.weight"] for path in linears] + [parameters[path] for path in banks]
@@ -100,20 +95,14 @@ def _layer(model: nn.Module, before: nn.Module, name: str, item: int, options) -
     return held, (TRAINED + NEW - item) * sum(p.numel() for p in targets), UNPACKED * packed
 
 
+def _held(module: nn.Module, item: int) -> int:
+    """Bytes of a module's weights where those in floating point take `item` each."""
+    return sum(p.numel() * (item if p.is_floating_point() else p.element_size()) for p in module.parameters())
+
+
 def _weights(experts: nn.Module) -> int:
     return expert_count(experts) * sum(out * inputs for out, inputs in shapes_of(experts).values())
 
 
 def _floats(layer: nn.Module) -> int:
     return sum(p.numel() for p in layer.parameters() if p.is_floating_point())
-
-
-def _ends(model) -> list[int]:
-    return [module.weight.numel() for module in (model.get_input_embeddings(), model.get_output_embeddings())]
-
-
-def _inside(model: nn.Module, parent: StreamedModel) -> int:
-    """Bytes of the decoder layers."""
-    return sum(
-        p.numel() * p.element_size() for name in parent.layer_names for p in model.get_submodule(name).parameters()
-    )

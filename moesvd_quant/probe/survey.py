@@ -17,7 +17,6 @@ from ..model.experts import expert_count, find_experts, shapes_of, split_project
 from ..model.factorized_experts import FactorizedExperts
 from ..model.folder import ModelError
 from ..model.parts import JOINT
-from ..model.stream import StreamedModel
 from ..stages.allocation import plan_ratio
 from ..stages.base import Context, Plan, expert_grams, reached
 from ..stages.options import SvdOptions
@@ -46,7 +45,7 @@ def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report
 
     All statistics are of the same model, in the same dtype. ModelError for a model without experts, or factorized.
     """
-    found, model = Survey(), StreamedModel(folder, calibration.dtype, calibration.device)
+    found, model = Survey(), calibration.model(folder)
     for name, statistics in {"calibration": calibration, **texts}.items():
         if statistics.stored:  # several passes read them side by side
             statistics.ensure(partial(report, f"reading {name}"))
@@ -70,7 +69,7 @@ def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report
         raise ModelError(f"{folder}: no experts that text reaches; there is nothing to probe")
     plans = _plans(found, Context(model, calibration, None, 0, model.device, report=report))
     for done, (name, statistics) in enumerate(texts.items()):
-        streamed = StreamedModel(folder, calibration.dtype, calibration.device)
+        streamed = calibration.model(folder)
         scratch = statistics.scratch((len(RATIOS) + 2) * TOKENS * statistics.sizes.row)
         found.rehearsal[name] = rehearse(streamed, statistics.windows, calibration, plans, scratch)
         report("rehearsals", done + 1, len(texts))

@@ -120,6 +120,10 @@ class SvdOptions(StageOptions):
     def weighs(self) -> bool:
         return self.method == "global"
 
+    def shares(self, experts: int) -> bool:
+        """Whether so many experts have a right factor in common; a shared expert, alone, has its factors to itself."""
+        return self.method == "paper" and self.shared_v and experts > 1
+
     def kept(self, group: int) -> int:
         """Left factors that a group of so many experts keeps; ValueError where it has not as many."""
         kept = self.keep_u if self.trim_u is None else group - self.trim_u

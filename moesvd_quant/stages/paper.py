@@ -105,7 +105,7 @@ def _units(path: str, entry: dict, options) -> dict[str, int]:
     """Parameters per unit of rank of each projection, all experts together."""
     count = entry["experts"]
     lefts = rights = count
-    if options.shared_v and count > 1:  # a shared expert has its factors to itself
+    if options.shares(count):
         if count % options.groups:
             raise StageError(f"{path}: {count} experts do not part into groups: {options.groups} equal ones")
         try:

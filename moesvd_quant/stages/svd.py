@@ -145,7 +145,7 @@ def _banks(
     if "dense" in part:
         yield from (("dense", row, weights[e]) for row, e in enumerate(experts))
         return
-    if options.method == "paper" and options.shared_v and len(weights) > 1:
+    if options.shares(len(weights)):
         make = literal if options.literal else share_and_trim
         kept = options.kept(len(weights) // options.groups)
         made = share_in_groups(make, list(weights), grams, frequency, part["rank"], kept, options.groups)
