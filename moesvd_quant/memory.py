@@ -148,9 +148,9 @@ class Batches:
             return
         place = self._places[-1][0] + _size(*self._places[-1][1:]) if self._places else 0
         self._places.append((place, tensor.shape, tensor.dtype))
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        whole = tensor.detach().cpu().contiguous()
         try:
-            write_at(self._file.fileno(), data, place)
+            write_at(self._file.fileno(), _bytes_of(whole), place)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -164,14 +164,18 @@ class Batches:
             return self._held[index]
         place, shape, dtype = self._places[index]
         made = torch.empty(shape, dtype=dtype)
-        data = memoryview(made.reshape(-1).view(torch.uint8).numpy())
-        done = 0
+        data, done = _bytes_of(made), 0
         while done < len(data):
             done += os.preadv(self._file.fileno(), [data[done:]], place + done)
         return made.to(self.device)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[index] for index in range(len(self)))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """What a contiguous tensor is stored in. Seen as an array of numpy's, it could never give its memory back."""
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _size(shape: torch.Size, dtype: torch.dtype) -> int:

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from tiny import tensor_bytes
 
 from moesvd_quant.memory import Batches, Memory, MemoryLimitError, PeakMeter, anonymous_bytes, parse_bytes
 from moesvd_quant.recipe import load_recipe
@@ -91,8 +92,7 @@ def test_nothing_of_a_layer_stays_when_it_is_done(make_model, tmp_path, small):
 
     def report(what: str, done: int, total: int) -> None:
         if what == "gptq: layers" and done:
-            tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
-            held.append(sum(t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"))
+            held.append(tensor_bytes())
 
     folder = make_model("mixtral", num_hidden_layers=4)
     gc.disable()

@@ -1,5 +1,7 @@
 """Tiny models of real architectures, made from configs, and a tokenizer whose tokens are bytes."""
 
+import gc
+
 import torch
 import transformers
 from tokenizers import ByteLevelBPETokenizer
@@ -87,3 +89,10 @@ def tiny_model(architecture: str, dtype=torch.float32, seed: int = 0, **more):
     model = AutoModelForCausalLM.from_config(config)
     enlarge(model)
     return model.to(dtype).eval()
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors that live in this process, wherever they are held."""
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    storages = [x.untyped_storage() for x in tensors if x.device.type != "meta"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

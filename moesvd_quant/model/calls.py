@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..memory import Batches
+from .visit import whole
 
 DISTINCT = 8  # tensors of one shape that a new one is compared with
 
@@ -136,18 +137,18 @@ def without_embeddings(model: nn.Module, value: float = 0.0):
 
 
 def finish(
-    model: nn.Module, layers: nn.ModuleList, hidden: torch.Tensor, batch: torch.Tensor, like: Any
+    model: nn.Module, layers: nn.ModuleList, hidden: torch.Tensor, batch: torch.Tensor, beside: tuple | None
 ) -> torch.Tensor:
-    """Logits (n, length, vocabulary) of the model whose last layer gave `hidden`; `like`: what a layer returned."""
-    out = (hidden, *like[1:]) if isinstance(like, tuple) else hidden
+    """Logits (n, length, vocabulary) of the model whose last layer gave `hidden`, and `beside` it."""
+    out = whole(hidden, beside)
     with Patched(layers, lambda index, args, kwargs: out):
         return run(model, batch).logits
 
 
 def head_input(
-    model: nn.Module, layers: nn.ModuleList, hidden: torch.Tensor, batch: torch.Tensor, like: Any
+    model: nn.Module, layers: nn.ModuleList, hidden: torch.Tensor, batch: torch.Tensor, beside: tuple | None
 ) -> torch.Tensor:
-    """What the output head of the model gets where its last layer gave `hidden`."""
+    """What the output head of the model gets where its last layer gave `hidden`, and `beside` it."""
     seen: list[torch.Tensor] = []
 
     def stop(module, args):
@@ -155,7 +156,7 @@ def head_input(
         raise Reached
 
     hook = model.get_output_embeddings().register_forward_pre_hook(stop)
-    out = (hidden, *like[1:]) if isinstance(like, tuple) else hidden
+    out = whole(hidden, beside)
     try:
         with Patched(layers, lambda index, args, kwargs: out):
             run(model, batch)

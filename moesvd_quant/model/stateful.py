@@ -1,23 +1,33 @@
 """The layer walk for models whose layers hand each other more than hidden states (router states, chosen indices, keys).
 
 Each batch's forward runs in a thread of its own, which stops at every layer until all batches have passed it: the
-model's own code carries the state, and still one layer at a time is in memory. One thread runs at a time.
+model's own code carries the state, and still one layer at a time is in memory. One thread runs at a time. What a
+forward waits with goes to disk where hidden states do, and its tensors are empty until it goes on.
 """
 
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
+from ..memory import Batches
 from .calls import Patched, Reached, run
+from .folder import ModelError
+from .visit import Kept, whole
 
 
 class Forward:
-    """A forward of one batch that waits at each layer. `call`: (args, kwargs) of the layer it stands at."""
+    """A forward of one batch that waits at each layer. call: (args, kwargs) of the layer it stands at, `layer`."""
 
     def __init__(self, model, batch: torch.Tensor):
         self.call: tuple | None = None
+        self.layer = -1
+        self._frame: FrameType | None = None
+        self._emptied: list[tuple[torch.Tensor, int]] = []
         self._answer: Any = None
         self._error: BaseException | None = None
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
@@ -26,22 +36,55 @@ class Forward:
 
     def start(self) -> None:
         self._thread.start()
-        self._stopped.acquire()
-        self._check()
+        self._wait()
 
     def answer(self, output: Any) -> None:
         """Goes on to the next layer with what this one gave; after the last one to the end."""
-        self.call, self._answer = None, output
+        self.call, self._frame, self._answer = None, None, output
         self._go.release()
-        self._stopped.acquire()
-        self._check()
+        self._wait()
 
-    def at_layer(self, args: tuple, kwargs: dict) -> Any:
+    def at_layer(self, index: int, args: tuple, kwargs: dict) -> Any:
         """Called in the forward's own thread by a patched layer."""
-        self.call = args, kwargs
+        self.layer, self.call, self._frame = index, (args, kwargs), sys._getframe(1)
         self._stopped.release()
         self._go.acquire()
-        return self._answer
+        answer, self._answer = self._answer, None
+        return answer
+
+    def given(self) -> list[torch.Tensor]:
+        """The tensors of its call."""
+        return _tensors(self.call)
+
+    def beside(self) -> list[torch.Tensor]:
+        """What else the model's frames hold while it waits: embeddings, masks of other layers."""
+        given, found, frame = {id(tensor) for tensor in self.given()}, [], self._frame
+        while frame is not None:
+            found += _tensors(frame.f_locals)
+            frame = frame.f_back
+        return [tensor for tensor in found if id(tensor) not in given]
+
+    def empty(self, tensors: list[torch.Tensor], others: set[int]) -> None:
+        """Takes the memory of these, but for storages (by address) that others use as well. The frames hold the
+        tensors: nothing but their storage can be taken from them."""
+        for number, tensor in enumerate(tensors):
+            storage = tensor.untyped_storage()
+            whole = tensor.is_contiguous() and 0 < storage.nbytes() == tensor.nbytes
+            if whole and storage.data_ptr() not in others and storage.resizable():
+                self._emptied.append((tensor, number))
+                storage.resize_(0)
+
+    def fill(self, copies: list[torch.Tensor]) -> None:
+        """Undoes `empty`."""
+        while self._emptied:
+            tensor, number = self._emptied.pop()
+            tensor.untyped_storage().resize_(tensor.nbytes)
+            tensor.copy_(copies[number])
+
+    def _wait(self) -> None:
+        self._stopped.acquire()
+        if self._error is not None:
+            raise self._error
 
     def _run(self, model, batch):
         try:
@@ -53,36 +96,84 @@ class Forward:
             _WAITING.pop(self._thread, None)
             self._stopped.release()
 
-    def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
-
 
 _WAITING: dict[threading.Thread, Forward] = {}
 
 
-def forwards(model, layers, batches) -> Iterator[tuple[int, list[Forward]]]:
-    """(layer index, the forwards standing at it). The user answers each before taking the next; layers that the user
-    calls in between do their work."""
-    made: list[Forward] = []
+class Forwards:
+    """Within it, the forwards of all batches stand at one layer: `hidden` and `calls` are what it is called with, kept
+    as `like` (which is empty) is. Layers that the user calls meanwhile do their work."""
 
-    def instead(index, args, kwargs):
+    def __init__(self, model, layers, batches, like: Batches):
+        self.layers, self.like, self.on_disk = layers, like, like.folder is not None
+        self._patched = Patched(layers, self._instead)
+        self._made = [Forward(model, batch) for batch in batches]
+        tensors = [*model.parameters(), *model.buffers(), *batches]
+        self._others = _addresses(tensors)
+
+    def __enter__(self) -> "Forwards":
+        self._patched.__enter__()
+        self._arrive(self._started(), 0)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for forward in self._made:
+            if forward.call is not None:  # the walk was left early
+                forward.answer(None)
+        self._patched.__exit__()
+
+    def answer(self, hidden: Batches, beside: Kept) -> None:
+        """Takes all to the next layer with what this one gave; after the last one to the end."""
+        kept = zip(self.hidden, self.calls, self._beside)
+        self._arrive(self._answered(zip(hidden, beside), kept), self._made[0].layer + 1)
+
+    def _started(self) -> Iterator[Forward]:
+        """The first two are together in memory for a while: what both wait with is the model's, not theirs."""
+        for count, forward in enumerate(self._made):
+            forward.start()
+            if count == 1:
+                first, second = (_addresses(f.given() + f.beside()) for f in self._made[:2])
+                self._others |= first & second
+                yield self._made[0]
+            if count or len(self._made) == 1:
+                yield forward
+
+    def _answered(self, answers: Iterator, kept: Iterator) -> Iterator[Forward]:
+        for forward, answer in zip(self._made, answers):
+            if self.on_disk:
+                states, (args, kwargs), beside = next(kept)
+                forward.fill([states, *_tensors((args, kwargs)), *beside])
+            forward.answer(whole(*answer))
+            yield forward
+
+    def _arrive(self, forwards: Iterator[Forward], index: int) -> None:
+        self.hidden, self.calls, self._beside = self.like.like(), Kept(self.like), Kept(self.like)
+        for forward in forwards:
+            if index == len(self.layers):
+                continue
+            if forward.call is None or forward.layer != index:
+                raise ModelError(f"a forward of the model does not call its layer {index}; it cannot be calibrated")
+            args, kwargs = forward.call
+            self.hidden.append(args[0])
+            self.calls.append((args[1:], kwargs))
+            if self.on_disk:
+                given, beside = forward.given(), forward.beside()
+                self._beside.append(beside)
+                forward.empty(given + beside, self._others)
+
+    def _instead(self, index, args, kwargs):
         me = _WAITING.get(threading.current_thread())
         if me is None:
-            return type(layers[index]).forward(layers[index], *args, **kwargs)
-        out = me.at_layer(args, kwargs)
-        if index == len(layers) - 1 or out is None:
+            return type(self.layers[index]).forward(self.layers[index], *args, **kwargs)
+        out = me.at_layer(index, args, kwargs)
+        if index == len(self.layers) - 1 or out is None:
             raise Reached
         return out
 
-    try:
-        with Patched(layers, instead):
-            for batch in batches:
-                made.append(Forward(model, batch))
-                made[-1].start()
-            for index in range(len(layers)):
-                yield index, made
-    finally:
-        for forward in made:
-            if forward.call is not None:  # the walk was left early
-                forward.answer(None)
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}

@@ -13,7 +13,7 @@ from ..memory import Batches
 from .calls import StatePassedOn, finish, head_input, record, without_embeddings
 from .folder import ModelError
 from .layered import LayeredModel
-from .stateful import forwards
+from .stateful import Forwards
 from .visit import LayerVisit
 
 PREDICTED = 2**22  # logits in memory at a time, where those of a text are gone through
@@ -51,7 +51,7 @@ class StreamedModel(LayeredModel):
         try:
             hidden, calls = record(self.model, self.layers, self.batches, Batches(scratch, self.device))
         except StatePassedOn:
-            yield from self._walk_with_state(embeddings)
+            yield from self._walk_with_state(embeddings, scratch)
             return
         if idle := [name for name, called in zip(self.layer_names, calls) if not called]:
             raise ModelError(f"{self.folder}: a forward of the model does not call {idle[0]}; it cannot be calibrated")
@@ -63,26 +63,20 @@ class StreamedModel(LayeredModel):
             hidden = visit.outputs()
             calls[index] = []
             self.drop_layer(index)
-        self.hidden, self.like = hidden, visit.whole[0]
+        self.hidden, self.beside = hidden, visit.beside[0]
 
-    def _walk_with_state(self, embeddings: str) -> Iterator[LayerVisit]:
-        """The same where layers hand each other more than hidden states; those stay in memory, with the forwards."""
+    def _walk_with_state(self, embeddings: str, scratch: Path | None) -> Iterator[LayerVisit]:
+        """The same where layers hand each other more than hidden states; all of it goes to `scratch`."""
         self.stateful = True
-        for index, standing in forwards(self.model, self.layers, self.batches):
-            if index == 0:  # every forward is past them
-                self.drop(embeddings)
-            layer = self.load_layer(index)
-            calls = [forward.call or ((), {}) for forward in standing]
-            hidden = Batches(None, self.device)
-            for args, _ in calls:
-                hidden.append(args[0])
-            visit = LayerVisit(index, layer, hidden, [(args[1:], kwargs) for args, kwargs in calls], keep=True)
-            yield visit
-            self.hidden = visit.outputs()
-            for forward, out in zip(standing, visit.whole):
-                forward.answer(out)
-            self.like = visit.whole[0]
-            self.drop_layer(index)
+        with Forwards(self.model, self.layers, self.batches, Batches(scratch, self.device)) as forwards:
+            self.drop(embeddings)
+            for index in range(len(self.layer_names)):
+                layer = self.load_layer(index)
+                visit = LayerVisit(index, layer, forwards.hidden, forwards.calls, passes_state=True)
+                yield visit
+                forwards.answer(visit.outputs(), visit.beside)
+                self.hidden, self.beside = visit.outputs(), visit.beside[0]
+                self.drop_layer(index)
 
     @contextmanager
     def output(self) -> Iterator[None]:
@@ -105,13 +99,13 @@ class StreamedModel(LayeredModel):
         found, few = [], (slice(0, 1), slice(0, 8))  # all predictions of a batch would be more than a layer
         for value in (0.0, 1.0):
             with without_embeddings(self.model, value):
-                found.append(finish(self.model, self.layers, self.hidden[0][few], self.batches[0][few], self.like))
+                found.append(finish(self.model, self.layers, self.hidden[0][few], self.batches[0][few], self.beside))
         return not torch.equal(*found)
 
     def head(self, hidden: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """Logits (n, length, vocabulary) of token ids `batch` whose last decoder layer gave `hidden`; after a walk."""
         with without_embeddings(self.model):
-            return finish(self.model, self.layers, hidden, batch, self.like)
+            return finish(self.model, self.layers, hidden, batch, self.beside)
 
     def predicted(self, batch: torch.Tensor) -> Iterator[slice]:
         """Positions of a batch of token ids (n, length), as many at a time as have PREDICTED logits."""
@@ -122,7 +116,7 @@ class StreamedModel(LayeredModel):
     def head_input(self, hidden: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         """What the output head gets then."""
         with without_embeddings(self.model):
-            return head_input(self.model, self.layers, hidden, batch, self.like)
+            return head_input(self.model, self.layers, hidden, batch, self.beside)
 
     @torch.no_grad()
     def logits(self, windows: torch.Tensor, batch_size: int = 8, scratch: Path | None = None) -> Iterator[torch.Tensor]:

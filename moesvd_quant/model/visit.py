@@ -1,23 +1,56 @@
 """A decoder layer that the walk is at."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ..memory import Batches
+
+
+class Kept:
+    """Nested tuples and dicts with tensors in them, one per batch, kept as `like` keeps tensors."""
+
+    def __init__(self, like: Batches):
+        self._tensors = like.like()
+        self._values: list = []
+
+    def append(self, value: Any) -> None:
+        self._values.append(tree_map_only(torch.Tensor, self._put, value))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: int) -> Any:
+        return tree_map_only(_Place, lambda place: self._tensors[place.index], self._values[index])
+
+    def __iter__(self) -> Iterator:
+        return (self[index] for index in range(len(self)))
+
+    def _put(self, tensor: torch.Tensor) -> "_Place":
+        self._tensors.append(tensor)
+        return _Place(len(self._tensors) - 1)
+
+
+@dataclass(frozen=True)
+class _Place:
+    index: int
 
 
 class LayerVisit:
     """A decoder layer with its weights, and the inputs that the walk has for it.
 
-    calls: per batch, the arguments beside the hidden states; keep: whether all that the layer returns is kept.
+    calls: per batch, the arguments (args, kwargs) beside the hidden states; passes_state: whether what the layer
+    returns beside them is kept of all batches, and not of the first alone.
     """
 
-    def __init__(self, index: int, layer: nn.Module, hidden: Batches, calls: list, keep: bool = False):
-        self.index, self.layer, self.hidden, self.calls, self.keep = index, layer, hidden, calls, keep
-        self.whole: list = []  # what the layer returned, with state if it hands on any; of the first batch, or of all
+    def __init__(self, index: int, layer: nn.Module, hidden: Batches, calls: Sequence | Kept, passes_state=False):
+        self.index, self.layer, self.hidden, self.calls, self.passes_state = index, layer, hidden, calls, passes_state
+        self.beside = Kept(hidden)
         self._outputs: Batches | None = None
 
     def outputs(self) -> Batches:
@@ -25,8 +58,8 @@ class LayerVisit:
         if self._outputs is None:
             self._outputs = self.hidden.like()
             for out in self._run(self.hidden):
-                if self.keep or not self.whole:
-                    self.whole.append(out)
+                if self.passes_state or not len(self.beside):
+                    self.beside.append(out[1:] if isinstance(out, tuple) else None)
                 self._outputs.append(_hidden(out))
         return self._outputs
 
@@ -52,3 +85,8 @@ class LayerVisit:
 
 def _hidden(out):
     return out[0] if isinstance(out, tuple) else out
+
+
+def whole(hidden: torch.Tensor, beside: tuple | None):
+    """What a layer returns: hidden states, with what goes `beside` them if it returns a tuple."""
+    return hidden if beside is None else (hidden, *beside)

@@ -6,6 +6,7 @@ from architecture_check import IDS, STEPS, apart, check, logits
 from architecture_table import DONE
 from architectures import NO_CLASS, REFUSED, SURVEY, tiny_architecture
 from test_factorized_experts import factorize
+from tiny import tensor_bytes
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -21,6 +22,8 @@ from moesvd_quant.stages.base import require_experts
 
 # Of each form one: all experts at once, identity experts, a block with its router, flat matrices, undecorated, own.
 FORMS = ["llama4_text", "longcat_flash", "jetmoe", "dbrx", "step3p7", "deepseek", "nemotron_h", "granitemoe"]
+# Layers that hand each other router states or chosen indices: a family each.
+STATE = ["zaya", "glm_moe_dsa", "hy_v4"]
 # Layers that hand on router states or chosen indices; keys shared by layers; recurrent ones; a composite model.
 WALKS = ["zaya", "glm_moe_dsa", "gemma4_text", "jamba", "qwen3_vl_moe", "granitemoe", "deepseek_v4"]
 
@@ -44,15 +47,36 @@ def test_the_walk_gives_the_logits_of_the_whole_model(name, make_architecture):
     streamed = StreamedModel(make_architecture(name))
     got = torch.cat(list(streamed.logits(IDS, batch_size=2)))
     assert apart(got, logits(tiny_architecture(name))) < 1e-4
-    assert streamed.stateful == (name in ("zaya", "glm_moe_dsa"))
+    assert streamed.stateful == (name in STATE)
 
 
-def test_a_walk_with_state_can_be_left_early(make_architecture):
-    before = torch.get_num_threads()
-    walk = StreamedModel(make_architecture("zaya")).walk(IDS, 1)
-    next(walk)
-    walk.close()
-    assert torch.get_num_threads() == before
+@pytest.mark.parametrize("name", STATE)
+def test_what_layers_hand_on_waits_on_the_disk(name, make_architecture, tmp_path):
+    """The same predictions, bit for bit, and no batch holds anything in memory while it waits."""
+
+    def walk(windows, scratch) -> tuple[torch.Tensor, list[int]]:
+        streamed = StreamedModel(make_architecture(name))
+        held, before = [], tensor_bytes()
+        for visit in streamed.walk(windows, 1, scratch):
+            found = visit.run(visit.hidden)
+            assert all(torch.equal(a, b) for a, b in zip(found, visit.outputs(), strict=True))
+            held.append(tensor_bytes() - before)
+        with streamed.output():
+            pairs = zip(streamed.hidden, streamed.batches)
+            return torch.cat([streamed.head(*pair) for pair in pairs]), held
+
+    def growth(scratch) -> tuple[torch.Tensor, float]:
+        few, (expected, held) = IDS, walk(IDS, scratch)
+        many = IDS.repeat(4, 1)
+        found, more = walk(many, scratch)
+        assert torch.equal(found, expected.repeat(4, 1, 1))
+        return expected, (max(more) - max(held)) / (many.numel() - few.numel())
+
+    expected, in_memory = growth(None)
+    found, on_disk = growth(tmp_path)
+    assert torch.equal(found, expected)
+    hidden = 4 * 64  # bytes per token
+    assert in_memory > hidden and on_disk < hidden / 8  # token ids, 8 bytes each, are in memory
 
 
 @pytest.mark.parametrize("name", NO_CLASS)
