@@ -1,7 +1,9 @@
 """What healing will need of memory and disk, from shapes, before anything is compressed."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -38,8 +40,15 @@ class HealingNeeds:
     def memory(self) -> int:
         return self.weights + self.trained + self.working
 
-    def require(self, free: int, options) -> None:
-        """MemoryLimitError where `free` bytes do not hold it, with what would make it fit."""
+    def require(self, free: int, cache: Path, options) -> None:
+        """MemoryLimitError where `free` bytes of memory, or the disk of the folder `cache`, do not hold it, with what
+        would make it fit."""
+        cache.mkdir(parents=True, exist_ok=True)
+        if self.disk > (room := shutil.disk_usage(cache).free):
+            raise MemoryLimitError(
+                f"lora: healing puts {self.disk / 1e9:.2f} GB of hidden states under {cache}, and {room / 1e9:.2f} GB "
+                "are free there; set MOESVD_CACHE to a larger disk, or train for fewer steps"
+            )
         if self.memory <= free:
             return
         ways = ["objective: layerwise"] if options.objective != "layerwise" else []

@@ -38,7 +38,7 @@ def plan(context: Context) -> Plan:
     except TermError as error:
         raise StageError(str(error)) from error
     needs = healing_needs(context.parent, layout, options, context.training.train.shape, context.statistics)
-    needs.require(_free(context), options)
+    needs.require(_free(context), context.statistics.store, options)
     return Plan(layout, {"needs": needs.to_dict()}, context.widths)
 
 

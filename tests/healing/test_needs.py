@@ -62,15 +62,17 @@ def test_the_peak_is_forecast(folder, tmp_path, text, monkeypatch, before, more,
     assert peaks == [pytest.approx(needs.memory, rel=off)]
 
 
-def test_what_cannot_fit_is_refused_with_what_would():
+def test_what_cannot_fit_is_refused_with_what_would(tmp_path):
     needs = HealingNeeds(weights=8 * 10**9, trained=10**9, working=10**9, disk=0)
-    needs.require(10**10, LoraOptions())
+    needs.require(10**10, tmp_path, LoraOptions())
     with pytest.raises(
         MemoryLimitError, match=r"takes 10.00 GB .* 9.00 GB are free; .* objective: layerwise, frozen: nf4"
     ):
-        needs.require(9 * 10**9, LoraOptions())
+        needs.require(9 * 10**9, tmp_path, LoraOptions())
     with pytest.raises(MemoryLimitError, match="what takes less: train: adapters, a shorter length"):
-        needs.require(1, LoraOptions(train="factors", objective="layerwise", microbatch=1, batch=4))
+        needs.require(1, tmp_path, LoraOptions(train="factors", objective="layerwise", microbatch=1, batch=4))
+    with pytest.raises(MemoryLimitError, match=rf"1000000.00 GB of hidden states under {tmp_path}.* set MOESVD_CACHE"):
+        HealingNeeds(weights=1, trained=1, working=1, disk=10**15).require(10**10, tmp_path, LoraOptions())
 
 
 def test_a_run_that_could_not_heal_is_refused_before_anything_is_compressed(make_model, tmp_path, small):
