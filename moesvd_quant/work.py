@@ -179,7 +179,7 @@ def _label(stage) -> str:
     if stage.name == "gptq":
         return f"{'rtn' if options.rtn else 'gptq'}{options.bits or ''}{_aware(options)}"
     if stage.name == "lora":
-        what = {"adapters": f"lora{options.rank}", "factors": "tuned", "router": "router"}[options.train]
+        what = {"adapters": f"lora{options.rank}", "factors": "tuned"}.get(options.train, options.train)
         return what + {"lm": "", "distill": "-distilled", "layerwise": "-layerwise"}[options.objective]
     return stage.name
 

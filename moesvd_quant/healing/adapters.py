@@ -1,4 +1,5 @@
-"""What is trained: adapters by PEFT on everything in floating point, terms beside what is packed, factors, routers."""
+"""What is trained: adapters by PEFT on all that is in floating point, terms beside what is packed, factors, routers, or
+the scales of what is packed."""
 
 import json
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import nn
 
 from ..checkpoint.files import write_json, write_tensors
 from ..model.experts import ROUTERS, find_experts, find_linears
+from ..model.packing import stored_scales, trainable_scales
 
 SCALE = 2  # alpha / rank: what an adapter's product is multiplied with
 LEFT, RIGHT = ("_left", ".left"), ("_right", ".right")  # endings of parameters, a lora_B and a lora_A behind them
@@ -20,7 +22,8 @@ LEFT, RIGHT = ("_left", ".left"), ("_right", ".right")  # endings of parameters,
 
 @dataclass(frozen=True)
 class Updates:
-    """What training gives, float32 by parameter name: left @ right is added to the stored value, `put` replaces it."""
+    """What training gives, float32 by parameter name: left @ right is added to the stored value, `put` replaces it
+    (scales as `packing.trainable_scales` has them)."""
 
     left: dict[str, torch.Tensor]
     right: dict[str, torch.Tensor]
@@ -69,7 +72,8 @@ def apply(layer: nn.Module, prefix: str, updates: Updates, stored: torch.dtype) 
         product = (left @ updates.right[name]).reshape(parameter.shape)
         parameter.copy_((parameter.float() + product.to(parameter.device)).to(stored))
     for name, tensor in updates.put.items():
-        parameters[name].copy_(tensor.to(stored))
+        is_scale = not parameters[name].is_floating_point()
+        parameters[name].copy_(stored_scales(tensor) if is_scale else tensor.to(stored))
 
 
 def float_targets(module: nn.Module, layers: list[str], attention: bool) -> tuple[list[str], list[str]]:
@@ -104,6 +108,35 @@ def router_parameters(module: nn.Module, layers: list[str]) -> list[str]:
     ]
 
 
+def packed_scales(module: nn.Module, layers: list[str], attention: bool) -> list[str]:
+    """Names of the scales of the packed experts in these layers, and with `attention` of all else that is packed."""
+    found = []
+    for prefix, layer in _layers(module, layers):
+        within = tuple(f"{path}." for path, _ in find_experts(layer))
+        found += [
+            prefix + name
+            for name, parameter in layer.named_parameters()
+            if name.endswith("_scales") and parameter.dtype == torch.uint8 and (attention or name.startswith(within))
+        ]
+    return found
+
+
+def vectors(module: nn.Module, layers: list[str]) -> list[str]:
+    """Names of the norms and biases of these layers."""
+    return [
+        prefix + name
+        for prefix, layer in _layers(module, layers)
+        for name, parameter in layer.named_parameters()
+        if parameter.is_floating_point() and parameter.ndim == 1
+    ]
+
+
+def scale_targets(module: nn.Module, layers: list[str], attention: bool) -> list[str]:
+    """Names of all that `train: scales` trains: scales, norms and biases, routers."""
+    found = packed_scales(module, layers, attention) + vectors(module, layers) + router_parameters(module, layers)
+    return sorted(set(found))
+
+
 def _layers(module: nn.Module, layers: list[str]):
     for path in layers:
         yield f"{path}." if path else "", module.get_submodule(path)
@@ -121,7 +154,12 @@ class Trained:
         module.requires_grad_(False)
         linears, banks = float_targets(module, layers, options.attention)
         factors = [*banks, *(f"{path}.weight" for path in linears)]
-        plain = {"adapters": new, "router": router_parameters(module, layers), "factors": factors}[options.train]
+        plain = {
+            "adapters": lambda: new,
+            "factors": lambda: factors,
+            "router": lambda: router_parameters(module, layers),
+            "scales": lambda: scale_targets(module, layers, options.attention),
+        }[options.train]()
         parameters = dict(module.named_parameters())
         self._plain = {name: parameters[name] for name in plain}
         self.config = None
@@ -133,7 +171,8 @@ class Trained:
             _plain_name(path, layer): layer for path, layer in module.named_modules() if isinstance(layer, LoraLayer)
         }
         for parameter in self.tensors().values():
-            parameter.data = parameter.data.float()
+            is_scale = not parameter.is_floating_point()
+            parameter.data = trainable_scales(parameter.data) if is_scale else parameter.data.float()
             parameter.requires_grad_(True)
 
     def tensors(self, side: str = "both") -> dict[str, nn.Parameter]:

@@ -12,7 +12,7 @@ from ..accounting import planned_model
 from ..memory import MemoryLimitError
 from ..model.experts import expert_count, find_experts, shapes_of
 from ..model.stream import StreamedModel
-from .adapters import float_targets, router_parameters
+from .adapters import float_targets, router_parameters, scale_targets
 from .teacher import disk_bytes
 
 FLOAT, NF4 = 4, 0.5625  # bytes of a float32 weight, of one in NF4 with its scales
@@ -101,12 +101,19 @@ def _layer(model: nn.Module, before: nn.Module, name: str, item: int, options) -
         return held, (TRAINED + NEW) * adapters + (TRAINED + NEW - item) * terms, made
     if options.train == "router":
         targets = [parameters[path] for path in router_parameters(layer, [""])]
-    return held, (TRAINED + NEW - item) * sum(p.numel() for p in targets), UNPACKED * packed
+    if options.train == "scales":
+        targets = [parameters[path] for path in scale_targets(layer, [""], options.attention)]
+    grown = (TRAINED + NEW) * sum(p.numel() for p in targets) - sum(_held_bytes(p, item) for p in targets)
+    return held, grown, UNPACKED * packed
 
 
 def _held(module: nn.Module, item: int) -> int:
     """Bytes of a module's weights where those in floating point take `item` each."""
-    return sum(p.numel() * (item if p.is_floating_point() else p.element_size()) for p in module.parameters())
+    return sum(_held_bytes(p, item) for p in module.parameters())
+
+
+def _held_bytes(parameter: torch.Tensor, item: int) -> int:
+    return parameter.numel() * (item if parameter.is_floating_point() else parameter.element_size())
 
 
 def _weights(experts: nn.Module) -> int:

@@ -3,6 +3,7 @@
 All that is packed is integers, so that no cast of the model can touch it.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -43,15 +44,26 @@ def scale_levels(scale: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     return ((base / scale).log2() * STEPS).round().clamp(0, 255).to(torch.uint8)
 
 
+def trainable_scales(levels: torch.Tensor) -> torch.Tensor:
+    """float32 in place of the levels of scales, which `dequantize` takes as well: -log(scale / base)."""
+    return levels.float() * (math.log(2) / STEPS)
+
+
+def stored_scales(trained: torch.Tensor) -> torch.Tensor:
+    """The levels nearest to `trainable_scales`, which may have changed."""
+    return scale_levels(torch.exp(-trained), torch.ones((), device=trained.device))
+
+
 def dequantize(codes, scales, base, zeros, quant: dict, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """(codes - zero) * scale per group of `group_size` columns (the last one may be short).
 
-    codes uint8 (..., rows, packed); scales uint8 (..., rows, groups), levels of SCALES below the matrix's base; base
-    int32 (..., 1), the bits of fp32; zeros packed along rows and groups together, or None where symmetric (zero =
-    2**(bits-1)). Returns (..., rows, columns) in `dtype`.
+    codes uint8 (..., rows, packed); scales uint8 (..., rows, groups), levels of SCALES below the matrix's base, or
+    float32 while they are trained (`trainable_scales`); base int32 (..., 1), the bits of fp32; zeros packed along rows
+    and groups together, or None where symmetric (zero = 2**(bits-1)). Returns (..., rows, columns) in `dtype`.
     """
     bits, size, (rows, groups) = quant["bits"], quant["group_size"], scales.shape[-2:]
-    scale = (SCALES.to(scales.device)[scales.int()] * base.view(torch.float32).unsqueeze(-1)).unsqueeze(-1)
+    below = torch.exp(-scales) if scales.is_floating_point() else SCALES.to(scales.device)[scales.int()]
+    scale = (below * base.view(torch.float32).unsqueeze(-1)).unsqueeze(-1)
     zero: Any = 2 ** (bits - 1)
     if zeros is not None:
         zero = unpack(zeros, bits, rows * groups).unflatten(-1, (rows, groups)).float().unsqueeze(-1)

@@ -1,4 +1,5 @@
-"""Stage `lora`: what compression lost is trained back, and merged; beside packed weights it stays a low-rank term."""
+"""Stage `lora`: what compression lost is trained back, and merged; beside packed weights it stays a low-rank term, or
+moves their scales."""
 
 import json
 import math
@@ -30,6 +31,8 @@ def plan(context: Context) -> Plan:
     packed = is_packed(layout_of(context.parent))
     if packed and options.train == "factors":
         raise StageError("lora.train: factors: this checkpoint's are packed; use adapters, or heal before gptq")
+    if not packed and options.train == "scales":
+        raise StageError("lora.train: scales: nothing is packed yet; put lora after gptq")
     if packed and options.frozen == "nf4":
         raise StageError("lora.frozen: nf4: this checkpoint is packed already; leave it out")
     _require_original(context)

@@ -198,10 +198,11 @@ class GptqOptions(StageOptions):
 
 
 class LoraOptions(StageOptions):
-    train: Literal["adapters", "factors", "router"] = Field(
+    train: Literal["adapters", "factors", "router", "scales"] = Field(
         "adapters",
         description="adapters: LoRA, merged afterwards, or kept as a low-rank term where weights are packed; factors: "
-        "the 16-bit factors themselves; router: the routers alone",
+        "the 16-bit factors themselves; router: the routers alone; scales: after gptq, the scales of what is packed, "
+        "norms, and routers, in the bytes they have",
     )
     objective: Literal["lm", "distill", "layerwise"] = Field(
         "lm",
@@ -217,7 +218,7 @@ class LoraOptions(StageOptions):
     steps: Annotated[int, Field(gt=0)] = Field(500, description="optimizer steps; layerwise: of each layer")
     batch: Annotated[int, Field(gt=0)] = Field(16, description="windows per step")
     microbatch: Annotated[int, Field(gt=0)] = Field(4, description="windows at once; the rest is accumulated")
-    lr: Annotated[float, Field(gt=0)] = Field(5e-4, description="peak of the cosine schedule")
+    lr: Annotated[float, Field(gt=0)] = Field(5e-4, description="peak of the cosine schedule; scales take 5e-3")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of the steps with a rising rate")
     validation: Annotated[int, Field(gt=0)] = Field(64, description="windows held out to judge by")
     validate_every: Annotated[int, Field(gt=0)] = Field(50, description="steps between validations, and saves")
@@ -228,8 +229,8 @@ class LoraOptions(StageOptions):
     def _fits(self):
         if self.batch % self.microbatch:
             raise ValueError(f"batch: {self.batch} is not a multiple of microbatch {self.microbatch}")
-        if self.in_turn and self.train == "router":
-            raise ValueError("in_turn: a router has no left and right factor; use train: adapters or factors")
+        if self.in_turn and self.train in ("router", "scales"):
+            raise ValueError(f"in_turn: {self.train}: has no left and right factor; use train: adapters or factors")
         if self.frozen == "nf4" and self.train != "adapters":
             raise ValueError("frozen: nf4 needs train: adapters; what is quantized cannot be trained itself")
         return self

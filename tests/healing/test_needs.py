@@ -40,6 +40,7 @@ def folder(tmp_path_factory):
         (SVD, "frozen: nf4", 0.1),
         (SVD, "objective: layerwise", 0.2),
         (GPTQ, "rank: 8", 0.1),
+        (GPTQ, "train: scales", 0.1),
     ],
 )
 def test_the_peak_is_forecast(folder, tmp_path, text, monkeypatch, before, more, off):

@@ -1,6 +1,7 @@
 """What is trained, and towards what: each part against the formula or the library that defines it."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from moesvd_quant.layout import projections_of
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.model.factorized_experts import FactorizedExperts
 from moesvd_quant.model.layered import _decoder_layers
+from moesvd_quant.model.packing import dequantize, pack, stored_scales, trainable_scales
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import RecipeError, load_recipe
@@ -52,9 +54,10 @@ def test_streamed_validation_is_the_whole_models_loss(compressed):
     assert validation_loss(StreamedModel(folder), IDS) == pytest.approx(whole, rel=1e-5)
 
 
-@pytest.mark.parametrize("train", ["adapters", "factors", "router"])
+@pytest.mark.parametrize("train", ["adapters", "factors", "router", "scales"])
 def test_only_what_is_named_gets_gradients_and_only_inside_the_layers(compressed, train):
-    model = moesvd_quant.load(compressed("svd", "mixtral", "svd.ratio=0.3"))
+    folder = compressed("gptq3", "mixtral") if train == "scales" else compressed("svd", "mixtral", "svd.ratio=0.3")
+    model = moesvd_quant.load(folder)
     total = dict(model.named_parameters())
     trained = Trained(model, LAYERS, LoraOptions(train=train), [], 0)
     lm_loss(model, IDS).backward()
@@ -65,8 +68,10 @@ def test_only_what_is_named_gets_gradients_and_only_inside_the_layers(compressed
     touched = {*trained.updates().left, *trained.updates().put}
     linears = {f"{layer}.self_attn.{name}_proj.weight" for layer in LAYERS for name in "qkvo"}
     banks = {name for name in total if ".experts." in name}
-    expected = {f"{layer}.mlp.gate.weight" for layer in LAYERS} if train == "router" else banks | linears
-    assert touched == expected
+    routers = {f"{layer}.mlp.gate.weight" for layer in LAYERS}
+    norms = {f"{layer}.{name}_layernorm.weight" for layer in LAYERS for name in ("input", "post_attention")}
+    scales = {name for name in total if name.endswith("_scales")}
+    assert touched == {"router": routers, "scales": scales | norms | routers}.get(train, banks | linears)
 
 
 @pytest.mark.parametrize("train", ["adapters", "factors"])
@@ -104,13 +109,21 @@ def test_a_frozen_model_in_nf4_is_bitsandbytes_own_and_still_trains_after_an_eva
         assert torch.allclose(parameter.grad, trained.tensors()[name].grad, atol=1e-5), name
 
 
-@pytest.mark.parametrize("more", [{"objective": "distill"}, {"objective": "layerwise"}])
-def test_learning_from_the_original_comes_nearer_to_it(make_model, heal, monkeypatch, text, more):
+@pytest.mark.parametrize(
+    "after,more",
+    [
+        ("{svd: {ratio: 0.8}}, ", {"objective": "distill"}),
+        ("{svd: {ratio: 0.8}}, ", {"objective": "layerwise"}),
+        ("{gptq: {bits: 2}}, ", {"objective": "distill", "train": "scales"}),
+        ("{gptq: {bits: 2}}, ", {"objective": "layerwise", "train": "scales"}),
+    ],
+)
+def test_learning_from_the_original_comes_nearer_to_it(make_model, heal, monkeypatch, text, after, more):
     """On text of the kind that was trained on, by the divergence that the test computes itself."""
     monkeypatch.setattr(lora, "validation_loss", lambda *_: next(losses))
     monkeypatch.setattr(trainer, "validations", lambda log: [(e["step"], -e["step"]) for e in log if "eval_loss" in e])
     losses, folder = iter([1.0, 0.9]), make_model("mixtral")
-    before, after = heal(folder, "{svd: {ratio: 0.8}}, ", steps=20, lr=0.005, validate_every=20, **more)
+    before, after = heal(folder, after, steps=20, lr=0.005, validate_every=20, **more)
     ids = torch.tensor(tiny_tokenizer()(text.read_text()[:512]).input_ids).view(8, 64)
     with torch.no_grad():
         wanted, was, now = (moesvd_quant.load(f)(ids).logits.log_softmax(-1) for f in (folder, before, after))
@@ -149,6 +162,33 @@ def test_router_healing_changes_routers_alone_even_of_a_packed_model(compressed,
     assert not (after / "adapter").exists()
 
 
+def test_scales_are_trained_where_they_are_and_stored_as_they_were(compressed, heal, monkeypatch):
+    losses = iter([1.0, 0.9])
+    monkeypatch.setattr(lora, "validation_loss", lambda *_: next(losses))
+    before = compressed("gptq3", "mixtral")
+    after = heal(before, train="scales", lr=0.02)
+    was, now = (moesvd_quant.load(f).state_dict() for f in (before, after))
+    assert {name: (t.shape, t.dtype) for name, t in was.items()} == {
+        name: (t.shape, t.dtype) for name, t in now.items()
+    }
+    changed = {name.rpartition(".")[2].rpartition("_")[2] for name in was if not torch.equal(was[name], now[name])}
+    assert "scales" in changed and not changed & {"codes", "base", "zeros"}
+    sizes = [sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in (before, after)]
+    assert sizes[0] == sizes[1]
+
+
+def test_trained_scales_are_the_stored_ones_until_they_move():
+    levels = torch.arange(256, dtype=torch.uint8)[None]
+    assert torch.equal(stored_scales(trainable_scales(levels)), levels)
+    base = torch.tensor([0.7]).view(torch.int32)
+    codes = pack(torch.randint(0, 8, (1, 256 * 8), dtype=torch.uint8), 3)
+    quant = {"bits": 3, "group_size": 8, "sym": True}
+    given = levels, trainable_scales(levels), trainable_scales(levels) - math.log(2)
+    stored, trained, doubled = (dequantize(codes, scales, base, None, quant, 2048, torch.float32) for scales in given)
+    assert torch.allclose(stored, trained, rtol=1e-5)
+    assert torch.allclose(doubled, 2 * stored, rtol=1e-5)
+
+
 def test_a_budget_passes_through_healing(make_model, tmp_path, small):
     healing = "{lora: {steps: 2, validation: 4, batch: 4}}, "
     plans = []
@@ -165,6 +205,7 @@ def test_a_budget_passes_through_healing(make_model, tmp_path, small):
         ("{gptq: {bits: 4}}, {lora: {train: factors}}", "lora.train: factors: this checkpoint's are packed"),
         ("{gptq: {bits: 4}}, {lora: {frozen: nf4}}", "lora.frozen: nf4: this checkpoint is packed already"),
         ("{gptq: {bits: 4}}, {lora: {}}, {lora: {}}", "has a low-rank term already"),
+        ("{lora: {train: scales}}", "lora.train: scales: nothing is packed yet; put lora after gptq"),
         ("{lora: {objective: distill, batch: 4}}", "nothing is compressed yet; put lora after svd, d2 or gptq"),
     ],
 )
@@ -180,7 +221,8 @@ def test_what_cannot_be_healed_is_said(make_model, tmp_path, small, stages, said
     [
         ("batch: 10, microbatch: 4", "10 is not a multiple of microbatch 4"),
         ("rank: 12", "multiple of 8"),
-        ("train: router, in_turn: true", "a router has no left and right factor"),
+        ("train: router, in_turn: true", "router: has no left and right factor"),
+        ("train: scales, in_turn: true", "scales: has no left and right factor"),
         ("train: factors, frozen: nf4", "frozen: nf4 needs train: adapters"),
         ("objectiv: lm", "did you mean 'objective'"),
     ],
