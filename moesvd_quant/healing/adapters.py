@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..checkpoint.files import write_json, write_tensors
-from ..model.experts import ROUTERS, find_experts, find_linears
 from ..model.packing import stored_scales, trainable_scales
+from .targets import float_targets, router_parameters, scale_targets
 
 SCALE = 2  # alpha / rank: what an adapter's product is multiplied with
 LEFT, RIGHT = ("_left", ".left"), ("_right", ".right")  # endings of parameters, a lora_B and a lora_A behind them
@@ -74,72 +74,6 @@ def apply(layer: nn.Module, prefix: str, updates: Updates, stored: torch.dtype) 
     for name, tensor in updates.put.items():
         is_scale = not parameters[name].is_floating_point()
         parameters[name].copy_(stored_scales(tensor) if is_scale else tensor.to(stored))
-
-
-def float_targets(module: nn.Module, layers: list[str], attention: bool) -> tuple[list[str], list[str]]:
-    """(linears, banks) in floating point in the layers at these paths ("" is the module itself): paths of modules, and
-    of parameters of experts modules."""
-    linears, banks = [], []
-    for prefix, layer in _layers(module, layers):
-        for path, linear in find_linears(layer):
-            if attention and isinstance(linear, nn.Linear) and not _passed_by(layer, path):
-                linears.append(prefix + path)
-        for path, experts in find_experts(layer):
-            for projection, parts in experts.layout.items():
-                if not any(part["quant"] for part in parts):  # a float part beside packed ones is a term
-                    names = (key for key, *_ in experts.banks() if key.startswith(f"{projection}_"))
-                    banks += [f"{prefix}{path}.{key}" for key in names]
-    return linears, banks
-
-
-def _passed_by(layer: nn.Module, path: str) -> bool:
-    """Whether a linear is one whose weight Mamba's fused kernels take as it is: an adapter on it would be passed by."""
-    home, _, name = path.rpartition(".")
-    return name == "out_proj" and hasattr(layer.get_submodule(home), "conv1d")
-
-
-def router_parameters(module: nn.Module, layers: list[str]) -> list[str]:
-    """Names of the floating-point parameters of the routers in these layers."""
-    return [
-        prefix + name
-        for prefix, layer in _layers(module, layers)
-        for name, parameter in layer.named_parameters()
-        if parameter.is_floating_point() and ROUTERS & set(name.split(".")[:-1])
-    ]
-
-
-def packed_scales(module: nn.Module, layers: list[str], attention: bool) -> list[str]:
-    """Names of the scales of the packed experts in these layers, and with `attention` of all else that is packed."""
-    found = []
-    for prefix, layer in _layers(module, layers):
-        within = tuple(f"{path}." for path, _ in find_experts(layer))
-        found += [
-            prefix + name
-            for name, parameter in layer.named_parameters()
-            if name.endswith("_scales") and parameter.dtype == torch.uint8 and (attention or name.startswith(within))
-        ]
-    return found
-
-
-def vectors(module: nn.Module, layers: list[str]) -> list[str]:
-    """Names of the norms and biases of these layers."""
-    return [
-        prefix + name
-        for prefix, layer in _layers(module, layers)
-        for name, parameter in layer.named_parameters()
-        if parameter.is_floating_point() and parameter.ndim == 1
-    ]
-
-
-def scale_targets(module: nn.Module, layers: list[str], attention: bool) -> list[str]:
-    """Names of all that `train: scales` trains: scales, norms and biases, routers."""
-    found = packed_scales(module, layers, attention) + vectors(module, layers) + router_parameters(module, layers)
-    return sorted(set(found))
-
-
-def _layers(module: nn.Module, layers: list[str]):
-    for path in layers:
-        yield f"{path}." if path else "", module.get_submodule(path)
 
 
 class Trained:

@@ -15,10 +15,11 @@ from transformers import get_cosine_schedule_with_warmup
 from ..checkpoint.files import write_json, write_tensors
 from ..model.stream import StreamedModel
 from ..model.visit import LayerVisit
-from .adapters import Adapters, Trained, Updates, float_targets, lora_config, update_file
+from .adapters import Adapters, Trained, Updates, lora_config, update_file
 from .losses import output_error
 from .nf4 import freeze_in_nf4
 from .shipped import BATCH, heal_layer, layer_seed
+from .targets import float_targets
 from .terms import into_layout
 
 

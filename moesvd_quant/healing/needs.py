@@ -12,7 +12,7 @@ from ..accounting import planned_model
 from ..memory import MemoryLimitError
 from ..model.experts import expert_count, find_experts, shapes_of
 from ..model.stream import StreamedModel
-from .adapters import float_targets, router_parameters, scale_targets
+from .targets import float_targets, router_parameters, scale_targets
 from .teacher import disk_bytes
 
 FLOAT, NF4 = 4, 0.5625  # bytes of a float32 weight, of one in NF4 with its scales

@@ -6,9 +6,10 @@ from pathlib import Path
 from torch import nn
 
 from ..model.stream import StreamedModel
-from .adapters import Adapters, Trained, float_targets, update_file
+from .adapters import Adapters, Trained, update_file
 from .nf4 import freeze_in_nf4
 from .shipped import layer_seed
+from .targets import float_targets
 from .teacher import predictions
 from .terms import into_layout
 from .trainer import Loss, distill_loss, lm_loss, train

@@ -12,10 +12,11 @@ from tiny import tiny_model, tiny_tokenizer
 
 import moesvd_quant
 from moesvd_quant.healing import trainer
-from moesvd_quant.healing.adapters import Trained, float_targets, router_parameters
+from moesvd_quant.healing.adapters import Trained
 from moesvd_quant.healing.losses import divergence, next_token, output_error
 from moesvd_quant.healing.nf4 import freeze_in_nf4
 from moesvd_quant.healing.shipped import validation_loss
+from moesvd_quant.healing.targets import float_targets, router_parameters
 from moesvd_quant.healing.trainer import lm_loss
 from moesvd_quant.layout import projections_of
 from moesvd_quant.model.experts import find_experts

@@ -1,0 +1,72 @@
+"""What in decoder layers can be trained: names of modules and parameters by kind."""
+
+import torch
+from torch import nn
+
+from ..model.experts import ROUTERS, find_experts, find_linears
+
+
+def float_targets(module: nn.Module, layers: list[str], attention: bool) -> tuple[list[str], list[str]]:
+    """(linears, banks) in floating point in the layers at these paths ("" is the module itself): paths of modules, and
+    of parameters of experts modules."""
+    linears, banks = [], []
+    for prefix, layer in _layers(module, layers):
+        for path, linear in find_linears(layer):
+            if attention and isinstance(linear, nn.Linear) and not _passed_by(layer, path):
+                linears.append(prefix + path)
+        for path, experts in find_experts(layer):
+            for projection, parts in experts.layout.items():
+                if not any(part["quant"] for part in parts):  # a float part beside packed ones is a term
+                    names = (key for key, *_ in experts.banks() if key.startswith(f"{projection}_"))
+                    banks += [f"{prefix}{path}.{key}" for key in names]
+    return linears, banks
+
+
+def _passed_by(layer: nn.Module, path: str) -> bool:
+    """Whether a linear is one whose weight Mamba's fused kernels take as it is: an adapter on it would be passed by."""
+    home, _, name = path.rpartition(".")
+    return name == "out_proj" and hasattr(layer.get_submodule(home), "conv1d")
+
+
+def router_parameters(module: nn.Module, layers: list[str]) -> list[str]:
+    """Names of the floating-point parameters of the routers in these layers."""
+    return [
+        prefix + name
+        for prefix, layer in _layers(module, layers)
+        for name, parameter in layer.named_parameters()
+        if parameter.is_floating_point() and ROUTERS & set(name.split(".")[:-1])
+    ]
+
+
+def packed_scales(module: nn.Module, layers: list[str], attention: bool) -> list[str]:
+    """Names of the scales of the packed experts in these layers, and with `attention` of all else that is packed."""
+    found = []
+    for prefix, layer in _layers(module, layers):
+        within = tuple(f"{path}." for path, _ in find_experts(layer))
+        found += [
+            prefix + name
+            for name, parameter in layer.named_parameters()
+            if name.endswith("_scales") and parameter.dtype == torch.uint8 and (attention or name.startswith(within))
+        ]
+    return found
+
+
+def vectors(module: nn.Module, layers: list[str]) -> list[str]:
+    """Names of the norms and biases of these layers."""
+    return [
+        prefix + name
+        for prefix, layer in _layers(module, layers)
+        for name, parameter in layer.named_parameters()
+        if parameter.is_floating_point() and parameter.ndim == 1
+    ]
+
+
+def scale_targets(module: nn.Module, layers: list[str], attention: bool) -> list[str]:
+    """Names of all that `train: scales` trains: scales, norms and biases, routers."""
+    found = packed_scales(module, layers, attention) + vectors(module, layers) + router_parameters(module, layers)
+    return sorted(set(found))
+
+
+def _layers(module: nn.Module, layers: list[str]):
+    for path in layers:
+        yield f"{path}." if path else "", module.get_submodule(path)
