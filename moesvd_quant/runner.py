@@ -29,6 +29,7 @@ from .parallel import Pool
 from .planning import plan_stages
 from .recipe import Recipe
 from .stages.base import Context, Plan
+from .stages.options import LoraOptions
 from .work import StageWork
 
 Report = Callable[[str, int, int], None]  # what, done, total
@@ -121,6 +122,18 @@ class Run:
     def training(self, index: int):
         """The windows that a stage trains on; None for one that does not train."""
         return self._training.get(index)
+
+    def _healed_on(self, index: int):
+        """The same when it runs: of the calibration's own text, where a stage learns from the original, the share that
+        the model writes is what it wrote."""
+        made, calibration = self.training(index), self.recipe.calibration
+        options = self.recipe.stages[index].options
+        if not isinstance(options, LoraOptions) or options.dataset != "calibration" or options.objective == "lm":
+            return made
+        from .calibration.windows import written_among
+
+        written = written_among(calibration, self.windows, self.recipe.seed)
+        return made.with_written(written, calibration.self_written, self.recipe.seed)
 
     def key(self, upto: int) -> dict:
         """All that a stage's output depends on; equal keys mean equal files."""
@@ -244,7 +257,7 @@ class Run:
         streamed = StreamedModel(parent, device=self.device, shared=self.meta.shared)
         context = Context(streamed, self.statistics, stage.options, self.recipe.seed, self.device, progress)
         context.pool = self.pool
-        context.training, context.folder, context.report = self.training(index), self.work_folder(index), self.report
+        context.training, context.folder, context.report = self._healed_on(index), self.work_folder(index), self.report
         return context, module
 
     def _clean(self, keep: Path) -> None:

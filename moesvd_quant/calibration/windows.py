@@ -45,6 +45,14 @@ def windows_of(
     if written:
         parts.append(written_windows(folder, digest, tokenizer, (written, length), seed, device, memory, progress))
     windows = torch.cat(parts)
-    if not written:
-        return windows
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+    return windows[_order(len(windows), seed)] if written else windows
+
+
+def written_among(calibration, windows: torch.Tensor, seed: int) -> torch.Tensor:
+    """Those of `windows_of` that the model wrote itself."""
+    given = calibration.samples - _written(calibration)
+    return windows[_order(len(windows), seed) >= given] if given < calibration.samples else windows[:0]
+
+
+def _order(count: int, seed: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

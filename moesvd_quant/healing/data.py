@@ -27,6 +27,18 @@ class Training:
         parts = b"".join(windows.numpy().tobytes() for windows in (self.train, self.validation))
         return hashlib.sha256(repr((self.train.shape, self.validation.shape)).encode() + parts).hexdigest()
 
+    def with_written(self, written: torch.Tensor, share: float, seed: int) -> "Training":
+        """A share of what is trained on in exchange for windows (n, any length) int64 that the model wrote itself: each
+        of them as often as it takes."""
+        length, count = self.train.shape[1], round(share * len(self.train))
+        text = written.reshape(-1)[: written.numel() // length * length].view(-1, length)
+        if not len(text) or not count:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        rounds = [torch.randperm(len(text), generator=generator) for _ in range(-(-count // len(text)))]
+        mixed = torch.cat([self.train[: len(self.train) - count], text[torch.cat(rounds)[:count]]])
+        return Training(mixed[torch.randperm(len(mixed), generator=generator)], self.validation)
+
 
 def training_windows(source: str, tokenizer, wanted: int, held_out: int, length: int, seed: int) -> Training:
     """At most `wanted` windows to train on and `held_out` ones to judge by, equal shares of each part of the source.

@@ -113,7 +113,7 @@ def _heal(context: Context, planned: Plan, folder: Path) -> None:
         "validation_perplexity_after": math.exp(after),
         "validation_tokens": validation.numel(),
         "training_tokens": options.batch * context.training.train.shape[1] * sum("loss" in e for e in history),
-        "distinct_training_tokens": context.training.train.numel(),
+        "distinct_training_tokens": context.training.train.unique(dim=0).numel(),
         "trained_parameters": trained,
     }
     if after >= before:

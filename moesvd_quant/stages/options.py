@@ -213,7 +213,11 @@ class LoraOptions(StageOptions):
     attention: bool = Field(True, description="attention, shared-expert and dense-layer linears as well")
     in_turn: bool = Field(False, description="left factors in the first half of the steps, right ones in the second")
     frozen: Literal["stored", "nf4"] = Field("stored", description="what is not trained meanwhile: as stored, or NF4")
-    dataset: str = Field("calibration", description="text or instruction data; calibration: the recipe's own")
+    dataset: str = Field(
+        "calibration",
+        description="text or instruction data; calibration: the recipe's own, with what the model wrote of it unless "
+        "objective is lm",
+    )
     length: Literal["auto"] | Annotated[int, Field(ge=16)] = Field("auto", description="tokens per window")
     steps: Annotated[int, Field(gt=0)] = Field(500, description="optimizer steps; layerwise: of each layer")
     batch: Annotated[int, Field(gt=0)] = Field(16, description="windows per step")

@@ -11,6 +11,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from tiny import tiny_model, tiny_tokenizer
 
 import moesvd_quant
+from moesvd_quant.calibration import windows
 from moesvd_quant.healing import trainer
 from moesvd_quant.healing.adapters import Trained
 from moesvd_quant.healing.losses import divergence, next_token, output_error
@@ -188,6 +189,30 @@ def test_trained_scales_are_the_stored_ones_until_they_move():
     stored, trained, doubled = (dequantize(codes, scales, base, None, quant, 2048, torch.float32) for scales in given)
     assert torch.allclose(stored, trained, rtol=1e-5)
     assert torch.allclose(doubled, 2 * stored, rtol=1e-5)
+
+
+@pytest.mark.parametrize("objective,share", [("distill", 0.5), ("layerwise", 0.5), ("lm", 0.0)])
+def test_what_the_model_wrote_of_the_calibration_is_learnt_from(
+    make_model, tmp_path, small, monkeypatch, objective, share
+):
+    def heal(context, *_):
+        seen.append(context.training.train)
+        raise StageError("seen")
+
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(lora, "heal_layerwise" if objective == "layerwise" else "heal_whole", heal)
+    monkeypatch.setattr(windows, "written_windows", lambda *given: torch.full(given[3], 7))
+    healing = f"{{lora: {{steps: 5, batch: 4, validation: 2, objective: {objective}}}}}"
+    (tmp_path / "r.yaml").write_text(f"stages: [{{svd: {{ratio: 0.3}}}}, {healing}]")
+    run = Run(
+        load_recipe(tmp_path / "r.yaml", [*small, "calibration.self_written=0.5"]),
+        make_model("mixtral"),
+        tmp_path / "o",
+    )
+    with pytest.raises(StageError, match="seen"):
+        run.run()
+    assert len(seen[0]) == len(run.training(1).train) > 4
+    assert float((seen[0] == 7).all(1).float().mean()) == pytest.approx(share, abs=0.5 / len(seen[0]))
 
 
 def test_a_budget_passes_through_healing(make_model, tmp_path, small):
