@@ -50,8 +50,7 @@ def windows_of(
 
 def written_among(calibration, windows: torch.Tensor, seed: int) -> torch.Tensor:
     """Those of `windows_of` that the model wrote itself."""
-    given = calibration.samples - _written(calibration)
-    return windows[_order(len(windows), seed) >= given] if given < calibration.samples else windows[:0]
+    return windows[_order(len(windows), seed) >= len(windows) - _written(calibration)]
 
 
 def _order(count: int, seed: int) -> torch.Tensor:

@@ -89,11 +89,11 @@ class Trained:
         linears, banks = float_targets(module, layers, options.attention)
         factors = [*banks, *(f"{path}.weight" for path in linears)]
         plain = {
-            "adapters": lambda: new,
-            "factors": lambda: factors,
-            "router": lambda: router_parameters(module, layers),
-            "scales": lambda: scale_targets(module, layers, options.attention),
-        }[options.train]()
+            "adapters": new,
+            "factors": factors,
+            "router": router_parameters(module, layers),
+            "scales": scale_targets(module, layers, options.attention),
+        }[options.train]
         parameters = dict(module.named_parameters())
         self._plain = {name: parameters[name] for name in plain}
         self.config = None

@@ -1,5 +1,8 @@
 """What in decoder layers can be trained: names of modules and parameters by kind."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -30,41 +33,37 @@ def _passed_by(layer: nn.Module, path: str) -> bool:
 
 def router_parameters(module: nn.Module, layers: list[str]) -> list[str]:
     """Names of the floating-point parameters of the routers in these layers."""
-    return [
-        prefix + name
-        for prefix, layer in _layers(module, layers)
-        for name, parameter in layer.named_parameters()
-        if parameter.is_floating_point() and ROUTERS & set(name.split(".")[:-1])
-    ]
+    return _parameters(module, layers, lambda name, p: p.is_floating_point() and ROUTERS & set(name.split(".")[:-1]))
 
 
 def packed_scales(module: nn.Module, layers: list[str], attention: bool) -> list[str]:
     """Names of the scales of the packed experts in these layers, and with `attention` of all else that is packed."""
-    found = []
-    for prefix, layer in _layers(module, layers):
-        within = tuple(f"{path}." for path, _ in find_experts(layer))
-        found += [
-            prefix + name
-            for name, parameter in layer.named_parameters()
-            if name.endswith("_scales") and parameter.dtype == torch.uint8 and (attention or name.startswith(within))
-        ]
-    return found
+    found = _parameters(module, layers, lambda name, p: name.endswith("_scales") and p.dtype == torch.uint8)
+    if attention:
+        return found
+    experts = tuple(f"{prefix}{path}." for prefix, layer in _layers(module, layers) for path, _ in find_experts(layer))
+    return [name for name in found if name.startswith(experts)]
 
 
 def vectors(module: nn.Module, layers: list[str]) -> list[str]:
     """Names of the norms and biases of these layers."""
-    return [
-        prefix + name
-        for prefix, layer in _layers(module, layers)
-        for name, parameter in layer.named_parameters()
-        if parameter.is_floating_point() and parameter.ndim == 1
-    ]
+    return _parameters(module, layers, lambda name, p: p.is_floating_point() and p.ndim == 1)
 
 
 def scale_targets(module: nn.Module, layers: list[str], attention: bool) -> list[str]:
     """Names of all that `train: scales` trains: scales, norms and biases, routers."""
     found = packed_scales(module, layers, attention) + vectors(module, layers) + router_parameters(module, layers)
     return sorted(set(found))
+
+
+def _parameters(module: nn.Module, layers: list[str], wanted: Callable[[str, nn.Parameter], Any]) -> list[str]:
+    """Names of the parameters in these layers that are wanted, by their name in the layer."""
+    return [
+        prefix + name
+        for prefix, layer in _layers(module, layers)
+        for name, parameter in layer.named_parameters()
+        if wanted(name, parameter)
+    ]
 
 
 def _layers(module: nn.Module, layers: list[str]):

@@ -58,19 +58,21 @@ class Forward:
 
     def beside(self) -> list[torch.Tensor]:
         """What else the model's frames hold while it waits: embeddings, masks of other layers."""
-        given, found, frame = {id(tensor) for tensor in self.given()}, [], self._frame
+        found: dict[int, torch.Tensor] = {}  # several frames hold the same
+        frame = self._frame
         while frame is not None:
-            found += _tensors(frame.f_locals)
+            found |= {id(tensor): tensor for tensor in _tensors(frame.f_locals)}
             frame = frame.f_back
-        return [tensor for tensor in found if id(tensor) not in given]
+        given = {id(tensor) for tensor in self.given()}
+        return [tensor for key, tensor in found.items() if key not in given]
 
     def empty(self, tensors: list[torch.Tensor], others: set[int]) -> None:
         """Takes the memory of these, but for storages (by address) that others use as well. The frames hold the
         tensors: nothing but their storage can be taken from them."""
         for number, tensor in enumerate(tensors):
             storage = tensor.untyped_storage()
-            whole = tensor.is_contiguous() and 0 < storage.nbytes() == tensor.nbytes
-            if whole and storage.data_ptr() not in others and storage.resizable():
+            alone = tensor.is_contiguous() and 0 < storage.nbytes() == tensor.nbytes
+            if alone and storage.data_ptr() not in others and storage.resizable():
                 self._emptied.append((tensor, number))
                 storage.resize_(0)
 
@@ -113,7 +115,6 @@ class Forwards:
 
     def __enter__(self) -> "Forwards":
         self._patched.__enter__()
-        self._arrive(self._started(), 0)
         return self
 
     def __exit__(self, *_) -> None:
@@ -121,6 +122,10 @@ class Forwards:
             if forward.call is not None:  # the walk was left early
                 forward.answer(None)
         self._patched.__exit__()
+
+    def start(self) -> None:
+        """Takes all to the first layer."""
+        self._arrive(self._started(), 0)
 
     def answer(self, hidden: Batches, beside: Kept) -> None:
         """Takes all to the next layer with what this one gave; after the last one to the end."""

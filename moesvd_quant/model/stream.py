@@ -69,6 +69,7 @@ class StreamedModel(LayeredModel):
         """The same where layers hand each other more than hidden states; all of it goes to `scratch`."""
         self.stateful = True
         with Forwards(self.model, self.layers, self.batches, Batches(scratch, self.device)) as forwards:
+            forwards.start()
             self.drop(embeddings)
             for index in range(len(self.layer_names)):
                 layer = self.load_layer(index)

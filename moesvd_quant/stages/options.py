@@ -234,7 +234,8 @@ class LoraOptions(StageOptions):
         if self.batch % self.microbatch:
             raise ValueError(f"batch: {self.batch} is not a multiple of microbatch {self.microbatch}")
         if self.in_turn and self.train in ("router", "scales"):
-            raise ValueError(f"in_turn: {self.train}: has no left and right factor; use train: adapters or factors")
+            what = "a router has" if self.train == "router" else "scales have"
+            raise ValueError(f"in_turn: {what} no left and right factor; use train: adapters or factors")
         if self.frozen == "nf4" and self.train != "adapters":
             raise ValueError("frozen: nf4 needs train: adapters; what is quantized cannot be trained itself")
         return self

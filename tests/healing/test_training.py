@@ -247,8 +247,8 @@ def test_what_cannot_be_healed_is_said(make_model, tmp_path, small, stages, said
     [
         ("batch: 10, microbatch: 4", "10 is not a multiple of microbatch 4"),
         ("rank: 12", "multiple of 8"),
-        ("train: router, in_turn: true", "router: has no left and right factor"),
-        ("train: scales, in_turn: true", "scales: has no left and right factor"),
+        ("train: router, in_turn: true", "a router has no left and right factor"),
+        ("train: scales, in_turn: true", "scales have no left and right factor"),
         ("train: factors, frozen: nf4", "frozen: nf4 needs train: adapters"),
         ("objectiv: lm", "did you mean 'objective'"),
     ],

@@ -50,6 +50,14 @@ def test_the_walk_gives_the_logits_of_the_whole_model(name, make_architecture):
     assert streamed.stateful == (name in STATE)
 
 
+def test_a_walk_with_state_can_be_left_early(make_architecture):
+    before = torch.get_num_threads()
+    walk = StreamedModel(make_architecture("zaya")).walk(IDS, 1)
+    next(walk)
+    walk.close()
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize("name", STATE)
 def test_what_layers_hand_on_waits_on_the_disk(name, make_architecture, tmp_path):
     """The same predictions, bit for bit, and no batch holds anything in memory while it waits."""
