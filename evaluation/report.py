@@ -165,7 +165,7 @@ def _weak(stages: list[Stage]) -> dict[str, dict[str, list[int]]]:
     found: dict[str, dict[str, list[int]]] = {}
     for stage in stages:
         for path, decision in stage.manifest["decisions"].items():
-            weak = decision.get("weak_experts", {}) if isinstance(decision, dict) else {}
+            weak = decision.get("weak_experts", {})
             if any(weak.values()):
                 found[path] = {word: experts for word, experts in weak.items() if experts}
     return found

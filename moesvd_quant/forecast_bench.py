@@ -25,10 +25,10 @@ from .model.stream import StreamedModel
 from .quality import Bar
 from .recipe import load_recipe
 from .runner import Run, sync_threads
-from .stages import gptq, svd
 from .stages.allocation import WIDTHS, forecast_error, plan_of
-from .stages.base import Context
 from .stages.choices import choices_of
+from .stages.context import Context
+from .stages.stage import Stage
 
 BUDGETS, PLANS = (1.5, 2.3), 30
 # Standard deviations of the logarithms that groups, and experts within them, are misjudged by in a random plan; drawn
@@ -70,16 +70,16 @@ class Bench:
 
     def __init__(self, job: Run, windows: torch.Tensor):
         self.job, self.windows = job, windows
-        made = {stage.name: stage.options for stage in job.recipe.stages}
+        made = {stage.name: stage for stage in job.recipe.stages}
         # Attention is the same in all plans: it stays.
         self.svd, self.gptq = made["svd"], made["gptq"].model_copy(update={"attention": False})
         self.parent = StreamedModel(job.model, device=job.device)
         self.found = choices_of(self._context(self.parent, self.svd), WIDTHS, ranks=True)
         self.tables: Tables = self.found.tables
 
-    def _context(self, parent: StreamedModel, options, widths: dict | None = None) -> Context:
+    def _context(self, parent: StreamedModel, stage: Stage, widths: dict | None = None) -> Context:
         job = self.job
-        context = Context(parent, job.statistics, options, job.recipe.seed, job.device, gptq=self.gptq)
+        context = Context(parent, job.statistics, stage, job.recipe.seed, job.device, packing=self.gptq)
         return replace(context, widths=widths or {})
 
     def budget(self, bits: float) -> float:
@@ -99,12 +99,12 @@ class Bench:
         planned = plan_of(self._context(self.parent, self.svd), self.found, choices)
         factors = StreamedModel.described(planned_model(self.parent, planned.layout).config, self.parent)
         first, second = self._context(self.parent, self.svd), self._context(factors, self.gptq, planned.widths)
-        packed = gptq.plan(second)
+        packed = self.gptq.plan(second)
         for index, statistics in enumerate(self.job.statistics.layers()):
 
             def run(layer, index=index, statistics=statistics):
-                svd.run_layer(first, index, layer, statistics, planned)
-                gptq.run_layer(second, index, layer, statistics, packed)
+                self.svd.run_layer(first, index, layer, statistics, planned)
+                self.gptq.run_layer(second, index, layer, statistics, packed)
 
             yield run
 

@@ -15,7 +15,7 @@ from .calibration.recording import linear_sums
 from .memory import Memory, MemoryLimitError, Sizes, anonymous_bytes
 from .model.experts import all_shapes, expert_count, find_experts
 from .model.stream import StreamedModel
-from .stages.options import StageOptions
+from .stages.stage import Stage
 
 SINGLE, DOUBLE = 4, 8
 FACTORS = 1.6  # a layer, and what becomes of it
@@ -76,7 +76,7 @@ def forecast(
     statistics,
     memory: Memory,
     workers: int,
-    stages: Sequence[StageOptions],
+    stages: Sequence[Stage],
 ) -> Needs:
     """meta: the original model; sizes: of its walk; tokens: of calibration; statistics: their store."""
     base = anonymous_bytes()
@@ -91,7 +91,7 @@ def forecast(
     at_once = max(each, min(grams, room // each * each)) if each else 0
     hidden = 2 * tokens * sizes.row
     in_memory = hidden if room > hidden + sizes.layer else 0
-    walks = max(stage.walks() for stage in stages)
+    walks = max(stage.calibration_walks() for stage in stages)
     # A stage that walks beside its work has the walks' layers as well, sums of as many experts as fit, and hidden
     # states, of which each walk has two and what its experts were given.
     worked = base + (stored + walks * walked if walks else int(FACTORS * stored))
@@ -110,7 +110,7 @@ def forecast(
         "reading the model": max(base + loading, reading + each),
         WORK: worked + max(work, walks * each, walking),
     }
-    weighs = any(stage.weighs() for stage in stages)
+    weighs = any(stage.needs_sensitivity() for stage in stages)
     weighed = copies_of(meta) * min(tokens, TOKENS) * sizes.row if weighs else 0
     if weighed:  # rounded weights lie beside what they were
         peak[EFFECTS] = least[EFFECTS] = reading + max(layer.bank for layer in layers)

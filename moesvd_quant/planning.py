@@ -1,6 +1,5 @@
 """The plan of all stages of a run, before any weight is changed."""
 
-import importlib
 from functools import partial
 
 import torch
@@ -9,12 +8,13 @@ from .accounting import account, planned_model
 from .budget import kv_cache_bytes, parse_budget
 from .layout import layout_of
 from .model.stream import StreamedModel
-from .stages.base import Context, StageError
+from .stages.context import Context, StageError
+from .stages.stage import packing_stage
 
 
 def plan_stages(run) -> list[dict]:
-    """Bytes and decisions of each stage, [{"stage", "accounting", "decisions", "layout"}], before any weight is
-    changed. A stage after the first is planned on the layout of the one before.
+    """Bytes and decisions of each stage, [{"stage", "accounting", "decisions", "notes", "layout"}], before any weight
+    is changed. A stage after the first is planned on the layout of the one before.
 
     Under a budget in bytes the result uses at least 98 % of it and never more; StageError names the smallest possible.
     """
@@ -57,9 +57,8 @@ def _reserve(run) -> int:
 def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
     forecasts: list[dict] = []
     widths: dict = {}
-    gptq = next((stage.options for stage in run.recipe.stages if stage.name == "gptq"), None)
+    packing = packing_stage(run.recipe.stages)
     for index, stage in enumerate(run.recipe.stages):
-        module = importlib.import_module(f"moesvd_quant.stages.{stage.name}")
         parent = run.meta
         if forecasts:
             parent = StreamedModel.described(planned_model(run.meta, forecasts[-1]["layout"]).config, run.meta)
@@ -67,25 +66,26 @@ def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
         context = Context(
             parent,
             run.statistics,
-            stage.options,
+            stage,
             run.recipe.seed,
             run.device,
             progress,
             budget,
             widths,
-            gptq,
+            packing,
             memo,
             run.recipe.limits,
         )
         context.pool, context.report, context.training = run.pool, run.report, run.training(index)
         context.surveyed = partial(run.report, f"{stage.name}: planning")
-        plan = module.plan(context)
+        plan = stage.plan(context)
         widths = plan.widths
         forecasts.append(
             {
                 "stage": stage.name,
                 "accounting": account(parent, plan.layout).to_dict(),
                 "decisions": plan.decisions,
+                "notes": plan.notes,
                 "layout": plan.layout,
             }
         )

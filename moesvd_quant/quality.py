@@ -25,9 +25,9 @@ from .quantize.packed import quant_format
 from .recipe import load_recipe, named_texts
 from .runner import Run, sync_threads
 from .stages.allocation import WIDTHS
-from .stages.base import Context, expert_grams
 from .stages.choices import choices_of
-from .stages.options import GptqOptions
+from .stages.context import Context, expert_grams
+from .stages.gptq import Gptq
 
 RATIOS = (0.2, 0.4, 0.6)
 BUDGETS = (3.32, 2.28, 1.5, 1.0)  # bits per original expert weight; the first two are those of 3 and of 2 bit GPTQ
@@ -115,9 +115,9 @@ def bars_of(found: Increases) -> list[Bar]:
 
 def rank_bars(job: Run) -> list[Bar]:
     """Few distinct choices in a group keep nearly all that free ones gain over a single one, by forecast errors."""
-    parent, options = job.meta, {stage.name: stage.options for stage in job.recipe.stages}
+    parent, options = job.meta, {stage.name: stage for stage in job.recipe.stages}
     gptq = options["gptq"]
-    context = Context(parent, job.statistics, options["svd"], job.recipe.seed, job.device, gptq=gptq)
+    context = Context(parent, job.statistics, options["svd"], job.recipe.seed, job.device, packing=gptq)
     tables = choices_of(context, WIDTHS, ranks=True).tables
     weights = account(parent, layout_of(parent)).original_expert_params
     bars = []
@@ -147,7 +147,7 @@ def factor_bar(job: Run, ratio: float = 0.4, bits: Literal[2, 3, 4] = 3) -> Bar:
 
 def excess_quotient(weight: torch.Tensor, gram: torch.Tensor, rank: int, bits: Literal[2, 3, 4]) -> float:
     """Of one matrix (out, in) and the Gram matrix (in, in) of its inputs."""
-    options = GptqOptions(bits=bits)
+    options = Gptq(bits=bits)
     quant = {
         "right": quant_format(options, weight.shape[1], False, bits),
         "left": quant_format(options, rank, True, bits),

@@ -1,8 +1,6 @@
 """YAML -> a validated Recipe. A recipe is a list of stages; everything wrong with it is said at once."""
 
 import difflib
-import hashlib
-import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from .budget import parse_budget
 from .recipe_yaml import YamlProblem, apply_override, parse
-from .stages import NOT_AFTER, OPTIONS
-from .stages.options import StageOptions
+from .stages import STAGES
+from .stages.stage import Stage, form_after, packing_stage
 
 
 class RecipeError(ValueError):
@@ -93,11 +91,6 @@ class Limits(_Part):
         return value
 
 
-class Stage(_Part):
-    name: str
-    options: SerializeAsAny[StageOptions]
-
-
 class Recipe(_Part):
     """A validated recipe; see `load_recipe`."""
 
@@ -108,7 +101,7 @@ class Recipe(_Part):
     experts: Literal["routed", "all"] = Field(
         "routed", description="what is compressed as experts; all: shared experts as well, which every token passes"
     )
-    stages: tuple[Stage, ...]
+    stages: tuple[SerializeAsAny[Stage], ...]
     evaluate: Evaluate = Evaluate()
     keep: Literal["all", "last"] = "all"
     budget: str | None = None  # what decides where stages leave ratio or bits open; see budget.py
@@ -124,26 +117,14 @@ class Recipe(_Part):
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out; loads back equal."""
         content = self.model_dump(exclude={"name", "stages"})
-        content["stages"] = [{s.name: _given(s.options)} for s in self.stages]
+        content["stages"] = [{s.name: _given(s)} for s in self.stages]
         return f"# resolved recipe {self.name}\n" + yaml.safe_dump(content, sort_keys=False)
 
-    def digest(self) -> str:
-        """sha256 of all that influences the weights."""
-        content = {
-            "seed": self.seed,
-            "calibration": self.calibration.model_dump(),
-            "experts": self.experts,
-            "stages": [{s.name: s.options.model_dump()} for s in self.stages],
-            "budget": self.budget,
-            "limits": self.limits.model_dump(),
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-
-def _given(options: StageOptions) -> dict:
-    """Options written out, without those that mean nothing beside the others."""
-    idle = options.idle()
-    return {name: value for name, value in options.model_dump().items() if name not in idle and value is not None}
+def _given(stage: Stage) -> dict:
+    """Options of a stage written out, without those that have no effect beside the others."""
+    unused = stage.unused_options()
+    return {name: value for name, value in stage.model_dump().items() if name not in unused and value is not None}
 
 
 def shipped() -> list[tuple[str, str]]:
@@ -200,16 +181,16 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     body = {k: v for k, v in content.items() if k != "stages"}
     name = path.stem if is_file else str(source)
     recipe = _validate(Recipe, body | {"name": name, "stages": stages}, (), place, problems)
-    open_stages = [(i, s.name) for i, s in enumerate(stages) if s.options.is_open()]
+    open_stages = [(i, s) for i, s in enumerate(stages) if s.is_open()]
     if content.get("budget") is None:
         for index, stage in open_stages:
-            key = {"svd": "ratio", "gptq": "bits"}[stage]
-            where_ = place(("stages", index, stage))
-            problems.append(f"{where_}: stages[{index}].{stage}.{key}: is required, or give a budget (20GB, 1.5bpw)")
+            where_ = place(("stages", index, stage.name))
+            key = f"stages[{index}].{stage.name}.{stage.budget_option}"
+            problems.append(f"{where_}: {key}: is required, or give a budget (20GB, 1.5bpw)")
     elif stages and not open_stages:
-        problems.append(
-            f"{place(('budget',))}: budget: nothing is left for it to decide; leave svd.ratio or gptq.bits out"
-        )
+        given = [f"{s.name}.{s.budget_option}" for s in stages if s.budget_option]
+        remedy = f"{' and '.join(given)} is already set; remove it" if given else "add a stage that has a budget"
+        problems.append(f"{place(('budget',))}: budget: {remedy} to let the budget decide")
     if recipe is not None and recipe.limits != Limits():
         problems += [f"{place(('limits',))}: {problem}" for problem in _limit_problems(recipe)]
     if problems:
@@ -230,15 +211,17 @@ def _limit_problems(recipe: Recipe) -> list[str]:
             for pattern, bits in limits.min_bits.items()
             if bits > max(limits.widths)
         ]
-        if any(s.name == "gptq" and not s.options.is_open() for s in recipe.stages):
-            problems.append("limits.widths: gptq.bits is given; leave it open, or the widths out")
+        packing = packing_stage(recipe.stages)
+        if packing is not None and not packing.is_open():
+            key = f"{packing.name}.{packing.budget_option}"
+            problems.append(f"limits.widths: {key} is given; remove it, or remove the widths")
     return problems
 
 
 def _stages(content: dict, place, problems: list[str]) -> tuple[Stage, ...]:
     entries = content.get("stages")
     if not isinstance(entries, list) or not entries:
-        problems.append(f"{place(('stages',))}: stages: give at least one of {', '.join(OPTIONS)}")
+        problems.append(f"{place(('stages',))}: stages: give at least one of {', '.join(STAGES)}")
         return ()
     stages: list[Stage] = []
     for index, entry in enumerate(entries):
@@ -250,18 +233,19 @@ def _stages(content: dict, place, problems: list[str]) -> tuple[Stage, ...]:
                 problems.append(f"{place(at)}: stages[{index}]: one stage per item, found {sorted(entry)}")
                 continue
             name, given = next(iter(entry.items()))
-        if name not in OPTIONS:
-            hint = _near(str(name), OPTIONS)
+        if name not in STAGES:
+            hint = _near(str(name), STAGES)
             problems.append(
-                f"{place((*at, name))}: stages[{index}]: unknown stage {name!r}{hint} (valid: {', '.join(OPTIONS)})"
+                f"{place((*at, name))}: stages[{index}]: unknown stage {name!r}{hint} (valid: {', '.join(STAGES)})"
             )
             continue
-        before = {s.name for s in stages} & NOT_AFTER[name]
-        if before:
-            problems.append(f"{place((*at, name))}: stages[{index}].{name}: cannot come after {', '.join(before)}")
-        options = _validate(OPTIONS[name], given or {}, (*at, name), place, problems)
-        if options is not None:
-            stages.append(Stage(name=name, options=options))
+        kind = STAGES[name]
+        if form_after(stages) > kind.takes:
+            before = ", ".join(s.name for s in stages if s.leaves > kind.takes)
+            problems.append(f"{place((*at, name))}: stages[{index}].{name}: cannot come after {before}")
+        stage = _validate(kind, given or {}, (*at, name), place, problems)
+        if stage is not None:
+            stages.append(stage)
     return tuple(stages)
 
 

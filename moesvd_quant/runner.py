@@ -3,7 +3,6 @@ same command goes on where it was."""
 
 import fcntl
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -28,8 +27,8 @@ from .needs import Needs, forecast
 from .parallel import Pool
 from .planning import plan_stages
 from .recipe import Recipe
-from .stages.base import Context, Plan
-from .stages.options import LoraOptions
+from .stages.context import Context, Plan
+from .stages.stage import TrainingText
 from .work import StageWork
 
 Report = Callable[[str, int, int], None]  # what, done, total
@@ -73,10 +72,8 @@ class Run:
         self.pool = Pool(how.get("workers", 1), how.get("executor", "processes"))
         share = self.memory.share(self.pool.workers)
         self.statistics = self._statistics(share)
-        self._training = {index: self._training_windows(s.options) for index, s in self._trainers()}
-
-    def _trainers(self):
-        return [(index, stage) for index, stage in enumerate(self.recipe.stages) if stage.name == "lora"]
+        texts = {index: stage.training_text() for index, stage in enumerate(recipe.stages)}
+        self._training = {index: self._training_windows(text, index) for index, text in texts.items() if text}
 
     def _statistics(self, memory: Memory) -> Statistics:
         from .calibration.windows import length_of, must_write, windows_of
@@ -102,20 +99,18 @@ class Run:
         """(n, length) int64 of calibration."""
         return self.statistics.windows
 
-    def _training_windows(self, options):
+    def _training_windows(self, text: TrainingText, index: int):
         from transformers import AutoTokenizer
 
         from .calibration.windows import length_of
         from .healing.data import refuse_leaks, training_windows
 
         tokenizer = AutoTokenizer.from_pretrained(self.model)
-        own = options.dataset == "calibration"
-        source = self.recipe.calibration.dataset if own else options.dataset
+        source = text.dataset or self.recipe.calibration.dataset
         length = self.statistics.shape[1]
-        if options.length != "auto":
-            length = length_of(self.meta.config, options.length, "lora.length")
-        wanted = options.steps * options.batch
-        made = training_windows(source, tokenizer, wanted, options.validation, length, self.recipe.seed)
+        if text.length is not None:
+            length = length_of(self.meta.config, text.length, f"{self.recipe.stages[index].name}.length")
+        made = training_windows(source, tokenizer, text.windows, text.validation, length, self.recipe.seed)
         refuse_leaks(made, self.recipe.evaluate.texts(), tokenizer)
         return made
 
@@ -123,12 +118,11 @@ class Run:
         """The windows that a stage trains on; None for one that does not train."""
         return self._training.get(index)
 
-    def _healed_on(self, index: int):
-        """The same when it runs: of the calibration's own text, where a stage learns from the original, the share that
-        the model writes is what it wrote."""
+    def _training_with_written(self, index: int):
+        """Training windows of a stage that runs: its share of text that the model writes is that of calibration."""
         made, calibration = self.training(index), self.recipe.calibration
-        options = self.recipe.stages[index].options
-        if not isinstance(options, LoraOptions) or options.dataset != "calibration" or options.objective == "lm":
+        text = self.recipe.stages[index].training_text()
+        if made is None or text is None or not text.self_written:
             return made
         from .calibration.windows import written_among
 
@@ -137,7 +131,7 @@ class Run:
 
     def key(self, upto: int) -> dict:
         """All that a stage's output depends on; equal keys mean equal files."""
-        stages = [{s.name: s.options.model_dump()} for s in self.recipe.stages]
+        stages = [{s.name: s.model_dump()} for s in self.recipe.stages]
         budget = self.recipe.budget
         trained = [made.digest for index, made in sorted(self._training.items()) if index <= upto]
         return {
@@ -177,8 +171,8 @@ class Run:
         """Forecast of memory and disk, beside the checkpoints."""
         stored = self.statistics
         tokens = stored.shape[0] * stored.shape[1]
-        stages = [stage.options for stage in self.recipe.stages]
-        return forecast(self.meta, stored.sizes, tokens, stored, stored.memory, self.pool.workers, stages)
+        workers, stages = self.pool.workers, self.recipe.stages
+        return forecast(self.meta, stored.sizes, tokens, stored, stored.memory, workers, stages)
 
     def work_folder(self, index: int) -> Path:
         digest = hashlib.sha256(json.dumps(self.key(index), sort_keys=True).encode()).hexdigest()
@@ -220,15 +214,15 @@ class Run:
             for name, parts in projections.items():
                 for part, was in zip(parts, settled.get(path, {}).get(name, [])):
                     part |= {bank: was[bank] for bank in ("dense", "left", "right") if bank in was}
-        return Plan(forecast["layout"], forecast["decisions"])
+        return Plan(forecast["layout"], forecast["decisions"], forecast["notes"])
 
     def _stage(self, index: int) -> Path:
         folder = self.folder(index)
         if self._done(index):
             return folder
-        context, module = self.context(index)
+        context = self.context(index)
         started, meter = time.time(), PeakMeter()
-        work = StageWork(self, index, context, module)
+        work = StageWork(self, index, context)
         self._clean(keep=work.folder)
         work.folder.mkdir(exist_ok=True)
         plan = work.prepare(self.plan(index, context.parent))
@@ -248,17 +242,17 @@ class Run:
         )
         return folder
 
-    def context(self, index: int):
-        """Context and module of a stage; its input checkpoint must be there."""
+    def context(self, index: int) -> Context:
+        """What a stage is given to run; its input checkpoint must be there."""
         parent = self.model if index == 0 else self.folder(index - 1)
         stage = self.recipe.stages[index]
-        module = importlib.import_module(f"moesvd_quant.stages.{stage.name}")
         progress = lambda done, total: self.report(f"{stage.name}: reading the model", done, total)  # noqa: E731
         streamed = StreamedModel(parent, device=self.device, shared=self.meta.shared)
-        context = Context(streamed, self.statistics, stage.options, self.recipe.seed, self.device, progress)
+        context = Context(streamed, self.statistics, stage, self.recipe.seed, self.device, progress)
         context.pool = self.pool
-        context.training, context.folder, context.report = self._healed_on(index), self.work_folder(index), self.report
-        return context, module
+        context.training, context.report = self._training_with_written(index), self.report
+        context.folder = self.work_folder(index)
+        return context
 
     def _clean(self, keep: Path) -> None:
         """Leftovers of runs that were killed and whose key no longer matches."""

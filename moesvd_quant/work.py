@@ -1,6 +1,5 @@
 """The work of one stage in its own folder: layers one by one, each file whole or absent, then the commit."""
 
-import importlib
 import json
 import math
 from functools import partial
@@ -13,7 +12,7 @@ from .checkpoint import finish, verify
 from .checkpoint.files import commit_folder, write_json, write_tensors
 from .model.layered import is_finite
 from .model.stream import StreamedModel
-from .stages.base import Plan, StageError
+from .stages.context import Context, Plan, StageError
 
 CHECK_WINDOWS, CHECK_LENGTH = 2, 128
 CHUNK = 32  # tokens whose predictions are compared at a time
@@ -22,32 +21,29 @@ CHUNK = 32  # tokens whose predictions are compared at a time
 class StageWork:
     """One stage of a run: `prepare`, `layers`, then `finish`; each finds what an earlier process did."""
 
-    def __init__(self, run, index: int, context, module):
-        self.run, self.index, self.context, self.module = run, index, context, module
-        self.stage = run.recipe.stages[index]
+    def __init__(self, run, index: int, context: Context):
+        self.run, self.index, self.context, self.stage = run, index, context, context.stage
         self.folder: Path = run.work_folder(index)
         self.parent: StreamedModel = context.parent
 
     def layers(self, plan: Plan) -> None:
         count = len(self.parent.layer_names)
         todo = [i for i in range(count) if not (self.folder / finish.layer_file(i)).is_file()]
-        if todo and self.stage.options.in_order():
+        if todo and self.stage.in_order():
             todo = list(range(count))
         report = lambda done, total: self.run.report(f"{self.stage.name}: layers", done, total)  # noqa: E731
-        for _ in self.context.each_layer(partial(make_layer, self.folder, self.stage.name, plan), report, todo):
+        for _ in self.context.each_layer(partial(make_layer, self.folder, plan), report, todo):
             pass
         if not (self.folder / finish.OUTER_FILE).is_file():
             self._outer(plan)
 
     def prepare(self, plan: Plan) -> Plan:
         """What a stage does before it goes through the layers: training, after which its plan may be another."""
-        prepare = getattr(self.module, "prepare", None)
-        return prepare(self.context, plan, self.folder) if prepare else plan
+        return self.stage.prepare(self.context, plan, self.folder)
 
     def _outer(self, plan: Plan) -> None:
         self.parent.load_outer()
-        run_outer = getattr(self.module, "run_outer", None)
-        report = run_outer(self.context, plan) if run_outer else {}
+        report = self.stage.run_outer(self.context, plan)
         model = self.parent.model
         names = by_file(model, self.parent.layer_names)["outer"]
         tensors = {name: tensor for name, tensor in names.items() if tensor.device.type != "meta"}
@@ -80,14 +76,14 @@ class StageWork:
             "versions": self.run.key(self.index)["versions"],
             "recipe": self.run.recipe.to_yaml(),
             "decisions": plan.decisions,
+            "notes": plan.notes,
             "errors": errors,
             "accounting": accounting.to_dict(),
             "check": check,
         }
         finish.write_card(self.folder, manifest)
         finish.write_manifest(self.folder, manifest)
-        if conclude := getattr(self.module, "conclude", None):
-            conclude(self.folder)
+        self.stage.conclude(self.folder)
         for name in notes:
             note_file(self.folder, name).unlink()
         commit_folder(self.folder, final)
@@ -95,9 +91,9 @@ class StageWork:
     def _name(self, before: list[str]) -> str:
         """Short name in tables: svd40-gptq3; svd-gptq@2.3bpw where a budget decided, +shared with shared experts."""
         stages = self.run.recipe.stages[: self.index + 1]
-        budget = f"@{self.run.recipe.budget}" if any(s.options.is_open() for s in stages) else ""
+        budget = f"@{self.run.recipe.budget}" if any(s.is_open() for s in stages) else ""
         shared = "+shared" if self.run.recipe.experts == "all" else ""
-        return "-".join([*before, *(_label(s) for s in stages)]) + shared + budget
+        return "-".join([*before, *(s.label() for s in stages)]) + shared + budget
 
     def _describe(self, plan: Plan) -> None:
         files = by_file(planned_model(self.parent, plan.layout), self.parent.layer_names)
@@ -131,15 +127,15 @@ def note_file(folder: Path, name: str) -> Path:
     return folder / f"note-{name}.json"
 
 
-def make_layer(folder: Path, stage: str, plan: Plan, context, index: int, layer, statistics: dict) -> None:
+def make_layer(folder: Path, plan: Plan, context: Context, index: int, layer, statistics: dict) -> None:
     """Turns a loaded layer into the file of a stage's output, and its note, in the work folder."""
     parent = context.parent
     name = parent.layer_names[index]
-    report = importlib.import_module(f"moesvd_quant.stages.{stage}").run_layer(context, index, layer, statistics, plan)
+    report = context.stage.run_layer(context, index, layer, statistics, plan)
     layout = {path: parts for path, parts in plan.layout["experts"].items() if path.startswith(name + ".")}
     seen = verify.outputs(parent.model, verify.targets(plan.layout, name + "."))
     tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-    _check(name, tensors, report, stage)
+    _check(name, tensors, report, context.stage.name)
     write_json(note_file(folder, str(index)), {"errors": report, "experts": layout, "outputs": seen})
     write_tensors(folder / finish.layer_file(index), tensors)
 
@@ -163,41 +159,3 @@ def _errors(report, path=""):
     elif isinstance(report, list):
         for i, value in enumerate(report):
             yield from _errors(value, f"{path}[{i}]")
-
-
-def _label(stage) -> str:
-    """Short name of a stage in tables: svd 40%, gptq 4 bit."""
-    options = stage.options
-    if stage.name == "svd":
-        label = _svd_label(options)
-        ratio = "" if options.ratio is None else f"{round(options.ratio * 100)}"
-        label = f"{label}-{ratio}" if label[-1].isdigit() else label + ratio
-        return label + _aware(options)
-    if stage.name == "d2":
-        pruned = f"-p{round(options.static * 100)}+{round(options.dynamic * 100)}-"
-        return f"d2-{options.merge}{pruned if options.static or options.dynamic else ''}{round(options.ratio * 100)}"
-    if stage.name == "gptq":
-        return f"{'rtn' if options.rtn else 'gptq'}{options.bits or ''}{_aware(options)}"
-    if stage.name == "lora":
-        what = {"adapters": f"lora{options.rank}", "factors": "tuned"}.get(options.train, options.train)
-        return what + {"lm": "", "distill": "-distilled", "layerwise": "-layerwise"}[options.objective]
-    return stage.name
-
-
-def _aware(options) -> str:
-    return "-aware" if options.error_aware else ""
-
-
-def _svd_label(options) -> str:
-    if options.method != "paper":
-        label = {"global": "svd", "uniform": "svd-llm", "plain": "svd-plain", "asvd": "asvd"}[options.method]
-        return f"{label}-update" if options.update else label
-    marks = {
-        options.select: options.select != "fpa",
-        "own": not options.shared_v,
-        f"g{options.groups}": options.groups > 1,
-        f"trim{options.trim_u}": options.trim_u is not None,
-        f"keep{options.keep_u}": options.keep_u != 2,
-        "literal": options.literal,
-    }
-    return "-".join(["moe-svd-paper", *(mark for mark, is_set in marks.items() if is_set)])

@@ -86,7 +86,7 @@ def _gptq4(name, made, row):
     manifest = _run(made, "svd-gptq4", "svd.ratio=0.2")
     row["kl"] = round(manifest["check"]["kl"], 5)
     row["bits"] = round(manifest["accounting"]["bits_per_expert_weight"], 3)
-    row["left"] = sorted({why for why in manifest["decisions"].get("kept in 16 bit", {}).values()})
+    row["left"] = sorted({why for why in manifest["notes"].get("kept in 16 bit", {}).values()})
 
 
 def _reload(name, made, row):

@@ -26,7 +26,7 @@ from moesvd_quant.model.experts import dense_weight, expert_count, find_experts
 from moesvd_quant.model.parts import JOINT
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run, sync_threads
-from moesvd_quant.stages.base import expert_grams
+from moesvd_quant.stages.context import expert_grams
 
 KEPT = (0.6, 0.4, 0.3, 0.2)
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)

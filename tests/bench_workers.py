@@ -23,7 +23,7 @@ BAR = 1.6
 
 def decomposition(job, pool):
     """seconds(layers, folder): of stage `svd` of a run that has planned, its layers written into a new folder."""
-    from moesvd_quant.stages.base import LayerWork
+    from moesvd_quant.stages.context import LayerWork
     from moesvd_quant.work import make_layer
 
     def seconds(layers: int, folder: Path) -> float:

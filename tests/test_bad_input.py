@@ -17,7 +17,7 @@ from moesvd_quant.model.modeling_moesvd import check_digests
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run, RunError
-from moesvd_quant.stages.base import StageError
+from moesvd_quant.stages.context import StageError
 
 
 def run(recipe, folder, out, overrides):

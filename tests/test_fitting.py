@@ -11,7 +11,7 @@ from moesvd_quant.model.experts import find_experts
 from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run, RunError
-from moesvd_quant.stages.base import StageError
+from moesvd_quant.stages.context import StageError
 
 
 def make(recipe, folder, out, small, *overrides):
@@ -70,7 +70,7 @@ def test_open_rank_with_fixed_bits_and_open_rank_alone(make_model, tmp_path, sma
 
 def test_a_first_stage_planned_for_other_widths_is_noticed(make_model, tmp_path, small, monkeypatch):
     folder = make_model("mixtral", torch.bfloat16)
-    monkeypatch.setattr("moesvd_quant.stages.gptq.run_layer", lambda *_: pytest.fail("interrupted"))
+    monkeypatch.setattr("moesvd_quant.stages.gptq_work.run_layer", lambda *_: pytest.fail("interrupted"))
     with pytest.raises(pytest.fail.Exception):
         make("fit", folder, tmp_path, small, "budget=2bpw").run()
     assert (tmp_path / "01-svd").is_dir() and not (tmp_path / "02-gptq").exists()
@@ -126,7 +126,7 @@ def test_what_a_budget_leaves_in_16_bit_stays_as_it_is_and_is_named(make_model, 
     original, made = (moesvd_quant.load(f).get_submodule("model.layers.1.mlp.experts") for f in (folder, last))
     gate = original.gate_up_proj.chunk(2, 1)[0]
     assert torch.equal(torch.stack([made.dense("gate", e, gate.dtype) for e in range(4)]), gate)
-    kept = json.loads((last / "moesvd.json").read_text())["decisions"]["kept in 16 bit"]
+    kept = json.loads((last / "moesvd.json").read_text())["notes"]["kept in 16 bit"]
     assert "model.layers.1.mlp.experts.gate" in kept
 
 

@@ -32,7 +32,7 @@ def test_a_plan_in_memory_is_what_the_recipe_makes(bench, tmp_path):
 
     chosen = allocate(bench.tables, bench.budget(2.0)).choices  # what the recipe's planner chooses too
     assert forecast_of(bench.tables, chosen) == pytest.approx(
-        plan_stages(bench.job)[0]["decisions"]["allocation"]["forecast"]
+        plan_stages(bench.job)[0]["notes"]["allocation"]["forecast"]
     )
     made = load(bench.job.run()[-1], dtype=torch.float32)
     assert bench.loss(chosen) == pytest.approx(perplexity(in_memory(made), bench.windows).nll, abs=1e-6)

@@ -23,11 +23,12 @@ from moesvd_quant.model.parts import part_banks
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
-from moesvd_quant.stages import d2, svd
-from moesvd_quant.stages.base import Context, StageError
-from moesvd_quant.stages.options import D2Options, SvdOptions
+from moesvd_quant.stages import svd_work
+from moesvd_quant.stages.context import Context, StageError
+from moesvd_quant.stages.d2 import D2
 from moesvd_quant.stages.paper import plan_paper
-from moesvd_quant.stages.svd import _plan_uniform
+from moesvd_quant.stages.svd import Svd
+from moesvd_quant.stages.svd_work import _plan_uniform
 
 
 def make(recipe, folder, out, small, *overrides):
@@ -78,7 +79,7 @@ def test_the_ratio_asked_for_is_met_within_half_a_percent(model, options):
     met = 0
     for ratio in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
         layers = survey(model)
-        given = SvdOptions(**({"method": "paper", "ratio": ratio} | options))
+        given = Svd(**({"method": "paper", "ratio": ratio} | options))
         sizes = [e["experts"] * out * i for e in layers.values() for out, i in e["shapes"].values()]
         plan = plan_paper if given.method == "paper" else _plan_uniform
         try:
@@ -109,7 +110,7 @@ def test_the_ratio_asked_for_is_met_within_half_a_percent(model, options):
     ],
 )
 def test_what_the_model_cannot_do_is_said(options, message):
-    given = SvdOptions(**({"method": "paper", "ratio": 0.2} | options))
+    given = Svd(**({"method": "paper", "ratio": 0.2} | options))
     total = 4 * 8 * 3 * 256 * 192
     with pytest.raises(StageError, match=message):
         plan_paper(survey("reference"), int(total * (1 - given.ratio)), given)
@@ -118,7 +119,7 @@ def test_what_the_model_cannot_do_is_said(options, message):
 def test_groups_are_a_bank_of_right_factors_and_trimming_leaves_its_left_ones():
     """DeepSeekMoE: 64 experts, 8 groups, the 6 least used left factors of each trimmed."""
     layers = survey("deepseek-moe-16b")
-    given = SvdOptions(method="paper", ratio=0.5, groups=8, trim_u=6)
+    given = Svd(method="paper", ratio=0.5, groups=8, trim_u=6)
     total = 27 * 64 * 3 * 1408 * 2048
     layout, decisions = plan_paper(layers, total // 2, given)
     path = next(path for path, decision in decisions.items() if len(decision["decomposed"]) == 3)
@@ -181,18 +182,18 @@ def test_svd_llms_update_refits_to_the_inputs_that_compressed_layers_give(make_m
 
 
 def test_an_interrupted_update_gives_the_same_files(make_model, tmp_path, small, monkeypatch):
-    folder, layer = make_model("mixtral"), svd.run_layer
+    folder, layer = make_model("mixtral"), svd_work.run_layer
 
-    def stop_at_the_second(context, index, *rest):
+    def stop_at_the_second(context, options, index, *rest):
         if index == 1:
             raise KeyboardInterrupt
-        return layer(context, index, *rest)
+        return layer(context, options, index, *rest)
 
     (whole,) = make("svd-llm", folder, tmp_path / "whole", small, "svd.update=true").run()
-    monkeypatch.setattr(svd, "run_layer", stop_at_the_second)
+    monkeypatch.setattr(svd_work, "run_layer", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         make("svd-llm", folder, tmp_path / "parts", small, "svd.update=true").run()
-    monkeypatch.setattr(svd, "run_layer", layer)
+    monkeypatch.setattr(svd_work, "run_layer", layer)
     (parts,) = make("svd-llm", folder, tmp_path / "parts", small, "svd.update=true").run()
     for file in sorted(whole.glob("*.safetensors")):
         assert file.read_bytes() == (parts / file.name).read_bytes()
@@ -259,7 +260,7 @@ def test_the_plan_of_mixtral_8x7b_is_the_accounting_of_the_paper(ratio):
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_local_experts": 8}
     config = MixtralConfig(**shape, num_attention_heads=32, num_key_value_heads=8, vocab_size=32000)
     parent = StreamedModel.described(config, SimpleNamespace(folder=Path("mixtral-8x7b"), device="cpu", shared=False))
-    made = d2.plan(Context(parent, None, D2Options(ratio=ratio, static=0.3, dynamic=0.3), 0, torch.device("cpu")))
+    made = D2(ratio=ratio, static=0.3, dynamic=0.3).plan(Context(parent, None, Svd(), 0, torch.device("cpu")))
     account = accounting.account(parent, made.layout)
     assert account.original_params == pytest.approx(46.703e9, rel=1e-4)
     assert account.expert_ratio == pytest.approx(ratio, abs=1e-4)

@@ -30,15 +30,15 @@ def errors(tmp_path, text, *overrides):
 def test_defaults_are_filled_in_and_written_out(tmp_path):
     recipe = load_recipe(write(tmp_path, GOOD))
     assert recipe.seed == 3 and [s.name for s in recipe.stages] == ["svd", "gptq"]
-    assert recipe.stages[0].options.method == "global" and recipe.stages[1].options.group_size == "auto"
+    assert recipe.stages[0].method == "global" and recipe.stages[1].group_size == "auto"
     again = load_recipe(write(tmp_path, recipe.to_yaml()))
-    assert again.digest() == recipe.digest() and again.stages == recipe.stages
+    assert again.model_dump() == recipe.model_dump() and again.stages == recipe.stages
 
 
 @pytest.mark.parametrize("given", ["trim_u: 0", "shared_v: false", "select: owl", "keep_u: 4, groups: 8"])
 def test_options_of_one_reading_are_written_out_and_load_back(tmp_path, given):
     recipe = load_recipe(write(tmp_path, f"stages: [{{svd: {{method: paper, ratio: 0.4, {given}}}}}]"))
-    assert load_recipe(write(tmp_path, recipe.to_yaml())).digest() == recipe.digest()
+    assert load_recipe(write(tmp_path, recipe.to_yaml())).model_dump() == recipe.model_dump()
 
 
 @pytest.mark.parametrize("name", [name for name, _ in shipped()])
@@ -72,7 +72,7 @@ def test_no_budgets(text):
         ("stages:\n  - gptq: {}", ["mine.yaml:2: stages[0].gptq.bits: is required, or give a budget"]),
         ("stages: [{svd: {method: paper}}]", ["ratio: is required"]),
         ("budget: 20 apples\nstages: [svd]", ["mine.yaml:1: budget: '20 apples' is no budget; write bytes (20GB"]),
-        ("stages: [{gptq: {bits: 4}}]\nbudget: 2bpw", ["mine.yaml:2: budget: nothing is left for it to decide"]),
+        ("stages: [{gptq: {bits: 4}}]\nbudget: 2bpw", ["mine.yaml:2: budget: gptq.bits is already set; remove it"]),
         ("sede: 1\nstages: [svd]", ["mine.yaml:1: sede: unknown key; did you mean 'seed'?"]),
         ("stages: [svdd]", ["mine.yaml:1: stages[0]: unknown stage 'svdd'; did you mean 'svd'?"]),
         ("stages:\n - gptq: {bits: 5}", ["mine.yaml:2: stages[0].gptq.bits:", "2, 3, 4 or 8", "got 5"]),
@@ -152,10 +152,3 @@ def test_unknown_recipes_have_near_names(tmp_path):
         load_recipe("svd-gtpq4")
     with pytest.raises(RecipeError, match="no such file"):
         load_recipe(tmp_path / "none.yaml")
-
-
-def test_the_digest_follows_what_changes_weights(tmp_path):
-    base = load_recipe(write(tmp_path, GOOD)).digest()
-    assert load_recipe(write(tmp_path, GOOD), ["evaluate.perplexity=[ptb]"]).digest() == base
-    changed = {load_recipe(write(tmp_path, GOOD), [o]).digest() for o in ("seed=4", "svd.ratio=0.5", "gptq.bits=3")}
-    assert len(changed | {base}) == 4

@@ -16,8 +16,8 @@ from moesvd_quant.model.packing import PackedLinear
 from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run, RunError
-from moesvd_quant.stages import gptq
-from moesvd_quant.stages.base import StageError
+from moesvd_quant.stages import gptq_work
+from moesvd_quant.stages.context import StageError
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
 
@@ -145,23 +145,23 @@ def test_a_run_on_a_checkpoint_of_ours(make_model, tmp_path, small):
 
 
 def test_interrupted_anywhere_the_files_are_the_same(make_model, tmp_path, small, monkeypatch):
-    folder, layer = make_model("mixtral"), gptq.run_layer
+    folder, layer = make_model("mixtral"), gptq_work.run_layer
     make("svd-gptq3", folder, tmp_path / "whole", small).run()
 
     def fail_at(index):
-        def run_layer(context, i, *rest):
+        def run_layer(context, options, i, *rest):
             if i == index:
                 raise KeyboardInterrupt
-            return layer(context, i, *rest)
+            return layer(context, options, i, *rest)
 
         return run_layer
 
     for index in (0, 1):
-        monkeypatch.setattr(gptq, "run_layer", fail_at(index))
+        monkeypatch.setattr(gptq_work, "run_layer", fail_at(index))
         with pytest.raises(KeyboardInterrupt):
             make("svd-gptq3", folder, tmp_path / "parts", small).run()
     done = []
-    monkeypatch.setattr(gptq, "run_layer", lambda c, i, *rest: done.append(i) or layer(c, i, *rest))
+    monkeypatch.setattr(gptq_work, "run_layer", lambda c, o, i, *rest: done.append(i) or layer(c, o, i, *rest))
     make("svd-gptq3", folder, tmp_path / "parts", small).run()
     assert done == [1]  # layer 0 was finished by the second try
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
@@ -181,7 +181,7 @@ def test_kill_9_at_random_times(make_model, tmp_path, small):
 def test_finished_stages_are_not_done_again(make_model, tmp_path, small, monkeypatch):
     folder = make_model("mixtral")
     first = make("svd", folder, tmp_path, small).run()
-    monkeypatch.setattr("moesvd_quant.stages.svd.run_layer", lambda *_: pytest.fail("done again"))
+    monkeypatch.setattr("moesvd_quant.stages.svd_work.run_layer", lambda *_: pytest.fail("done again"))
     assert make("svd", folder, tmp_path, small).run() == first
 
 

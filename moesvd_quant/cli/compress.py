@@ -98,7 +98,7 @@ def plan(
             f"{account['bits_per_expert_weight']:.3f} bits per original expert weight, "
             f"{account['expert_ratio']:.1%} of expert parameters and {account['model_ratio']:.1%} of all removed"
         )
-        for path, decision in forecast["decisions"].items():
+        for path, decision in (forecast["decisions"] | forecast["notes"]).items():
             print(f"  {path}: {json.dumps(decision)}")
 
 

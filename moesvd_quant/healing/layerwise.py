@@ -15,6 +15,7 @@ from transformers import get_cosine_schedule_with_warmup
 from ..checkpoint.files import write_json, write_tensors
 from ..model.stream import StreamedModel
 from ..model.visit import LayerVisit
+from ..stages.lora import Lora
 from .adapters import Adapters, Trained, Updates, lora_config, update_file
 from .losses import output_error
 from .nf4 import freeze_in_nf4
@@ -23,7 +24,7 @@ from .targets import float_targets
 from .terms import into_layout
 
 
-def heal_layerwise(context, layout: dict, folder: Path) -> tuple[list[dict], Adapters]:
+def heal_layerwise(context, options: Lora, layout: dict, folder: Path) -> tuple[list[dict], Adapters]:
     """Trains each layer and leaves its updates in `folder`; a layer that is finished is not trained again. Returns the
     log {"phase": layer, "step", "loss"} and the adapters."""
     known, windows = context.statistics, context.training.train
@@ -40,7 +41,7 @@ def heal_layerwise(context, layout: dict, folder: Path) -> tuple[list[dict], Ada
         targets = wanted.outputs()
         original.drop_layer(index)
         if not file.is_file():
-            trained, losses = _heal_layer(context, streamed, visit, targets, layout)
+            trained, losses = _heal_layer(context.seed, options, streamed, visit, targets, layout)
             write_json(log, losses)
             write_tensors(adapter, trained.peft_tensors(name + "."))
             trained.updates(name + ".").write(file)
@@ -50,18 +51,18 @@ def heal_layerwise(context, layout: dict, folder: Path) -> tuple[list[dict], Ada
         history += [{"phase": index, "step": i + 1, "loss": loss} for i, loss in enumerate(json.loads(log.read_text()))]
         adapters |= load_file(adapter)
         heal_layer(streamed, index, visit.layer, layout, Updates.read(file), context.seed)
-        if context.options.train == "adapters":
-            found = float_targets(visit.layer, [""], context.options.attention)
+        if options.train == "adapters":
+            found = float_targets(visit.layer, [""], options.attention)
             linears, banks = (had + [f"{name}.{path}" for path in paths] for had, paths in zip((linears, banks), found))
         context.report("lora: layers", index + 1, len(streamed.layer_names))
-    return history, Adapters(lora_config(context.options.rank, linears, banks) if adapters else None, adapters)
+    return history, Adapters(lora_config(options.rank, linears, banks) if adapters else None, adapters)
 
 
-def _heal_layer(context, streamed: StreamedModel, visit: LayerVisit, targets: list, layout: dict):
+def _heal_layer(seed: int, options: Lora, streamed: StreamedModel, visit: LayerVisit, targets: list, layout: dict):
     """What was trained of one layer, and the loss of every step. A copy is trained; the streamed layer is empty
     afterwards."""
-    options, index = context.options, visit.index
-    name, seed, layer = streamed.layer_names[index], layer_seed(context.seed, index), copy.deepcopy(visit.layer)
+    index = visit.index
+    name, seed, layer = streamed.layer_names[index], layer_seed(seed, index), copy.deepcopy(visit.layer)
     streamed.drop_layer(index)
     new = into_layout(layer, name, layout, streamed.dtype, seed)
     if options.frozen == "nf4":

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from ..model.stream import StreamedModel
+from ..stages.lora import Lora
 from .adapters import Adapters, Trained, update_file
 from .nf4 import freeze_in_nf4
 from .shipped import layer_seed
@@ -15,7 +16,7 @@ from .terms import into_layout
 from .trainer import Loss, distill_loss, lm_loss, train
 
 
-def planned(streamed: StreamedModel, layout: dict, options, seed: int) -> tuple[nn.Module, list[str]]:
+def planned(streamed: StreamedModel, layout: dict, options: Lora, seed: int) -> tuple[nn.Module, list[str]]:
     """The parent with all layers in memory, brought into `layout`, in NF4 if so wanted (layer by layer, so that it is
     never whole in 16 bit); and the names of its new parameters."""
     streamed.load_outer()
@@ -29,19 +30,18 @@ def planned(streamed: StreamedModel, layout: dict, options, seed: int) -> tuple[
     return streamed.model, new
 
 
-def heal_whole(context, layout: dict, folder: Path) -> tuple[list[dict], Adapters]:
+def heal_whole(context, options: Lora, layout: dict, folder: Path) -> tuple[list[dict], Adapters]:
     """Trains as the stage's options say, with its state in `folder`, where the updates of every layer are left. Returns
     the log and the adapters."""
-    if context.options.objective == "lm":
-        return _train(context, layout, folder, lm_loss)
+    if options.objective == "lm":
+        return _train(context, options, layout, folder, lm_loss)
     original = context.statistics.model()
     say = partial(context.report, "lora: what the original predicts")
     with predictions(original, context.training.train, context.statistics.store, say) as predict:
-        return _train(context, layout, folder, distill_loss(predict))
+        return _train(context, options, layout, folder, distill_loss(predict))
 
 
-def _train(context, layout: dict, folder: Path, loss: Loss) -> tuple[list[dict], Adapters]:
-    options = context.options
+def _train(context, options: Lora, layout: dict, folder: Path, loss: Loss) -> tuple[list[dict], Adapters]:
     streamed = context.statistics.model(context.parent.folder)
     model, new = planned(streamed, layout, options, context.seed)
     trained = Trained(model, streamed.layer_names, options, new, context.seed)

@@ -17,8 +17,8 @@ from ..memory import Batches
 from ..model.experts import dense_weight, expert_count, find_experts, shapes_of, split_projections
 from ..model.parts import JOINT
 from ..model.stream import StreamedModel
-from ..stages.base import Plan, expert_grams, reached
 from ..stages.choices import row_scale
+from ..stages.context import Plan, expert_grams, reached
 
 TOKENS = 16384  # of a text
 

@@ -18,8 +18,8 @@ from ..model.factorized_experts import FactorizedExperts
 from ..model.folder import ModelError
 from ..model.parts import JOINT
 from ..stages.allocation import plan_ratio
-from ..stages.base import Context, Plan, expert_grams, reached
-from ..stages.options import SvdOptions
+from ..stages.context import Context, Plan, expert_grams, reached
+from ..stages.svd import Svd
 from .rehearsal import TOKENS, rehearse
 from .similarity import deltas, effective_rank, expert_similarity, random_like, spectra
 
@@ -67,7 +67,7 @@ def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report
         report("layers", index + 1, count)
     if not found.layers:
         raise ModelError(f"{folder}: no experts that text reaches; there is nothing to probe")
-    plans = _plans(found, Context(model, calibration, None, 0, model.device, report=report))
+    plans = _plans(found, Context(model, calibration, Svd(), 0, model.device, report=report))
     for done, (name, statistics) in enumerate(texts.items()):
         streamed = calibration.model(folder)
         scratch = statistics.scratch((len(RATIOS) + 2) * TOKENS * statistics.sizes.row)
@@ -80,8 +80,7 @@ def _plans(found: Survey, context: Context) -> dict[float, Plan]:
     """What stage svd would do at each ratio; fills in what that removes, and mean ranks."""
     plans = {}
     for ratio in RATIOS:
-        context.options = SvdOptions(ratio=ratio)
-        plans[ratio] = plan = plan_ratio(context)
+        plans[ratio] = plan = plan_ratio(context, ratio)
         found.removed[ratio] = account(context.parent, plan.layout).expert_ratio
         for path, layer in found.layers.items():
             for name, parts in plan.layout["experts"][path].items():

@@ -1,18 +1,21 @@
-"""The stages a recipe can chain: one file each, its options in `options.py`."""
+"""The stages that a recipe can chain: a class and a line here each."""
 
-from .options import D2Options, GptqOptions, LoraOptions, StageOptions, SvdOptions
+from .d2 import D2
+from .gptq import Gptq
+from .lora import Lora
+from .stage import Stage
+from .svd import Svd
 
-OPTIONS: dict[str, type[StageOptions]] = {
-    "svd": SvdOptions,
-    "d2": D2Options,
-    "lora": LoraOptions,
-    "gptq": GptqOptions,
-}
+STAGES: dict[str, type[Stage]] = {}
 
-# A stage may not come after any of these: what is factorized or packed cannot be decomposed, nor packed again.
-NOT_AFTER: dict[str, set[str]] = {
-    "svd": {"svd", "d2", "lora", "gptq"},
-    "d2": {"svd", "d2", "lora", "gptq"},
-    "lora": set(),
-    "gptq": {"gptq"},
-}
+
+def register(stage: type[Stage]) -> type[Stage]:
+    """Makes a stage known to recipes by its name; may stand before a class as a decorator."""
+    STAGES[stage.name] = stage
+    return stage
+
+
+register(Svd)
+register(D2)
+register(Lora)
+register(Gptq)

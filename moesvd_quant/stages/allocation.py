@@ -14,21 +14,21 @@ from ..layout import layout_of, parts_by_choice
 from ..model.experts import all_shapes, find_experts
 from ..model.parts import JOINT
 from ..recipe import Limits
-from .base import UNREACHED, Context, Plan, StageError
 from .choices import Choices, choices_of
+from .context import UNREACHED, Context, Plan, StageError
 
 WIDTHS = [2, 3, 4, 8, FLOAT]
 
 
-def plan_ratio(context: Context) -> Plan:
+def plan_ratio(context: Context, ratio: float) -> Plan:
     """Ranks of all experts that leave out a fraction `ratio` of their parameters, in floating point."""
     found = choices_of(context, [FLOAT], ranks=True)
     if not found.tables:
         raise StageError("no calibration token reached any expert; give other calibration text")
     dense = sum(len(t.errors) * t.costs[t.choices.index(Choice(DENSE))] for t in found.tables.values())
-    made = allocate(found.tables, dense * (1 - context.options.ratio))
+    made = allocate(found.tables, dense * (1 - ratio))
     plan = _explained(plan_of(context, found, made.choices), context, found.tables, made)
-    return replace(plan, widths={})  # a gptq stage to come has its own
+    return replace(plan, widths={})  # the stage that quantizes has its own
 
 
 def plan_budget(context: Context, ranks: bool) -> Plan:
@@ -37,7 +37,7 @@ def plan_budget(context: Context, ranks: bool) -> Plan:
     Widths are those of the gptq stage (this one or one to come): its bits, or any of WIDTHS where they are open;
     without one, experts stay floating point.
     """
-    options, limits = context.gptq, context.limits
+    options, limits = context.packing, context.limits
     widths = [FLOAT] if options is None else limits.widths or WIDTHS if options.bits is None else [options.bits]
     found = choices_of(context, widths, ranks)
     item, shapes = context.parent.stored_dtype.itemsize, _shapes(context)
@@ -63,16 +63,16 @@ def plan_of(context: Context, found: Choices, choices: dict[tuple[str, str], lis
         bits.setdefault(path, {})[name] = part_bits
         decision = {"weak_experts": found.weak[path], "price": found.prices[path], "choices": {}, "forecast": {}}
         decisions.setdefault(path, decision)["choices"][name] = [describe(choice) for choice in chosen]
-    return Plan(layout, decisions, bits)
+    return Plan(layout, decisions, widths=bits)
 
 
 def _explained(plan: Plan, context: Context, tables: dict, made: Allocation) -> Plan:
     """The plan of an allocation, with its forecast and what it leaves alone."""
     for (path, name), choices in made.choices.items():
         plan.decisions[path]["forecast"][name] = forecast_error(tables[path, name], choices)
-    plan.decisions["allocation"] = {"forecast": made.error, "bound": made.bound, "gap": made.gap}
+    plan.notes["allocation"] = {"forecast": made.error, "bound": made.bound, "gap": made.gap}
     if kept := {path: UNREACHED for path, _ in _shapes(context) if path not in plan.widths}:
-        plan.decisions["kept in 16 bit"] = kept
+        plan.notes["kept in 16 bit"] = kept
     return plan
 
 

@@ -14,7 +14,7 @@ from ..model.factorized_experts import FactorizedExperts
 from ..model.parts import JOINT, joined
 from ..quantize.noise import NOISE
 from ..quantize.packed import QuantizeError, quant_format
-from .base import Context, StageError, expert_grams, reached, weak_experts
+from .context import Context, StageError, expert_grams, reached, weak_experts
 
 LEAST_PRICE = 1e-30  # of experts that no error of theirs could be seen of
 
@@ -56,10 +56,10 @@ def _require_native(context: Context) -> None:
 def _layer_choices(effects, widths, ranks, context: Context, index: int, layer, statistics: dict) -> Choices:
     """The same of one layer; effects: nats per token of each group."""
     made, name = Choices({}, {}, {}), context.parent.layer_names[index]
-    damp = context.gptq.damp if context.gptq else 0.0
+    damp = context.packing.damp if context.packing else 0.0
 
     def form(bits: int, columns: int, left: bool) -> dict | None:
-        return None if bits == FLOAT else quant_format(context.gptq, columns, left, bits)
+        return None if bits == FLOAT else quant_format(context.packing, columns, left, bits)
 
     for path, experts in find_experts(layer):
         full = f"{name}.{path}"

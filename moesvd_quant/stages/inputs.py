@@ -7,7 +7,7 @@ from ..lazy import Lazily
 from ..model.experts import dense_weight, expert_count
 from ..model.factorized_experts import FactorizedExperts
 from ..model.parts import JOINT
-from .base import Context, errors_of, expert_grams, reached
+from .context import Context, errors_of, expert_grams, reached
 
 
 class OriginalInputs:
@@ -68,8 +68,10 @@ class PairedInputs:
         return found
 
 
-def inputs_of(context: Context, experts, statistics: dict, path: str) -> OriginalInputs | PairedInputs:
-    """Those of the stage's options; experts that no token reaches know of no other inputs."""
-    if context.options.error_aware and reached(statistics, path):
+def inputs_of(
+    context: Context, error_aware: bool, experts, statistics: dict, path: str
+) -> OriginalInputs | PairedInputs:
+    """The inputs that a stage fits experts to. Experts that no token reaches have no others than the original's."""
+    if error_aware and reached(statistics, path):
         return PairedInputs(context, context.paired_walk().experts(path), statistics, path)
     return OriginalInputs(context, experts, statistics, path)

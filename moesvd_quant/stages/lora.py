@@ -1,135 +1,98 @@
 """Stage `lora`: what compression lost is trained back, and merged; beside packed weights it stays a low-rank term, or
 moves their scales."""
 
-import json
-import math
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
+from pydantic import Field, model_validator
 
-from ..checkpoint.files import write_json
-from ..healing.adapters import Updates, save_peft, update_file
-from ..healing.layerwise import heal_layerwise
-from ..healing.needs import healing_needs
-from ..healing.record import write_curve
-from ..healing.shipped import heal_layer, validation_loss
-from ..healing.terms import TermError, healed_layout, is_packed
-from ..healing.whole import heal_whole
-from ..layout import layout_of
-from ..model.stream import StreamedModel
-from .base import Context, Plan, StageError, require_experts
+from .stage import Form, Stage, TrainingText
 
-STATE, RECORD, ADAPTER = "training", "healing.json", "adapter"
-OBJECTIVE = {"lm": "loss, nats per token", "distill": "KL, nats per token", "layerwise": "relative output error"}
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .context import Context, Plan
+
+TRAINING = "training"  # folder of optimizer states, gone from the finished checkpoint
 
 
-def plan(context: Context) -> Plan:
-    """The parent's layout; beside what is packed, where adapters are trained, a low-rank term."""
-    require_experts(context.parent)
-    options = context.options
-    packed = is_packed(layout_of(context.parent))
-    if packed and options.train == "factors":
-        raise StageError("lora.train: factors: this checkpoint's are packed; use adapters, or heal before gptq")
-    if not packed and options.train == "scales":
-        raise StageError("lora.train: scales: nothing is packed yet; put lora after gptq")
-    if packed and options.frozen == "nf4":
-        raise StageError("lora.frozen: nf4: this checkpoint is packed already; leave it out")
-    _require_original(context)
-    try:
-        layout = healed_layout(context.parent, options.rank, options.train == "adapters", options.attention)
-    except TermError as error:
-        raise StageError(str(error)) from error
-    needs = healing_needs(context.parent, layout, options, context.training.train.shape, context.statistics)
-    needs.require(_free(context), context.statistics.store, options)
-    return Plan(layout, {"needs": needs.to_dict()}, context.widths)
+class Lora(Stage):
+    name: ClassVar[str] = "lora"
+    takes: ClassVar[Form] = Form.PACKED
+    leaves: ClassVar[Form] = Form.CHANGED
 
-
-def _free(context: Context) -> int:
-    """Bytes that training may take."""
-    if context.device.type == "cuda":
-        return torch.cuda.mem_get_info(context.device)[0]
-    return context.statistics.memory.free()
-
-
-def _require_original(context: Context) -> None:
-    """StageError where the model to learn from is the very one to heal."""
-    if context.options.objective == "lm":
-        return
-    original = layout_of(StreamedModel(context.statistics.folder))
-    if original["experts"] or is_packed(original):
-        raise StageError(
-            f"lora.objective: {context.options.objective} learns from the original, and {context.statistics.folder} is "
-            "compressed already; run the whole recipe on the original model, or use objective: lm"
-        )
-
-
-def prepare(context: Context, planned: Plan, folder: Path) -> Plan:
-    """Trains, once; state and result lie in folder/training. The plan is the input's own where healing did not help."""
-    record = folder / RECORD
-    if not record.is_file():
-        _heal(context, planned, folder)
-    outcome = json.loads(record.read_text())
-    if outcome["healed"]:
-        return Plan(planned.layout, {"healing": outcome})
-    return Plan(healed_layout(context.parent, 0, False, False), {"healing": outcome})
-
-
-def _heal(context: Context, planned: Plan, folder: Path) -> None:
-    options, state = context.options, folder / STATE
-    if options.objective != "lm" and context.parent.folder == context.statistics.folder:
-        raise StageError(
-            f"lora.objective: {options.objective}: nothing is compressed yet; put lora after svd, d2 or gptq"
-        )
-    state.mkdir(exist_ok=True)
-    validation, known = context.training.validation, context.statistics
-    scratch = known.scratch(2 * validation.numel() * known.sizes.row)
-    history, adapters = (heal_layerwise if options.objective == "layerwise" else heal_whole)(
-        context, planned.layout, state
+    train: Literal["adapters", "factors", "router", "scales"] = Field(
+        "adapters",
+        description="adapters: LoRA, merged afterwards, or kept as a low-rank term where weights are packed; factors: "
+        "the 16-bit factors themselves; router: the routers alone; scales: after gptq, the scales of what is packed, "
+        "norms, and routers, in the bytes they have",
     )
+    objective: Literal["lm", "distill", "layerwise"] = Field(
+        "lm",
+        description="lm: next token; distill: the original's predictions (KL divergence); layerwise: each layer's "
+        "output in the original, one layer of each model in memory",
+    )
+    rank: Annotated[int, Field(ge=8, multiple_of=8)] = Field(16, description="rank of the adapters, a multiple of 8")
+    attention: bool = Field(True, description="attention, shared-expert and dense-layer linears as well")
+    in_turn: bool = Field(False, description="left factors in the first half of the steps, right ones in the second")
+    frozen: Literal["stored", "nf4"] = Field("stored", description="what is not trained meanwhile: as stored, or NF4")
+    dataset: str = Field(
+        "calibration",
+        description="text or instruction data; calibration: the recipe's own, with what the model wrote of it unless "
+        "objective is lm",
+    )
+    length: Literal["auto"] | Annotated[int, Field(ge=16)] = Field("auto", description="tokens per window")
+    steps: Annotated[int, Field(gt=0)] = Field(500, description="optimizer steps; layerwise: of each layer")
+    batch: Annotated[int, Field(gt=0)] = Field(16, description="windows per step")
+    microbatch: Annotated[int, Field(gt=0)] = Field(4, description="windows at once; the rest is accumulated")
+    lr: Annotated[float, Field(gt=0)] = Field(5e-4, description="peak of the cosine schedule; scales take 5e-3")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of the steps with a rising rate")
+    validation: Annotated[int, Field(gt=0)] = Field(64, description="windows held out to judge by")
+    validate_every: Annotated[int, Field(gt=0)] = Field(50, description="steps between validations, and saves")
+    patience: Annotated[int, Field(gt=0)] = Field(5, description="validations without gain before training stops")
+    checkpointing: bool = Field(True, description="recompute activations: less memory, a third more time")
 
-    def loss(heal) -> float:
-        return validation_loss(known.model(context.parent.folder), validation, heal, scratch)
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.batch % self.microbatch:
+            raise ValueError(f"batch: {self.batch} is not a multiple of microbatch {self.microbatch}")
+        if self.in_turn and self.train in ("router", "scales"):
+            what = "a router has" if self.train == "router" else "scales have"
+            raise ValueError(f"in_turn: {what} no left and right factor; use train: adapters or factors")
+        if self.frozen == "nf4" and self.train != "adapters":
+            raise ValueError("frozen: nf4 needs train: adapters; what is quantized cannot be trained itself")
+        return self
 
-    before = loss(None)
-    streamed = known.model(context.parent.folder)
-    trained = 0
+    def label(self) -> str:
+        what = {"adapters": f"lora{self.rank}", "factors": "tuned"}.get(self.train, self.train)
+        return what + {"lm": "", "distill": "-distilled", "layerwise": "-layerwise"}[self.objective]
 
-    def heal(index: int, layer) -> None:
-        nonlocal trained
-        updates = Updates.read(update_file(state, index))
-        trained += updates.parameters()
-        heal_layer(streamed, index, layer, planned.layout, updates, context.seed)
+    def training_text(self) -> TrainingText:
+        own = self.dataset == "calibration"
+        return TrainingText(
+            dataset=None if own else self.dataset,
+            length=None if self.length == "auto" else self.length,
+            windows=self.steps * self.batch,
+            validation=self.validation,
+            self_written=own and self.objective != "lm",
+        )
 
-    after = validation_loss(streamed, validation, heal, scratch)
-    if not math.isfinite(after):
-        raise StageError(f"lora: the healed model's validation loss is {after}; lower lora.lr")
-    write_curve(folder, history, OBJECTIVE[options.objective])
-    if adapters.config is not None and after < before:
-        save_peft(folder / ADAPTER, adapters.config, adapters.tensors, context.parent.folder.name)
-    outcome = {
-        "healed": after < before,
-        "validation_perplexity_before": math.exp(before),
-        "validation_perplexity_after": math.exp(after),
-        "validation_tokens": validation.numel(),
-        "training_tokens": options.batch * context.training.train.shape[1] * sum("loss" in e for e in history),
-        "distinct_training_tokens": context.training.train.unique(dim=0).numel(),
-        "trained_parameters": trained,
-    }
-    if after >= before:
-        outcome["why_not"] = "the healed weights, as they would ship, are not better on held-out text: the input stays"
-    write_json(folder / RECORD, outcome)
+    def plan(self, context: "Context") -> "Plan":
+        from .lora_work import plan
 
+        return plan(context, self)
 
-def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
-    """Merges what was trained into a loaded layer, or leaves it as it is."""
-    updates = Updates({}, {}, {})
-    if plan.decisions["healing"]["healed"]:
-        updates = Updates.read(update_file(context.folder / STATE, index))
-    heal_layer(context.parent, index, layer, plan.layout, updates, context.seed)
-    return {}
+    def prepare(self, context: "Context", plan: "Plan", folder: Path) -> "Plan":
+        from .lora_work import prepare
 
+        return prepare(context, self, plan, folder)
 
-def conclude(folder: Path) -> None:
-    """Optimizer states and all else that served training stay out of the checkpoint."""
-    shutil.rmtree(folder / STATE, ignore_errors=True)
+    def run_layer(self, context: "Context", index: int, layer: "nn.Module", statistics: dict, plan: "Plan") -> dict:
+        from .lora_work import run_layer
+
+        return run_layer(context, self, index, layer, statistics, plan)
+
+    def conclude(self, folder: Path) -> None:
+        """Optimizer states and all else that served training stay out of the checkpoint."""
+        shutil.rmtree(folder / TRAINING, ignore_errors=True)

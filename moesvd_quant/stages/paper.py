@@ -15,7 +15,8 @@ from ..decompose.sensitivity import (
 from ..decompose.sharing import left_count
 from ..layout import dense_layout, factor_part, parts_by_rank
 from ..model.experts import split_projections
-from .base import StageError
+from .context import StageError
+from .svd import Svd
 
 
 def survey_layer(experts, statistics: dict, path: str, total_tokens: int, options) -> dict:
@@ -101,15 +102,30 @@ def own_ranks(survey: dict, items: list[tuple[str, str]], budget: int) -> dict[t
     return found
 
 
+def shares_factors(options: Svd, experts: int) -> bool:
+    """Whether so many experts have a right factor in common. A shared expert is alone and has its own factors."""
+    return options.method == "paper" and options.shared_v and experts > 1
+
+
+def kept_lefts(options: Svd, group: int) -> int:
+    """How many left factors a group of so many experts keeps. ValueError where it does not have as many."""
+    kept = options.keep_u if options.trim_u is None else group - options.trim_u
+    if 1 <= kept <= group:
+        return kept
+    if options.trim_u is None:
+        raise ValueError(f"keep_u {options.keep_u}: a group has {group} experts; give 1 to {group}")
+    raise ValueError(f"trim_u {options.trim_u}: a group has {group} experts; give 0 to {group - 1}")
+
+
 def _units(path: str, entry: dict, options) -> dict[str, int]:
     """Parameters per unit of rank of each projection, all experts together."""
     count = entry["experts"]
     lefts = rights = count
-    if options.shares(count):
+    if shares_factors(options, count):
         if count % options.groups:
             raise StageError(f"{path}: {count} experts do not part into groups: {options.groups} equal ones")
         try:
-            kept = options.kept(count // options.groups)
+            kept = kept_lefts(options, count // options.groups)
         except ValueError as error:
             raise StageError(f"{path}: {error}") from error
         lefts = left_count(entry["frequency"], kept, options.literal, options.groups)

@@ -1,168 +1,129 @@
 """Stage `svd`: every expert matrix becomes low-rank factors, or stays dense where that is cheaper."""
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
+from pydantic import Field, field_validator, model_validator
 
-from ..calibration.metric import shrink
-from ..decompose.baselines import asvd, plain_svd
-from ..decompose.sensitivity import sampling_frequency
-from ..decompose.sharing import literal, share_and_trim, share_in_groups
-from ..decompose.whitening import balance, refit_left, whitened_svd
-from ..layout import layout_of, parts_by_rank
-from ..model.experts import expert_count, find_experts, shapes_of
-from ..model.factorized_experts import FactorizedExperts
-from .allocation import plan_budget, plan_ratio
-from .base import (
-    UNREACHED,
-    Context,
-    Plan,
-    StageError,
-    expert_grams,
-    fill,
-    reached,
-    require_experts,
-    weak_experts,
-)
-from .choices import row_scale
-from .inputs import inputs_of
-from .paper import own_ranks, plan_paper, require_ranks, survey_layer
+from .stage import Form, Stage, check_ratio
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .context import Context, Plan
 
 
-def plan(context: Context) -> Plan:
-    """Ranks of all experts under the ratio, by the method of the options."""
-    require_experts(context.parent)
-    if context.options.is_open():
-        return plan_budget(context, ranks=True)
-    if context.options.method == "global":
-        return plan_ratio(context)
-    survey, kept = _survey(context)
-    total = sum(entry["experts"] * out * i for entry in survey.values() for out, i in entry["shapes"].values())
-    budget = int(total * (1 - context.options.ratio))
-    decide = plan_paper if context.options.method == "paper" else _plan_uniform
-    layout = layout_of(context.parent)
-    layout["experts"], decisions = decide(survey, budget, context.options)
-    for path, entry in survey.items():
-        decisions.setdefault(path, {})["weak_experts"] = entry["weak"]
-    return Plan(layout, decisions | ({"kept in 16 bit": kept} if kept else {}))
+class Svd(Stage):
+    name: ClassVar[str] = "svd"
+    takes: ClassVar[Form] = Form.ORIGINAL
+    leaves: ClassVar[Form] = Form.CHANGED
+    budget_option: ClassVar[str | None] = "ratio"
 
+    method: Literal["global", "uniform", "asvd", "plain", "paper"] = Field(
+        "global",
+        description="global: ranks by one threshold over the model; uniform: one rank share (SVD-LLM per "
+        "expert); asvd, plain: the same share, ASVD's scaling or no statistics at all; paper: MoE-SVD, sensitive "
+        "layers kept, V shared, U trimmed",
+    )
+    ratio: float | None = Field(
+        None, description="fraction of routed-expert parameters removed, between 0 and 1; left open: the budget decides"
+    )
+    update: bool = Field(
+        False,
+        description="uniform: left factors refitted to the inputs that the compressed layers before give (SVD-LLM)",
+    )
+    error_aware: bool = Field(
+        False, description="global: factors fitted to the original's outputs on the inputs that compressed layers give"
+    )
+    alpha: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="asvd: power of the mean |activation| that scales"
+    )
+    select: Literal["fpa", "fp", "fa", "pa", "f", "p", "a", "owl", "uniform"] = Field(
+        "fpa", description="paper: what keeps a layer: factors of eq. 4 (Table 5), OWL's score, or nothing (Table 4)"
+    )
+    shared_v: bool = Field(True, description="paper: one right factor for all experts of a group; false: own factors")
+    groups: Annotated[int, Field(ge=1)] = Field(1, description="paper: groups of neighbouring experts, each with its V")
+    keep_u: Annotated[int, Field(ge=1)] = Field(2, description="paper: left factors kept per group (k of eq. 7)")
+    trim_u: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="paper: left factors trimmed per group, in place of keep_u (Table 6); 0 keeps all"
+    )
+    principal_rank: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.01, description="paper: a singular value counts above this share of the largest (Algorithm 1)"
+    )
+    outlier: Annotated[float, Field(gt=0)] = Field(
+        2.0, description="paper: an activation is an outlier above this multiple of the mean (eq. 10)"
+    )
+    literal: bool = Field(False, description="paper: Algorithm 3 by the letter, without refit")
 
-def _survey(context: Context) -> tuple[dict[str, dict], dict[str, str]]:
-    """Per experts module: shapes, and what the method needs of weights and statistics; and modules that are kept."""
-    found = dict(context.each_layer(_survey_layer, context.surveyed))
-    survey = {path: entry for index in sorted(found) for path, entry in found[index].items()}
-    unreached = {path: UNREACHED for path, entry in survey.items() if entry is None}
-    survey = {path: entry for path, entry in survey.items() if entry is not None}
-    if not survey:
-        raise StageError("no calibration token reached any expert; give other calibration text")
-    return survey, unreached
+    @field_validator("ratio")
+    @classmethod
+    def _ratio(cls, value):
+        return None if value is None else check_ratio(value)
 
+    def unused_options(self) -> dict[str, str]:
+        """Options of other methods, {name: what they need}."""
+        paper, factors = self.method == "paper", self.select if self.select not in ("owl", "uniform") else ""
+        needs = {
+            "update": (self.method == "uniform", "method: uniform"),
+            "error_aware": (self.method == "global", "method: global"),
+            "alpha": (self.method == "asvd", "method: asvd"),
+            "principal_rank": ("p" in factors, "p in select"),
+            "outlier": ("a" in factors, "a in select"),
+            "keep_u": (self.trim_u is None, "trim_u left out"),
+        }
+        for name in ("groups", "keep_u", "trim_u", "literal"):
+            met, need = needs.get(name, (True, ""))
+            needs[name] = (met and self.shared_v, need if self.shared_v else "shared_v: true")
+        for name in ("select", "shared_v", "groups", "keep_u", "trim_u", "principal_rank", "outlier", "literal"):
+            met, need = needs.get(name, (True, ""))
+            needs[name] = (met and paper, need if paper else "method: paper")
+        return {name: need for name, (met, need) in needs.items() if not met}
 
-def _survey_layer(context: Context, index: int, layer, statistics: dict) -> dict[str, dict | None]:
-    """The same of the experts modules of one layer; None for those that no token reached."""
-    options, name = context.options, context.parent.layer_names[index]
-    found: dict[str, dict | None] = {}
-    for path, experts in find_experts(layer):
-        full = f"{name}.{path}"
-        if isinstance(experts, FactorizedExperts):
-            raise StageError(f"{full}: is factorized already; stage svd needs an original model")
-        if not reached(statistics, path):
-            found[full] = None
-            continue
-        entry: dict = {"shapes": shapes_of(experts), "experts": expert_count(experts)}
-        entry["weak"] = weak_experts(statistics, path)
-        if options.method == "paper":
-            entry |= survey_layer(experts, statistics, path, context.statistics.windows.numel(), options)
-        found[full] = entry
-    return found
+    @model_validator(mode="after")
+    def _no_unused(self):
+        given: dict[str, list[str]] = {}
+        for name, need in self.unused_options().items():
+            if name in self.model_fields_set:
+                given.setdefault(need, []).append(name)
+        if given:
+            raise ValueError(
+                "; ".join(f"{', '.join(sorted(names))}: only with {need}" for need, names in given.items())
+            )
+        if self.method != "global" and self.ratio is None:
+            raise ValueError("ratio: is required (fraction of routed-expert parameters removed, between 0 and 1)")
+        return self
 
+    def calibration_walks(self) -> int:
+        return 2 if self.error_aware else int(self.update)
 
-def _plan_uniform(survey, budget, options):
-    """One share of the full rank for every matrix: the published methods per expert."""
-    items = [(path, name) for path, entry in survey.items() for name in entry["shapes"]]
-    layout: dict = {}
-    decisions: dict = {}
-    found = own_ranks(survey, items, budget)
-    require_ranks(found, options.ratio)
-    for (path, name), ranks in found.items():
-        layout.setdefault(path, {})[name] = parts_by_rank(ranks)
-        decisions.setdefault(path, {}).setdefault("ranks", {})[name] = ranks
-    return layout, decisions
+    def needs_sensitivity(self) -> bool:
+        return self.method == "global"
 
+    def label(self) -> str:
+        label = self._method_label()
+        ratio = "" if self.ratio is None else f"{round(self.ratio * 100)}"
+        label = f"{label}-{ratio}" if label[-1].isdigit() else label + ratio
+        return f"{label}-aware" if self.error_aware else label
 
-def run_layer(context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
-    """Replaces the experts of a loaded layer as planned. Returns errors per projection and expert."""
-    options = context.options
-    report = {}
-    walk = context.compressed_walk() if options.update else None
-    pair = context.paired_walk() if options.error_aware else None
-    if pair:
-        pair.enter()
-    seen = walk.statistics(index) if walk else {}
-    for path, native in list(find_experts(layer)):
-        full = f"{context.parent.layer_names[index]}.{path}"
-        if full not in plan.layout["experts"]:
-            continue
-        given = inputs_of(context, native, statistics, path)
-        after = expert_grams(seen, path, context.device, shrink) if seen else {}
-        magnitudes = _magnitudes(statistics, path) if options.method == "asvd" else {}
-        frequency = sampling_frequency(statistics[f"{path}/tokens"], context.statistics.windows.numel())
-        layout, prices = plan.layout["experts"][full], plan.decisions[full].get("price", {})
-        made = FactorizedExperts(native, layout)
-        for name in sorted(layout, key=lambda name: name == "down"):  # whose inputs the others decide
-            # The published methods are judged, and factorized, by each expert's own inputs.
-            fitted = given.weights(name, made), given.grams(name, options.method == "global")
-            scale = row_scale(prices, name, shapes_of(native)) if prices else None
-            for i, part in enumerate(layout[name]):
-                banks = _banks(part, *fitted, after.get(name), magnitudes.get(name), scale, frequency, options)
-                fill(made, ((f"{name}_{i}_{bank}", row, value) for bank, row, value in banks))
-        layer.set_submodule(path, made)
-        for either in (walk, pair):
-            if either:
-                either.replace(path, made)
-        report[full] = given.errors(made)
-    return report
+    def _method_label(self) -> str:
+        if self.method != "paper":
+            label = {"global": "svd", "uniform": "svd-llm", "plain": "svd-plain", "asvd": "asvd"}[self.method]
+            return f"{label}-update" if self.update else label
+        marks = {
+            self.select: self.select != "fpa",
+            "own": not self.shared_v,
+            f"g{self.groups}": self.groups > 1,
+            f"trim{self.trim_u}": self.trim_u is not None,
+            f"keep{self.keep_u}": self.keep_u != 2,
+            "literal": self.literal,
+        }
+        return "-".join(["moe-svd-paper", *(mark for mark, is_set in marks.items() if is_set)])
 
+    def plan(self, context: "Context") -> "Plan":
+        from .svd_work import plan
 
-def _magnitudes(statistics: dict, path: str) -> dict[str, torch.Tensor]:
-    """Mean absolute inputs (E, in) of each projection; of an expert without tokens those of its layer."""
-    tokens = statistics[f"{path}/tokens"]
-    means = {}
-    for key in ("abs_in", "abs_mid"):
-        total = statistics[f"{path}/{key}"].double()
-        means[key] = torch.where(tokens[:, None] > 0, total / tokens.clamp(min=1)[:, None], total.sum(0) / tokens.sum())
-    return {"gate": means["abs_in"], "up": means["abs_in"], "down": means["abs_mid"]}
+        return plan(context, self)
 
+    def run_layer(self, context: "Context", index: int, layer: "nn.Module", statistics: dict, plan: "Plan") -> dict:
+        from .svd_work import run_layer
 
-def _banks(
-    part, weights, grams, after, magnitudes, scale, frequency, options
-) -> Iterator[tuple[str, int | None, torch.Tensor]]:
-    """(bank, row or None for all, tensor) of one part; the rows of shared factors are set in it.
-
-    scale (out, 1): what an error in each row of the weights counts for; None: alike.
-    """
-    experts = part["experts"]
-    if "dense" in part:
-        yield from (("dense", row, weights[e]) for row, e in enumerate(experts))
-        return
-    if options.shares(len(weights)):
-        make = literal if options.literal else share_and_trim
-        kept = options.kept(len(weights) // options.groups)
-        made = share_in_groups(make, list(weights), grams, frequency, part["rank"], kept, options.groups)
-        part["left"], part["right"] = made.left_rows, made.right_rows
-        yield from (("left", None, made.left), ("right", None, made.right))
-        return
-    for row, e in enumerate(experts):
-        weight = weights[e]
-        if options.method == "plain":
-            left, right = plain_svd(weight, part["rank"])
-        elif options.method == "asvd":
-            left, right = asvd(weight, magnitudes[e].to(weight.device), options.alpha, part["rank"])
-        elif scale is not None:
-            left, right = whitened_svd(weight.float() * scale.to(weight.device), grams[e], part["rank"])
-            left, right = balance(left / scale.to(left.device), right)
-        else:
-            left, right = whitened_svd(weight, grams[e], part["rank"])
-        if after is not None:  # SVD-LLM's closed-form update
-            left = refit_left([weight], [after[e]], [right])
-        yield from (("left", row, left), ("right", row, right))
+        return run_layer(context, self, index, layer, statistics, plan)

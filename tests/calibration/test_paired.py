@@ -11,7 +11,8 @@ from moesvd_quant.calibration.paired import RIDGE, PairedExperts, corrected, out
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
-from moesvd_quant.stages.base import Context
+from moesvd_quant.stages.context import Context
+from moesvd_quant.stages.svd import Svd
 
 
 def inputs(seed=0, tokens=200, size=24):
@@ -48,7 +49,7 @@ def test_inputs_are_those_of_the_compressed_model(make_model, tmp_path, small):
     folder = make_model("mixtral")
     run = Run(load_recipe("gptq2", small), folder, tmp_path)
     parent = run.run()[-1]
-    context = Context(None, run.statistics, None, 0, run.device)
+    context = Context(None, run.statistics, Svd(), 0, run.device)
     context.parent = type("Parent", (), {"folder": parent})
     walk = context.paired_walk()
     for _ in range(2):
@@ -94,13 +95,13 @@ def test_error_aware_stages_follow_the_original_closer_and_resume_to_the_same_bi
     errors = [float((last_hidden(f) - original).square().sum()) for f in (plain, whole)]
     assert errors[1] < 0.95 * errors[0]
 
-    module = importlib.import_module(f"moesvd_quant.stages.{stage}")
+    module = importlib.import_module(f"moesvd_quant.stages.{stage}_work")
     real = module.run_layer
 
-    def breaks(context, index, *rest):
+    def breaks(context, options, index, *rest):
         if index == 2:
             raise KeyboardInterrupt
-        return real(context, index, *rest)
+        return real(context, options, index, *rest)
 
     monkeypatch.setattr(module, "run_layer", breaks)
     again = Run(aware, folder, tmp_path / "again")

@@ -14,7 +14,7 @@ from moesvd_quant.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.model.modeling_moesvd import check_digests
 from moesvd_quant.model.packing import PackedLinear
-from moesvd_quant.stages import lora
+from moesvd_quant.stages import lora_work
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
 
@@ -27,7 +27,7 @@ def logits(model) -> torch.Tensor:
 def keep(monkeypatch, healed: bool) -> None:
     """Random models know no text: whether healing helped is decided here."""
     losses = iter([1.0, 0.9 if healed else 1.1])
-    monkeypatch.setattr(lora, "validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(lora_work, "validation_loss", lambda *_: next(losses))
 
 
 def shapes(folder) -> dict:

@@ -11,8 +11,8 @@ from moesvd_quant.healing.needs import HealingNeeds
 from moesvd_quant.memory import MemoryLimitError, PeakMeter, return_freed
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
-from moesvd_quant.stages import lora
-from moesvd_quant.stages.options import LoraOptions
+from moesvd_quant.stages import lora_work
+from moesvd_quant.stages.lora import Lora
 
 SHAPE = dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1792)
 SVD, GPTQ = "{svd: {ratio: 0.4, method: uniform}}", "{gptq: {bits: 3, rtn: true}}"
@@ -47,7 +47,7 @@ def test_the_peak_is_forecast(folder, tmp_path, text, monkeypatch, before, more,
     overrides = [f"calibration.dataset={text}", "calibration.samples=16", "calibration.length=256"]
     stage = f"{{lora: {{steps: 3, batch: 4, validation: 4, {more}}}}}"
     (tmp_path / "r.yaml").write_text(f"stages: [{before}, {stage}]")
-    heal, peaks = lora._heal, []
+    heal, peaks = lora_work._heal, []
 
     def measured(*given):
         gc.collect()
@@ -56,24 +56,24 @@ def test_the_peak_is_forecast(folder, tmp_path, text, monkeypatch, before, more,
             heal(*given)
         peaks.append(meter.peak - meter.start)
 
-    monkeypatch.setattr(lora, "_heal", measured)
+    monkeypatch.setattr(lora_work, "_heal", measured)
     run = Run(load_recipe(tmp_path / "r.yaml", [*overrides, "evaluate.perplexity=[]"]), folder, tmp_path / "out")
     run.run()
-    needs = HealingNeeds(**run.forecasts[-1]["decisions"]["needs"])
+    needs = HealingNeeds(**run.forecasts[-1]["notes"]["needs"])
     assert peaks == [pytest.approx(needs.memory, rel=off)]
 
 
 def test_what_cannot_fit_is_refused_with_what_would(tmp_path):
     needs = HealingNeeds(weights=8 * 10**9, trained=10**9, working=10**9, disk=0)
-    needs.require(10**10, tmp_path, LoraOptions())
+    needs.require(10**10, tmp_path, Lora())
     with pytest.raises(
         MemoryLimitError, match=r"takes 10.00 GB .* 9.00 GB are free; .* objective: layerwise, frozen: nf4"
     ):
-        needs.require(9 * 10**9, tmp_path, LoraOptions())
+        needs.require(9 * 10**9, tmp_path, Lora())
     with pytest.raises(MemoryLimitError, match="what takes less: train: adapters, a shorter length"):
-        needs.require(1, tmp_path, LoraOptions(train="factors", objective="layerwise", microbatch=1, batch=4))
+        needs.require(1, tmp_path, Lora(train="factors", objective="layerwise", microbatch=1, batch=4))
     with pytest.raises(MemoryLimitError, match=rf"1000000.00 GB of hidden states under {tmp_path}.* set MOESVD_CACHE"):
-        HealingNeeds(weights=1, trained=1, working=1, disk=10**15).require(10**10, tmp_path, LoraOptions())
+        HealingNeeds(weights=1, trained=1, working=1, disk=10**15).require(10**10, tmp_path, Lora())
 
 
 def test_a_run_that_could_not_heal_is_refused_before_anything_is_compressed(make_model, tmp_path, small):

@@ -28,9 +28,9 @@ from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import RecipeError, load_recipe
 from moesvd_quant.runner import Run
-from moesvd_quant.stages import lora
-from moesvd_quant.stages.base import StageError
-from moesvd_quant.stages.options import LoraOptions
+from moesvd_quant.stages import lora_work
+from moesvd_quant.stages.context import StageError
+from moesvd_quant.stages.lora import Lora
 
 IDS = torch.randint(1, 250, (4, 48), generator=torch.Generator().manual_seed(5))
 LAYERS = ["model.layers.0", "model.layers.1"]
@@ -61,7 +61,7 @@ def test_only_what_is_named_gets_gradients_and_only_inside_the_layers(compressed
     folder = compressed("gptq3", "mixtral") if train == "scales" else compressed("svd", "mixtral", "svd.ratio=0.3")
     model = moesvd_quant.load(folder)
     total = dict(model.named_parameters())
-    trained = Trained(model, LAYERS, LoraOptions(train=train), [], 0)
+    trained = Trained(model, LAYERS, Lora(train=train), [], 0)
     lm_loss(model, IDS).backward()
     moving = {name for name, p in model.named_parameters() if p.grad is not None}
     assert moving == {name for name, p in model.named_parameters() if p.requires_grad} and len(moving) > 1
@@ -79,7 +79,7 @@ def test_only_what_is_named_gets_gradients_and_only_inside_the_layers(compressed
 @pytest.mark.parametrize("train", ["adapters", "factors"])
 def test_left_and_right_are_all_and_share_nothing(compressed, train):
     model = moesvd_quant.load(compressed("svd", "mixtral", "svd.ratio=0.3"))
-    trained = Trained(model, LAYERS, LoraOptions(train=train), [], 0)
+    trained = Trained(model, LAYERS, Lora(train=train), [], 0)
     left, right = trained.tensors("left"), trained.tensors("right")
     assert not left.keys() & right.keys() and left.keys() | right.keys() == trained.tensors().keys()
     assert right and all("_right" in name for name in right) and not any("_right" in name for name in left)
@@ -100,12 +100,12 @@ def test_a_frozen_model_in_nf4_is_bitsandbytes_own_and_still_trains_after_an_eva
         assert not torch.allclose(moesvd_quant.load(folder)(IDS).logits, wanted, atol=1e-2)
     held = sum(t.untyped_storage().nbytes() for t in {id(p): p for p in model.model.layers.parameters()}.values())
     assert held < 0.3 * sum(p.nbytes for p in reference.model.layers.parameters())
-    trained = Trained(model, LAYERS, LoraOptions(), [], 0)
+    trained = Trained(model, LAYERS, Lora(), [], 0)
     lm_loss(model, IDS).backward()  # after a forward without gradients
     grads = {name: p.grad.norm() for name, p in trained.tensors().items() if name.endswith("lora_B.weight")}
     assert len(grads) == len(trained.adapters) > 12
     assert all(norm > 0 for norm in grads.values())
-    plain = Trained(reference, LAYERS, LoraOptions(), [], 0)
+    plain = Trained(reference, LAYERS, Lora(), [], 0)
     lm_loss(reference, IDS).backward()
     for name, parameter in plain.tensors().items():
         assert torch.allclose(parameter.grad, trained.tensors()[name].grad, atol=1e-5), name
@@ -122,7 +122,7 @@ def test_a_frozen_model_in_nf4_is_bitsandbytes_own_and_still_trains_after_an_eva
 )
 def test_learning_from_the_original_comes_nearer_to_it(make_model, heal, monkeypatch, text, after, more):
     """On text of the kind that was trained on, by the divergence that the test computes itself."""
-    monkeypatch.setattr(lora, "validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(lora_work, "validation_loss", lambda *_: next(losses))
     monkeypatch.setattr(trainer, "validations", lambda log: [(e["step"], -e["step"]) for e in log if "eval_loss" in e])
     losses, folder = iter([1.0, 0.9]), make_model("mixtral")
     before, after = heal(folder, after, steps=20, lr=0.005, validate_every=20, **more)
@@ -150,12 +150,12 @@ def test_what_mambas_kernels_take_as_it_is_gets_no_adapter():
         model.set_submodule(path, FactorizedExperts(native, projections_of(native)))
     linears, _ = float_targets(model.get_submodule(layers), ["0", "1"], attention=True)
     assert "0.mixer.in_proj" in linears and "0.mixer.out_proj" not in linears
-    Trained(model, [f"{layers}.0", f"{layers}.1"], LoraOptions(), [], 0)
+    Trained(model, [f"{layers}.0", f"{layers}.1"], Lora(), [], 0)
 
 
 def test_router_healing_changes_routers_alone_even_of_a_packed_model(compressed, heal, monkeypatch):
     losses = iter([1.0, 0.9])
-    monkeypatch.setattr(lora, "validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(lora_work, "validation_loss", lambda *_: next(losses))
     before = compressed("gptq3", "mixtral")
     after = heal(before, train="router")
     was, now = (moesvd_quant.load(f).state_dict() for f in (before, after))
@@ -166,7 +166,7 @@ def test_router_healing_changes_routers_alone_even_of_a_packed_model(compressed,
 
 def test_scales_are_trained_where_they_are_and_stored_as_they_were(compressed, heal, monkeypatch):
     losses = iter([1.0, 0.9])
-    monkeypatch.setattr(lora, "validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(lora_work, "validation_loss", lambda *_: next(losses))
     before = compressed("gptq3", "mixtral")
     after = heal(before, train="scales", lr=0.02)
     was, now = (moesvd_quant.load(f).state_dict() for f in (before, after))
@@ -200,7 +200,7 @@ def test_what_the_model_wrote_of_the_calibration_is_learnt_from(
         raise StageError("seen")
 
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(lora, "heal_layerwise" if objective == "layerwise" else "heal_whole", heal)
+    monkeypatch.setattr(lora_work, "heal_layerwise" if objective == "layerwise" else "heal_whole", heal)
     monkeypatch.setattr(windows, "written_windows", lambda *given: torch.full(given[3], 7))
     healing = f"{{lora: {{steps: 5, batch: 4, validation: 2, objective: {objective}}}}}"
     (tmp_path / "r.yaml").write_text(f"stages: [{{svd: {{ratio: 0.3}}}}, {healing}]")
@@ -269,7 +269,7 @@ def test_the_record_says_what_was_done(compressed, heal):
     after = heal(compressed("svd", "mixtral", "svd.ratio=0.3"))
     record = json.loads((after / "healing.json").read_text())
     assert record["training_tokens"] == 6 * 4 * 64 and record["validation_tokens"] == 4 * 64
-    assert json.loads((after / "moesvd.json").read_text())["decisions"]["healing"] == record
+    assert json.loads((after / "moesvd.json").read_text())["notes"]["healing"] == record
     lines = (after / "loss.csv").read_text().splitlines()
     assert lines[0] == "phase,step,loss,learning_rate,validation_perplexity" and len(lines) == 1 + 1 + 6
     perplexities = [float(line.split(",")[4]) for line in lines[1:] if line.split(",")[4]]

@@ -18,7 +18,7 @@ from moesvd_quant.model.packing import PackedLinear
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
-from moesvd_quant.stages.base import require_experts
+from moesvd_quant.stages.context import require_experts
 
 # Of each form one: all experts at once, identity experts, a block with its router, flat matrices, undecorated, own.
 FORMS = ["llama4_text", "longcat_flash", "jetmoe", "dbrx", "step3p7", "deepseek", "nemotron_h", "granitemoe"]

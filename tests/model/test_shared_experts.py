@@ -20,7 +20,7 @@ from moesvd_quant.model.experts import count_shared, find_experts, find_linears,
 from moesvd_quant.model.layered import LayeredModel, _decoder_layers
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
-from moesvd_quant.stages.base import StageError
+from moesvd_quant.stages.context import StageError
 
 HIDDEN, INNER, ROUTED = 64, 64, 6 * 3 * 32 * 64  # of a layer of the tiny Qwen2-MoE: its shared expert, and the others
 WINDOWS = torch.randint(1, 250, (6, 32), generator=torch.Generator().manual_seed(2))

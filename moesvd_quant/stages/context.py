@@ -1,4 +1,4 @@
-"""What a stage is given, and what it gives back."""
+"""What a stage is given, its plan, and what stages share."""
 
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from ..model.parts import JOINT
 from ..model.stream import StreamedModel
 from ..parallel import Pool
 from ..recipe import Limits
+from .stage import Stage
 
 Progress = Callable[[int, int], None]
 LayerFunction = Callable[..., Any]  # of context, index, layer, its statistics
@@ -34,16 +35,16 @@ class Context:
 
     parent: StreamedModel
     statistics: Statistics
-    options: Any
+    stage: Stage
     seed: int
     device: torch.device
     progress: Progress = lambda done, total: None  # of reading the model
-    # Of a recipe with a budget: bytes for the routed experts at its end, what the stage before left to this one, the
-    # options of a gptq stage to come, tables that one plan made and the next may use, and what to respect. A budget of
+    # Of a recipe with a budget: bytes for the routed experts at its end, the bit widths that the stage before planned,
+    # the stage that will quantize, tables that one plan made and the next may use, and what to respect. A budget of
     # zero stands for the least that is possible.
     budget: float | None = None
     widths: dict = field(default_factory=dict)
-    gptq: Any = None
+    packing: Any = None
     memo: dict = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     pool: Pool = field(default_factory=Pool)
@@ -60,7 +61,7 @@ class Context:
         they are done: in order, or in parallel, where `work` has to be a function of a module or a partial of one."""
         count = len(self.parent.layer_names)
         wanted = [index for index in range(count) if todo is None or index in todo]
-        if self.pool.parallel and not self.options.in_order():
+        if self.pool.parallel and not self.stage.in_order():
             self.statistics.ensure(self.progress)
             found = self.pool.map(LayerWork(self, work), wanted, self.device)
         else:
@@ -92,8 +93,8 @@ class Context:
 
     def __reduce__(self):
         """For a worker: what it needs to work on a layer, and no more."""
-        more = {"gptq": self.gptq, "limits": self.limits, "folder": self.folder}
-        return Context, (self.parent, self.statistics, self.options, self.seed, self.device), more
+        more = {"packing": self.packing, "limits": self.limits, "folder": self.folder}
+        return Context, (self.parent, self.statistics, self.stage, self.seed, self.device), more
 
 
 @dataclass
@@ -113,13 +114,15 @@ class LayerWork:
 
 @dataclass
 class Plan:
-    """What a stage will do: the layout of its output, and why (per layer, in words and figures).
+    """What a stage will do: the layout of its output, and why.
 
-    widths: bits planned for each part of each projection, {path: {projection: [bits]}}, for a gptq stage to come.
+    decisions: of each experts module by its path, in words and figures. notes: the same of the whole model.
+    widths: bits planned for each part of each projection, {path: {projection: [bits]}}, for the stage that quantizes.
     """
 
     layout: dict
-    decisions: dict = field(default_factory=dict)
+    decisions: dict[str, dict] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     widths: dict = field(default_factory=dict)
 
 

@@ -1,0 +1,124 @@
+"""What a stage is: its options, and all that the rest of the package may ask of it.
+
+This file and the files of the stages import no torch at the top, so that a recipe is checked in milliseconds.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from enum import IntEnum
+from inspect import isfunction
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .context import Context, Plan
+
+
+class Form(IntEnum):
+    """What weights a checkpoint has. A stage that takes a form takes all smaller ones as well."""
+
+    ORIGINAL = 0  # those of the original model
+    CHANGED = 1  # others, in floating point
+    PACKED = 2  # some of them quantized
+
+
+class TrainingText(NamedTuple):
+    """The text that a stage trains on."""
+
+    dataset: str | None  # None: the calibration's own
+    length: int | None  # tokens of a window; None: as long as those of calibration
+    windows: int  # to train on
+    validation: int  # windows held out to judge by
+    self_written: bool  # whether the share of calibration that the model writes is part of it
+
+
+class Stage(BaseModel):
+    """A stage of a recipe. Its fields are its options; its methods are all that others know of it.
+
+    A subclass says its `name`, what it `takes` and `leaves`, and overrides `plan`, `run_layer`, and what else it needs.
+    A public method that this class does not have is refused: nobody would call it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: ClassVar[str]
+    takes: ClassVar[Form]  # the latest form of checkpoint that it works on
+    leaves: ClassVar[Form]  # the form of its output, unless its input's is later
+    budget_option: ClassVar[str | None] = None  # the option that a budget decides where it is left open
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        known = [name for name in dir(Stage) if not name.startswith("_")]
+        for name, value in vars(cls).items():
+            if isfunction(value) and not name.startswith("_") and name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise TypeError(f"{cls.__name__}.{name}: stages have no such hook, nobody would call it{hint}")
+
+    def label(self) -> str:
+        """The stage in the names of tables: svd40, gptq3."""
+        return self.name
+
+    def unused_options(self) -> dict[str, str]:
+        """Options that have no effect beside the others, {name: what they need}."""
+        return {}
+
+    def is_open(self) -> bool:
+        """Whether a budget has to decide `budget_option`."""
+        return self.budget_option is not None and getattr(self, self.budget_option) is None
+
+    def calibration_walks(self) -> int:
+        """How many models the stage takes through the calibration text while it works on their layers: 0, 1 or 2."""
+        return 0
+
+    def in_order(self) -> bool:
+        """Whether a layer depends on the result of earlier layers. If so, an interrupted stage starts at layer 0."""
+        return self.calibration_walks() > 0
+
+    def needs_sensitivity(self) -> bool:
+        """Whether `plan` asks how much the model's output changes with an error in each group of experts."""
+        return False
+
+    def training_text(self) -> TrainingText | None:
+        """The text that the stage trains on; None where it does not train."""
+        return None
+
+    def plan(self, context: "Context") -> "Plan":
+        """What the stage will do, decided before any weight is changed."""
+        raise NotImplementedError(f"{type(self).__name__}.plan")
+
+    def prepare(self, context: "Context", plan: "Plan", folder: Path) -> "Plan":
+        """Work before the first layer, for example training, in the stage's own folder. Returns the plan to follow."""
+        return plan
+
+    def run_layer(self, context: "Context", index: int, layer: "nn.Module", statistics: dict, plan: "Plan") -> dict:
+        """Changes a loaded layer as planned. Returns the errors of its matrices."""
+        raise NotImplementedError(f"{type(self).__name__}.run_layer")
+
+    def run_outer(self, context: "Context", plan: "Plan") -> dict:
+        """Changes what is not in a layer, which is loaded. Returns the errors of its matrices."""
+        return {}
+
+    def conclude(self, folder: Path) -> None:
+        """Removes from the finished checkpoint what served the work alone."""
+
+
+def form_after(stages: Sequence[Stage]) -> Form:
+    """The form of the checkpoint that these stages make of an original model."""
+    return max((stage.leaves for stage in stages), default=Form.ORIGINAL)
+
+
+def packing_stage(stages: Sequence[Stage]) -> Stage | None:
+    """The stage that quantizes, where there is one."""
+    return next((stage for stage in stages if stage.leaves is Form.PACKED), None)
+
+
+def check_ratio(value: float) -> float:
+    """ValueError where a share of parameters to remove is not between 0 and 1."""
+    if not 0 < value < 1:
+        raise ValueError(f"{value} is not between 0 and 1 (fraction of routed-expert parameters removed)")
+    return value

@@ -1,0 +1,169 @@
+"""The work of stage `svd`."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from ..calibration.metric import shrink
+from ..decompose.baselines import asvd, plain_svd
+from ..decompose.sensitivity import sampling_frequency
+from ..decompose.sharing import literal, share_and_trim, share_in_groups
+from ..decompose.whitening import balance, refit_left, whitened_svd
+from ..layout import layout_of, parts_by_rank
+from ..model.experts import expert_count, find_experts, shapes_of
+from ..model.factorized_experts import FactorizedExperts
+from .allocation import plan_budget, plan_ratio
+from .choices import row_scale
+from .context import (
+    UNREACHED,
+    Context,
+    Plan,
+    StageError,
+    expert_grams,
+    fill,
+    reached,
+    require_experts,
+    weak_experts,
+)
+from .inputs import inputs_of
+from .paper import kept_lefts, own_ranks, plan_paper, require_ranks, shares_factors, survey_layer
+from .svd import Svd
+
+
+def plan(context: Context, options: Svd) -> Plan:
+    """Ranks of all experts under the ratio, by the method of the options."""
+    require_experts(context.parent)
+    if options.ratio is None:
+        return plan_budget(context, ranks=True)
+    if options.method == "global":
+        return plan_ratio(context, options.ratio)
+    survey, kept = _survey(context, options)
+    total = sum(entry["experts"] * out * i for entry in survey.values() for out, i in entry["shapes"].values())
+    budget = int(total * (1 - options.ratio))
+    decide = plan_paper if options.method == "paper" else _plan_uniform
+    layout = layout_of(context.parent)
+    layout["experts"], decisions = decide(survey, budget, options)
+    for path, entry in survey.items():
+        decisions.setdefault(path, {})["weak_experts"] = entry["weak"]
+    return Plan(layout, decisions, {"kept in 16 bit": kept} if kept else {})
+
+
+def _survey(context: Context, options: Svd) -> tuple[dict[str, dict], dict[str, str]]:
+    """Per experts module: shapes, and what the method needs of weights and statistics; and modules that are kept."""
+    found = dict(context.each_layer(partial(_survey_layer, options), context.surveyed))
+    survey = {path: entry for index in sorted(found) for path, entry in found[index].items()}
+    unreached = {path: UNREACHED for path, entry in survey.items() if entry is None}
+    survey = {path: entry for path, entry in survey.items() if entry is not None}
+    if not survey:
+        raise StageError("no calibration token reached any expert; give other calibration text")
+    return survey, unreached
+
+
+def _survey_layer(options: Svd, context: Context, index: int, layer, statistics: dict) -> dict[str, dict | None]:
+    """The same of the experts modules of one layer; None for those that no token reached."""
+    name = context.parent.layer_names[index]
+    found: dict[str, dict | None] = {}
+    for path, experts in find_experts(layer):
+        full = f"{name}.{path}"
+        if isinstance(experts, FactorizedExperts):
+            raise StageError(f"{full}: is factorized already; stage svd needs an original model")
+        if not reached(statistics, path):
+            found[full] = None
+            continue
+        entry: dict = {"shapes": shapes_of(experts), "experts": expert_count(experts)}
+        entry["weak"] = weak_experts(statistics, path)
+        if options.method == "paper":
+            entry |= survey_layer(experts, statistics, path, context.statistics.windows.numel(), options)
+        found[full] = entry
+    return found
+
+
+def _plan_uniform(survey, budget, options):
+    """One share of the full rank for every matrix: the published methods per expert."""
+    items = [(path, name) for path, entry in survey.items() for name in entry["shapes"]]
+    layout: dict = {}
+    decisions: dict = {}
+    found = own_ranks(survey, items, budget)
+    require_ranks(found, options.ratio)
+    for (path, name), ranks in found.items():
+        layout.setdefault(path, {})[name] = parts_by_rank(ranks)
+        decisions.setdefault(path, {}).setdefault("ranks", {})[name] = ranks
+    return layout, decisions
+
+
+def run_layer(context: Context, options: Svd, index: int, layer, statistics: dict, plan: Plan) -> dict:
+    """Replaces the experts of a loaded layer as planned. Returns errors per projection and expert."""
+    report = {}
+    walk = context.compressed_walk() if options.update else None
+    pair = context.paired_walk() if options.error_aware else None
+    if pair:
+        pair.enter()
+    seen = walk.statistics(index) if walk else {}
+    for path, native in list(find_experts(layer)):
+        full = f"{context.parent.layer_names[index]}.{path}"
+        if full not in plan.layout["experts"]:
+            continue
+        given = inputs_of(context, options.error_aware, native, statistics, path)
+        after = expert_grams(seen, path, context.device, shrink) if seen else {}
+        magnitudes = _magnitudes(statistics, path) if options.method == "asvd" else {}
+        frequency = sampling_frequency(statistics[f"{path}/tokens"], context.statistics.windows.numel())
+        layout, prices = plan.layout["experts"][full], plan.decisions[full].get("price", {})
+        made = FactorizedExperts(native, layout)
+        for name in sorted(layout, key=lambda name: name == "down"):  # whose inputs the others decide
+            # The published methods are judged, and factorized, by each expert's own inputs.
+            fitted = given.weights(name, made), given.grams(name, options.method == "global")
+            scale = row_scale(prices, name, shapes_of(native)) if prices else None
+            for i, part in enumerate(layout[name]):
+                banks = _banks(part, *fitted, after.get(name), magnitudes.get(name), scale, frequency, options)
+                fill(made, ((f"{name}_{i}_{bank}", row, value) for bank, row, value in banks))
+        layer.set_submodule(path, made)
+        for either in (walk, pair):
+            if either:
+                either.replace(path, made)
+        report[full] = given.errors(made)
+    return report
+
+
+def _magnitudes(statistics: dict, path: str) -> dict[str, torch.Tensor]:
+    """Mean absolute inputs (E, in) of each projection; of an expert without tokens those of its layer."""
+    tokens = statistics[f"{path}/tokens"]
+    means = {}
+    for key in ("abs_in", "abs_mid"):
+        total = statistics[f"{path}/{key}"].double()
+        means[key] = torch.where(tokens[:, None] > 0, total / tokens.clamp(min=1)[:, None], total.sum(0) / tokens.sum())
+    return {"gate": means["abs_in"], "up": means["abs_in"], "down": means["abs_mid"]}
+
+
+def _banks(
+    part, weights, grams, after, magnitudes, scale, frequency, options
+) -> Iterator[tuple[str, int | None, torch.Tensor]]:
+    """(bank, row or None for all, tensor) of one part; the rows of shared factors are set in it.
+
+    scale (out, 1): what an error in each row of the weights counts for; None: alike.
+    """
+    experts = part["experts"]
+    if "dense" in part:
+        yield from (("dense", row, weights[e]) for row, e in enumerate(experts))
+        return
+    if shares_factors(options, len(weights)):
+        make = literal if options.literal else share_and_trim
+        kept = kept_lefts(options, len(weights) // options.groups)
+        made = share_in_groups(make, list(weights), grams, frequency, part["rank"], kept, options.groups)
+        part["left"], part["right"] = made.left_rows, made.right_rows
+        yield from (("left", None, made.left), ("right", None, made.right))
+        return
+    for row, e in enumerate(experts):
+        weight = weights[e]
+        if options.method == "plain":
+            left, right = plain_svd(weight, part["rank"])
+        elif options.method == "asvd":
+            left, right = asvd(weight, magnitudes[e].to(weight.device), options.alpha, part["rank"])
+        elif scale is not None:
+            left, right = whitened_svd(weight.float() * scale.to(weight.device), grams[e], part["rank"])
+            left, right = balance(left / scale.to(left.device), right)
+        else:
+            left, right = whitened_svd(weight, grams[e], part["rank"])
+        if after is not None:  # SVD-LLM's closed-form update
+            left = refit_left([weight], [after[e]], [right])
+        yield from (("left", row, left), ("right", row, right))
