@@ -84,17 +84,21 @@ def test_a_layerwise_healing_goes_on_with_the_next_layer(make_model, tmp_path, s
         patch.setattr(layerwise, "_heal_layer", lambda *given: _die_at(1, heal, *given))
         make("parts").run()
     monkeypatch.setattr(
-        layerwise, "_heal_layer", lambda c, s, visit, *r: healed.append(visit.index) or heal(c, s, visit, *r)
+        layerwise,
+        "_heal_layer",
+        lambda seed, options, streamed, visit, *rest: (
+            healed.append(visit.index) or heal(seed, options, streamed, visit, *rest)
+        ),
     )
     make("parts").run()
     assert healed == [1]
     assert files(make("parts")) == files(make("whole"))
 
 
-def _die_at(index, heal, context, streamed, visit, *rest):
+def _die_at(index, heal, seed, options, streamed, visit, *rest):
     if visit.index == index:
         raise Killed
-    return heal(context, streamed, visit, *rest)
+    return heal(seed, options, streamed, visit, *rest)
 
 
 def test_other_text_to_train_on_is_noticed(compressed, tmp_path, small, text):
