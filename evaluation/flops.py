@@ -4,8 +4,7 @@ from torch import nn
 
 from ..model.experts import ROUTERS, find_experts, is_shared, shapes_of
 from ..model.factorized_experts import FactorizedExperts
-from ..model.packing import PackedLinear
-from ..model.parts import part_banks
+from ..model.stored import StoredLinear
 
 
 def flops_per_token(model: nn.Module, context: int) -> dict[str, float]:
@@ -28,7 +27,7 @@ def flops_per_token(model: nn.Module, context: int) -> dict[str, float]:
         if path.endswith("self_attn"):
             count["attention"] += 2 * context * config.num_attention_heads * sum(_head_dims(config))
         weight = module._parameters.get("weight")
-        if isinstance(module, nn.Linear | PackedLinear):
+        if isinstance(module, nn.Linear | StoredLinear):
             kind = "attention" if ".self_attn." in f".{path}" else "other"
             kind = "router" if ROUTERS & set(path.split(".")) else kind
             count[kind] += 2 * module.in_features * module.out_features
@@ -52,8 +51,8 @@ def _expert_macs(experts: nn.Module, top_k: int) -> float:
     total = 0.0
     for name, parts in experts.layout.items():
         for part in parts:
-            share = top_k * len(part["experts"]) / experts.experts  # of the part's experts, per token
-            for bank, (_, rows, columns) in part_banks(part, *experts.shapes[name]).items():
+            share = top_k * len(part.experts) / experts.experts  # of the part's experts, per token
+            for bank, (rows, columns) in part.sizes(*experts.shapes[name]).items():
                 # Inputs of down differ between the experts of a token: a shared right factor meets each of them, a base
                 # their sum where the module can make it.
                 summed = bank == "dense" and hasattr(experts.form, "combine")

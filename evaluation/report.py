@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..model.modeling_moesvd import MANIFEST
-from ..model.packing import bank_tensors
-from ..model.parts import part_banks
+from ..model.parts import Layout, Part, layout_from
 from .memory import KINDS, disk_bytes
 from .plot import figure_bytes
 from .record import RECORD, collect
@@ -27,7 +26,7 @@ class Stage:
 
     folder: Path
     manifest: dict
-    layout: dict
+    layout: Layout
     run: dict  # seconds, peak memory, date; empty where the checkpoint travelled without
     shapes: dict[str, dict[str, tuple[int, int]]]  # of each experts module
     experts: dict[str, int]
@@ -78,7 +77,7 @@ def _stage(folder: Path) -> Stage:
     config = json.loads((folder / "config.json").read_text())
     run = folder / "run.json"
     timed = json.loads(run.read_text()) if run.is_file() else {}
-    return Stage(folder, manifest, config["moesvd"], timed, *_shapes(folder))
+    return Stage(folder, manifest, layout_from(config["moesvd"]), timed, *_shapes(folder))
 
 
 def _shapes(folder: Path) -> tuple[dict, dict, int]:
@@ -94,16 +93,14 @@ def _shapes(folder: Path) -> tuple[dict, dict, int]:
     return shapes, {p: expert_count(experts) for p, experts in found.items()}, 8 * parent.stored_dtype.itemsize
 
 
-def expert_bits(parts: list[dict], shape: tuple[int, int], experts: int, bits: int) -> np.ndarray:
+def expert_bits(parts: list[Part], shape: tuple[int, int], experts: int, bits: int) -> np.ndarray:
     """(experts,) stored bits per original weight of a projection; a shared bank is shared out among its users."""
     total = np.zeros(experts)
     for part in parts:
-        for bank, size in part_banks(part, *shape).items():
-            quant, rows = part["quant"].get(bank), part[bank]
-            tensors = bank_tensors(bank, size[1:], quant, _plain(bits))
-            stored = sum(8 * int(np.prod(s)) * kind.itemsize for s, kind in tensors.values())
-            for expert, row in zip(part["experts"], rows):
-                total[expert] += stored / rows.count(row)
+        for bank in part.banks(*shape).values():
+            stored = 8 * bank.form.bank_bytes(bank.shape[1:], _plain(bits))
+            for expert, row in zip(part.experts, bank.rows):
+                total[expert] += stored / bank.rows.count(row)
     return total / (shape[0] * shape[1])
 
 
@@ -116,7 +113,7 @@ def _plain(bits: int):
 def _layer_table(stage: Stage) -> Table:
     """What became of each layer: decomposed or kept, ranks, widths, bits per original weight, error, sensitivity."""
     rows: list[list[str | float]] = []
-    for path, projections in stage.layout["experts"].items():
+    for path, projections in stage.layout.experts.items():
         decision = stage.manifest["decisions"].get(path, {})
         for name in sorted(projections, key=PROJECTIONS.index):
             parts, shape = projections[name], stage.shapes[path][name]
@@ -132,16 +129,14 @@ def _layer_table(stage: Stage) -> Table:
     return Table("", columns, rows)
 
 
-def _describe(parts: list[dict]) -> str:
+def _describe(parts: list[Part]) -> str:
     said = []
     for part in parts:
-        width = "/".join(sorted({str(q["bits"]) for q in part["quant"].values() if q})) or "16"
-        kind = "dense" if "dense" in part else f"rank {part['rank']}"
-        shared = [
-            bank for bank in ("dense", "left", "right") if bank in part and max(part[bank]) + 1 < len(part["experts"])
-        ]
+        how = "/".join(sorted({str(form) for form in part.formats.values()})) or "16 bit"
+        kind = f"rank {part.rank}" if part.rank else "dense"
+        shared = [bank for bank in sorted(part.chain) if max(part.users(bank)) + 1 < len(part.experts)]
         note = f", {' and '.join(shared)} shared" if shared else ""
-        said.append(f"{len(part['experts'])} × {kind} in {width} bit{note}")
+        said.append(f"{len(part.experts)} × {kind} in {how}{note}")
     return "; ".join(said) or "removed"
 
 
@@ -236,7 +231,7 @@ def _draw_bits(stage: Stage):
     """Of the routed experts; shared ones, one in a layer, stand in the table."""
     from matplotlib.ticker import MaxNLocator
 
-    layers = {path: parts for path, parts in stage.layout["experts"].items() if stage.experts[path] > 1}
+    layers = {path: parts for path, parts in stage.layout.experts.items() if stage.experts[path] > 1}
     names = [name for name in PROJECTIONS if all(name in parts for parts in layers.values())]
     figure, axes = _axes(6.4, 1.4 + 0.22 * max(4, min(len(layers), 40)), len(names))
     widest = max(stage.experts[path] for path in layers)

@@ -14,6 +14,8 @@ from torch import nn
 
 from ..checkpoint.files import write_json
 from ..model.experts import expert_count, find_experts
+from ..model.parts import Layout
+from ..model.stored import Stored
 from .flops import flops_per_token
 from .memory import resident_bytes
 from .record import SPEED
@@ -22,7 +24,7 @@ Report = Callable[[str, int, int], None]
 PHASES = ("prefill", "decode")
 
 
-def open_model(folder: str | Path, device: str = "cpu", layout: dict | None = None, dtype: torch.dtype | None = None):
+def open_model(folder: str | Path, device: str = "cpu", layout: Layout | None = None, dtype: torch.dtype | None = None):
     """A model in 16 bit (or its own dtype) to be timed. A folder with a config and no weights gives random ones at full
     shape; so does `layout`, a layout of ours for the config."""
     import moesvd_quant
@@ -36,7 +38,7 @@ def open_model(folder: str | Path, device: str = "cpu", layout: dict | None = No
     config = read_config(folder)
     dtype = dtype or config.dtype or torch.bfloat16
     if layout is not None:
-        config = config_class(layout["native_type"]).from_dict(config.to_dict() | {"moesvd": layout})
+        config = config_class(layout.native_type).from_dict(config.to_dict() | {"moesvd": layout.to_dict()})
     with init_empty_weights(include_buffers=False):
         described = getattr(config, "moesvd", None)
         kind = model_class(described["native_type"]) if described else _native_class(config)
@@ -54,6 +56,7 @@ def _filled(model: nn.Module, device: str) -> nn.Module:
     """The model with random parameters of a usual size in the place of its meta ones."""
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
+        formats = module.stored_tensors() if isinstance(module, Stored) else {}
         for name, old in module._parameters.items():
             if old is None:
                 continue
@@ -62,20 +65,21 @@ def _filled(model: nn.Module, device: str) -> nn.Module:
                 tensor.fill_(1)
             elif tensor.is_floating_point():
                 tensor.normal_(0, 0.02, generator=generator)
-            elif tensor.dtype == torch.int32:  # the bits of a float, or a channel
-                tensor.view(torch.float32).fill_(0.01) if name.endswith("_base") else tensor.zero_()
-            else:
-                tensor.random_(0, 256, generator=generator)
+            elif name in formats:
+                form, kind = formats[name]
+                form.random(kind, tensor, generator)
+            else:  # channels of a base
+                tensor.zero_()
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     model.tie_weights()
     return model.to(device)
 
 
-def uniform_layout(folder: str | Path, ratio: float) -> dict:
+def uniform_layout(folder: str | Path, ratio: float) -> Layout:
     """Layout in which every expert matrix, gate and up as one, has factors of one rank share, `ratio` of the parameters
     gone."""
     from ..decompose.ranks import level_ranks
-    from ..layout import empty_layout, factor_part
+    from ..layout import factor_part
     from ..model.experts import shapes_of
     from ..model.folder import read_config
     from ..model.parts import joined
@@ -83,13 +87,13 @@ def uniform_layout(folder: str | Path, ratio: float) -> dict:
     config = read_config(Path(folder))
     with init_empty_weights():
         model = _native_class(config)._from_config(config)
-    layout, items = empty_layout(config.model_type), []
+    layout, items = Layout(config.model_type), []
     for path, experts in find_experts(model):
         items += [(path, name, shape, expert_count(experts)) for name, shape in joined(shapes_of(experts)).items()]
     budget = int((1 - ratio) * sum(out * inner * count for *_, (out, inner), count in items))
     ranks = level_ranks([count * sum(shape) for *_, shape, count in items], [min(i[2]) for i in items], budget)
     for (path, name, _, count), rank in zip(items, ranks):
-        layout["experts"].setdefault(path, {})[name] = [factor_part(list(range(count)), rank)]
+        layout.experts.setdefault(path, {})[name] = [factor_part(list(range(count)), rank)]
     return layout
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from math import prod
 
 import torch
 from accelerate import init_empty_weights
@@ -11,6 +12,7 @@ from .checkpoint.files import NAMES
 from .model.experts import count_shared, expert_count, find_experts, is_shared, shapes_of
 from .model.factorized_experts import FactorizedExperts
 from .model.modeling_moesvd import config_class, model_class, native_class
+from .model.parts import Layout
 from .model.stream import StreamedModel
 
 
@@ -35,12 +37,12 @@ class Accounting:
         return asdict(self)
 
 
-def planned_model(parent: StreamedModel, layout: dict):
+def planned_model(parent: StreamedModel, layout: Layout):
     """The model that a layout describes, on the meta device, in the stored dtype."""
-    native = config_class(layout["native_type"])
-    config = native.from_dict(parent.config.to_dict() | {"moesvd": layout})
+    native = config_class(layout.native_type)
+    config = native.from_dict(parent.config.to_dict() | {"moesvd": layout.to_dict()})
     with init_empty_weights(include_buffers=False):
-        return model_class(layout["native_type"])._from_config(config, dtype=parent.stored_dtype)
+        return model_class(layout.native_type)._from_config(config, dtype=parent.stored_dtype)
 
 
 def original_model(parent: StreamedModel):
@@ -92,14 +94,14 @@ def expert_parameters(model) -> tuple[int, int]:
     for _, module in find_experts(model):
         size += sum(p.numel() * p.element_size() for n, p in module.named_parameters() if "bias" not in n)
         if isinstance(module, FactorizedExperts):
-            weights += sum(_product(shape) for _, shape, _ in module.banks())
+            weights += sum(prod(bank.shape) for _, bank in module.banks())
         else:
             count = expert_count(module)
             weights += sum(count * out * in_features for out, in_features in shapes_of(module).values())
     return weights, size
 
 
-def account(parent: StreamedModel, layout: dict) -> Accounting:
+def account(parent: StreamedModel, layout: Layout) -> Accounting:
     """Accounting of the checkpoint that `layout` describes; `parent` supplies architecture and dtype."""
     planned, original = planned_model(parent, layout), original_model(parent)
     weights, size = expert_parameters(planned)
@@ -117,7 +119,7 @@ def account(parent: StreamedModel, layout: dict) -> Accounting:
         resident_bytes=tensor_bytes + buffers,
         expert_bytes=size,
         expert_params=weights,
-        original_bytes=layout.get("source_bytes") or sum(t.numel() * t.element_size() for t in everything.values()),
+        original_bytes=layout.source_bytes or sum(t.numel() * t.element_size() for t in everything.values()),
         original_expert_params=original_weights,
         original_params=original_params,
         params=params,
@@ -125,10 +127,3 @@ def account(parent: StreamedModel, layout: dict) -> Accounting:
         expert_ratio=1 - weights / original_weights,
         model_ratio=1 - params / original_params,
     )
-
-
-def _product(shape) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

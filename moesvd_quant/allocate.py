@@ -9,7 +9,6 @@ import numpy as np
 Key = TypeVar("Key", bound=Hashable)
 RANK_STEP = 16
 DENSE = -1  # in place of a rank: the matrix stays whole
-FLOAT = 16  # in place of bits: not quantized
 MAX_RANKS = 4  # distinct choices per layer and projection: each is one tensor and one grouped product
 # Between which the price of a unit of cost is sought (error per unit; at the upper one nothing is worth having).
 PRICES, BISECTIONS = (1e-16, 1.0), 60
@@ -17,9 +16,22 @@ PRICES, BISECTIONS = (1e-16, 1.0), 60
 STARTS, ROUNDS = (0.7, 0.85, 1.0, 1.2, 1.5), 2
 
 
+class Storage(NamedTuple):
+    """How a matrix is to be stored: bits per weight, and the name of the format."""
+
+    rate: float
+    format: str
+
+    def __str__(self) -> str:
+        return f"{self.rate:g} bit" if self.format == "grid" else f"{self.rate:g} bit {self.format}"
+
+
+FLOAT = Storage(16, "float")  # not quantized
+
+
 class Choice(NamedTuple):
     rank: int  # 0: no matrix at all; DENSE
-    bits: int = FLOAT
+    storage: Storage = FLOAT
 
 
 NOTHING = Choice(0)
@@ -66,7 +78,7 @@ def allocate(
 
     One price per unit of cost for all matrices of the model (the Lagrangian of the budget), found by bisection; then
     whatever still fits is spent where it helps most. At most `distinct` choices (besides NOTHING) per group.
-    ties: groups with the same value get one width. ValueError where even the cheapest choices cost more.
+    ties: groups with the same value are stored in one way. ValueError where even the cheapest choices cost more.
     """
     ties = ties or {}
     least = least_cost(tables)
@@ -129,7 +141,7 @@ def _error(chosen, tables) -> float:
 
 
 def _restrict(tables, price: float, ties, distinct: int) -> dict:
-    """The few columns of each group that serve its experts best at a price; tied groups get those of one width."""
+    """The few columns of each group that serve its experts best at a price; tied groups get those of one storage."""
     found: dict = {}
     tied: dict[Hashable, list] = {}
     for name, table in tables.items():
@@ -138,20 +150,20 @@ def _restrict(tables, price: float, ties, distinct: int) -> dict:
         )
     for names in tied.values():
         trials = {}
-        for bits in sorted({choice.bits for name in names for choice in tables[name].choices if choice.rank}):
-            allowed = {name: _columns(tables[name], bits) for name in names}
+        for storage in sorted({c.storage for name in names for c in tables[name].choices if c.rank}):
+            allowed = {name: _columns(tables[name], storage) for name in names}
             if all(len(columns) for columns in allowed.values()):
                 few = {name: _few(tables[name], price, distinct, allowed[name]) for name in names}
-                trials[bits] = sum(_objective(tables[name], price, at).min(1).sum() for name, at in few.items()), few
+                trials[storage] = sum(_objective(tables[name], price, at).min(1).sum() for name, at in few.items()), few
         if not trials:
-            raise ValueError(f"{', '.join(map(str, names))}: no width serves all of them")
+            raise ValueError(f"{', '.join(map(str, names))}: no format and rate serves all of them")
         found |= min(trials.values(), key=lambda trial: trial[0])[1]
     return found
 
 
-def _columns(table: Table, bits: int) -> np.ndarray:
-    """Choices of one width, and NOTHING."""
-    return np.array([i for i, choice in enumerate(table.choices) if choice.bits == bits or choice.rank == 0], dtype=int)
+def _columns(table: Table, storage: Storage) -> np.ndarray:
+    """Choices that are stored in one way, and NOTHING."""
+    return np.array([i for i, c in enumerate(table.choices) if c.storage == storage or c.rank == 0], dtype=int)
 
 
 def _objective(table: Table, price: float, columns: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,11 +16,13 @@ from .checkpoint.finish import OUTER_FILE, carry_files, layer_file, write_index
 from .model.experts import is_shared, split_projections
 from .model.factorized_experts import FactorizedExperts
 from .model.folder import ModelError
+from .model.grids import Grid
 from .model.native_experts import form_of
-from .model.packing import KINDS, PackedLinear, pack, unpack
-from .model.parts import JOINT, channel_tensors, part_banks
+from .model.packing import pack, unpack
+from .model.parts import JOINT, channel_tensors
+from .model.stored import Stored, StoredLinear
 from .model.stream import StreamedModel
-from .quantize.packed import PackedMatrix, QuantizeError
+from .quantize.codec import PackedMatrix, QuantizeError
 from .quantize.standard import to_standard
 
 
@@ -75,15 +78,13 @@ def _belongs(key: str, prefix: str | None, parent: StreamedModel) -> bool:
 
 def _native_state(model) -> dict[str, torch.Tensor]:
     """The state without the banks of our modules."""
-    banks = set()
+    ours = set()
     for path, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            banks |= {f"{path}.weight", f"{path}.left", f"{path}.right"}
+        if isinstance(module, Stored):
+            ours |= {f"{path}.{key}" for key in module.stored_tensors()}
         if isinstance(module, FactorizedExperts):
-            banks |= {f"{path}.{key}" for key, *_ in module.banks()}
-            banks |= {f"{path}.{key}" for key in channel_tensors(module.layout)}
+            ours |= {f"{path}.{key}" for key in channel_tensors(module.layout)}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    ours = banks | {f"{bank}_{kind}" for bank in banks for kind in KINDS}
     return {k: v for k, v in model.state_dict().items() if k not in ours and k not in tied}
 
 
@@ -91,7 +92,7 @@ def _dense(modules: dict, state: dict, native, parent: StreamedModel, prefix: st
     """Tensors of a part of the native model, under the names and in the form that its checkpoints have."""
     dtype = parent.stored_dtype
     for path, module in modules.items():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, StoredLinear):
             state[f"{path}.weight"] = module.dense_weight().to(dtype)
         if isinstance(module, FactorizedExperts):
             fused = _fused(module, native.get_submodule(path), dtype)
@@ -134,27 +135,24 @@ def _put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 def _packed_modules(modules: dict):
     """(standard path, packed matrix, bias) of every quantized matrix; ModelError where one is factorized."""
     for path, module in modules.items():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, StoredLinear):
             if module.rank:
                 raise ModelError(f"{path}: has a low-rank term beside its packed weight; export it --to dense")
-            get = module._parameters.get
-            tensors = {k: get(f"weight_{k}") for k in KINDS if get(f"weight_{k}") is not None}
-            yield path, PackedMatrix(tensors, module.quant, module.in_features), module.bias
+            packed = PackedMatrix(module.bank_tensors("weight"), module.layout.form, module.in_features)
+            yield path, packed, module.bias
         if isinstance(module, FactorizedExperts):
             if module.has_bias:
                 raise ModelError(f"{path}: experts with biases have no standard GPTQ form")
             for name, parts in module.layout.items():
                 for i, part in enumerate(parts):
-                    quant = part["quant"].get("dense")
-                    if quant is None:
+                    form = part.form("dense")
+                    if not form.packed:
                         raise ModelError(f"{path}.{name}: is factorized or not quantized; export it --to dense")
-                    columns = part_banks(part, *module.shapes[name])["dense"][-1]
-                    for expert, row in zip(part["experts"], part["dense"]):
-                        get = module._parameters.get
-                        kinds = [k for k in KINDS if get(f"{name}_{i}_dense_{k}") is not None]
-                        tensors = {k: get(f"{name}_{i}_dense_{k}")[row] for k in kinds}
+                    _, columns = part.sizes(*module.shapes[name])["dense"]
+                    for expert, row in zip(part.experts, part.users("dense")):
+                        tensors = module.bank_tensors(f"{name}_{i}_dense", row)
                         home = path if is_shared(module) else f"{path}.{expert}"
-                        for own, half in _halves(name, PackedMatrix(tensors, quant, columns)):
+                        for own, half in _halves(name, PackedMatrix(tensors, form, columns)):
                             yield f"{home}.{own}_proj", half, None
 
 
@@ -163,13 +161,15 @@ def _halves(name: str, packed: PackedMatrix) -> Iterator[tuple[str, PackedMatrix
     if name != JOINT:
         yield name, packed
         return
-    tensors, quant = packed.tensors, packed.quant
+    tensors, form = packed.tensors, packed.form
+    if not isinstance(form, Grid):
+        raise ModelError(f"{name}: the GPTQ format holds grids, this matrix is in format {form.name}")
     apart = {kind: tensors[kind].chunk(2) for kind in ("codes", "scales")} | {"base": (tensors["base"],) * 2}
     if "zeros" in tensors:
-        values = unpack(tensors["zeros"], quant["bits"], tensors["scales"].numel())
-        apart["zeros"] = tuple(pack(half, quant["bits"]) for half in values.chunk(2))
+        values = unpack(tensors["zeros"], form.bits, tensors["scales"].numel())
+        apart["zeros"] = tuple(pack(half, form.bits) for half in values.chunk(2))
     for at, own in enumerate(("gate", "up")):
-        yield own, PackedMatrix({kind: halves[at] for kind, halves in apart.items()}, quant, packed.columns)
+        yield own, PackedMatrix({kind: halves[at] for kind, halves in apart.items()}, form, packed.columns)
 
 
 def _standard(modules: dict, quants: dict[str, dict]) -> dict[str, torch.Tensor]:
@@ -181,7 +181,7 @@ def _standard(modules: dict, quants: dict[str, dict]) -> dict[str, torch.Tensor]
         except QuantizeError as error:
             raise ModelError(f"{path}: {error}") from error
         tensors |= {f"{path}.{name}": tensor for name, tensor in made.items()}
-        quants[path] = packed.quant
+        quants[path] = asdict(packed.form)
     return tensors
 
 

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .allocate import DENSE, FLOAT, NOTHING, Choice, Table, useful_ranks
+from .allocate import DENSE, FLOAT, NOTHING, Choice, Storage, Table, useful_ranks
 from .calibration.effect import perturbed
 from .decompose.whitening import energy, whitened_directions
-from .model.packing import bank_tensors
+from .model.formats import Format
 from .quantize.feedback import innovations
-from .quantize.noise import ROUNDING, dense_noise, factor_noise
+from .quantize.noise import dense_noise, factor_noise
 
 # Measured at one size of error, effects are trusted to this power (docs/results.md has the ablation).
 EFFECT, MIN_EFFECT = 0.7, 1e-7
 
-# How a bank is stored: (bits, columns, is a left factor) -> quant of the layout, None for floating point.
-Format = Callable[[int, int, bool], dict | None]
+# The format of a bank: (how it is to be stored, its columns, whether it is a left factor) -> Format.
+FormatOf = Callable[[Storage, int, bool], Format]
 
 
 @dataclass(frozen=True)
@@ -40,30 +40,33 @@ def profile(weight: torch.Tensor, gram: torch.Tensor, damp: float) -> Profile:
     )
 
 
-def bank_bytes(shape: tuple[int, int], quant: dict | None, dtype: torch.dtype) -> int:
-    """Bytes of one row of a bank, a matrix of `shape`, as it is stored."""
-    return sum(int(np.prod(size)) * kind.itemsize for size, kind in bank_tensors("", shape, quant, dtype).values())
-
-
 def fit_table(
-    profiles: list[Profile], shape: tuple[int, int], widths: list[int], form: Format, dtype: torch.dtype, ranks: bool
+    profiles: list[Profile],
+    shape: tuple[int, int],
+    storages: list[Storage],
+    form: FormatOf,
+    noise: Callable[[Format], float],
+    dtype: torch.dtype,
+    ranks: bool,
 ) -> Table:
-    """Choices of rank (where `ranks`) and width of the experts of a projection with matrices (out, in).
+    """Choices of rank (where `ranks`) and storage of the experts of a projection with matrices (out, in).
 
-    Costs are exact bytes; errors are what truncation and rounding are forecast to lose. A width of FLOAT stands for
-    `dtype`.
+    Costs are exact bytes; errors are what truncation and rounding are forecast to lose. noise: rounding error of a
+    format, per unit of variance. FLOAT stands for `dtype`.
     """
     out, in_features = shape
     choices, costs, errors = [NOTHING], [0], [[float(p.spectrum.sum()) for p in profiles]]
-    for bits in widths:
-        choices.append(Choice(DENSE, bits))
-        costs.append(bank_bytes(shape, form(bits, in_features, False), dtype))
-        errors.append([ROUNDING[bits] * p.dense for p in profiles])
+    for storage in storages:
+        whole = form(storage, in_features, False)
+        rounding = noise(whole)
+        choices.append(Choice(DENSE, storage))
+        costs.append(whole.bank_bytes(shape, dtype))
+        errors.append([rounding * p.dense for p in profiles])
         for rank in useful_ranks(shape) if ranks else ():
-            choices.append(Choice(rank, bits))
-            right = bank_bytes((rank, in_features), form(bits, in_features, False), dtype)
-            costs.append(right + bank_bytes((out, rank), form(bits, rank, True), dtype))
-            lost = [float(p.spectrum[rank:].sum() + ROUNDING[bits] * p.factors[rank - 1]) for p in profiles]
+            choices.append(Choice(rank, storage))
+            right = whole.bank_bytes((rank, in_features), dtype)
+            costs.append(right + form(storage, rank, True).bank_bytes((out, rank), dtype))
+            lost = [float(p.spectrum[rank:].sum() + rounding * p.factors[rank - 1]) for p in profiles]
             errors.append(lost)
     return Table(choices, np.array(costs, dtype=float), np.array(errors).T)
 
@@ -88,4 +91,4 @@ def describe(choice: Choice) -> str:
     if choice.rank == 0:
         return "nothing"
     kind = "dense" if choice.rank == DENSE else f"rank {choice.rank}"
-    return kind if choice.bits == FLOAT else f"{kind} in {choice.bits} bit"
+    return kind if choice.storage == FLOAT else f"{kind} in {choice.storage}"

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from transformers import AutoTokenizer
 
 from .accounting import account, planned_model
-from .allocate import Choice, Table, allocate
+from .allocate import Choice, Storage, Table, allocate
 from .calibration.text import joiner_of, load_documents, token_windows
 from .checkpoint.files import write_json
 from .cli.common import progress_bars, resolve_device, resolve_model
@@ -25,7 +25,7 @@ from .model.stream import StreamedModel
 from .quality import Bar
 from .recipe import load_recipe
 from .runner import Run, sync_threads
-from .stages.allocation import WIDTHS, forecast_error, plan_of
+from .stages.allocation import allowed_storages, forecast_error, plan_of
 from .stages.choices import choices_of
 from .stages.context import Context
 from .stages.stage import Stage
@@ -46,9 +46,9 @@ def random_plan(tables: Tables, budget: float, draw: np.random.Generator) -> Cho
     groups, experts = draw.uniform(*GROUPS), draw.uniform(*EXPERTS)
     wrong = {}
     for key, table in tables.items():
-        widths = {choice.bits for choice in table.choices if choice.rank}
-        kept = {bits for bits in sorted(widths) if draw.random() < KEEP_WIDTH} or widths
-        columns = [i for i, choice in enumerate(table.choices) if not choice.rank or choice.bits in kept]
+        storages = {choice.storage for choice in table.choices if choice.rank}
+        kept = {storage for storage in sorted(storages) if draw.random() < KEEP_WIDTH} or storages
+        columns = [i for i, choice in enumerate(table.choices) if not choice.rank or choice.storage in kept]
         scale = np.exp(groups * draw.standard_normal() + experts * draw.standard_normal((len(table.errors), 1)))
         choices = [table.choices[i] for i in columns]
         wrong[key] = Table(choices, table.costs[columns], table.errors[:, columns] * scale)
@@ -74,13 +74,14 @@ class Bench:
         # Attention is the same in all plans: it stays.
         self.svd, self.gptq = made["svd"], made["gptq"].model_copy(update={"attention": False})
         self.parent = StreamedModel(job.model, device=job.device)
-        self.found = choices_of(self._context(self.parent, self.svd), WIDTHS, ranks=True)
+        context = self._context(self.parent, self.svd)
+        self.found = choices_of(context, allowed_storages(context), ranks=True)
         self.tables: Tables = self.found.tables
 
-    def _context(self, parent: StreamedModel, stage: Stage, widths: dict | None = None) -> Context:
+    def _context(self, parent: StreamedModel, stage: Stage, storages: dict | None = None) -> Context:
         job = self.job
         context = Context(parent, job.statistics, stage, job.recipe.seed, job.device, packing=self.gptq)
-        return replace(context, widths=widths or {})
+        return replace(context, storages=storages or {})
 
     def budget(self, bits: float) -> float:
         return bits * account(self.parent, layout_of(self.parent)).original_expert_params / 8
@@ -98,7 +99,7 @@ class Bench:
         """For each layer a function that does to it what stages svd and gptq do."""
         planned = plan_of(self._context(self.parent, self.svd), self.found, choices)
         factors = StreamedModel.described(planned_model(self.parent, planned.layout).config, self.parent)
-        first, second = self._context(self.parent, self.svd), self._context(factors, self.gptq, planned.widths)
+        first, second = self._context(self.parent, self.svd), self._context(factors, self.gptq, planned.storages)
         packed = self.gptq.plan(second)
         for index, statistics in enumerate(self.job.statistics.layers()):
 
@@ -110,8 +111,8 @@ class Bench:
 
 
 def measured(bench: Bench, bits: float, plans: int, file: Path, report) -> list[dict]:
-    """Plans at a budget and the loss of each, [{"choices": {path/projection: [[rank, bits]]}, "increase": nats per
-    token}]; those that are in `file` are not measured again."""
+    """Plans at a budget and the loss of each, [{"choices": {path/projection: [[rank, [rate, format]]]}, "increase":
+    nats per token}]; those that are in `file` are not measured again."""
     found: dict = json.loads(file.read_text()) if file.is_file() else {"original": bench.loss(None), "plans": []}
     draw = np.random.default_rng(0)
     for at in range(plans):
@@ -119,7 +120,7 @@ def measured(bench: Bench, bits: float, plans: int, file: Path, report) -> list[
         choices = random_plan(bench.tables, bench.budget(bits), draw)
         if at < len(found["plans"]):
             continue
-        named = {"/".join(key): [list(choice) for choice in chosen] for key, chosen in choices.items()}
+        named = {"/".join(key): [[rank, [*how]] for rank, how in chosen] for key, chosen in choices.items()}
         found["plans"].append({"choices": named, "increase": bench.loss(choices) - found["original"]})
         write_json(file, found)
     return found["plans"]
@@ -130,7 +131,7 @@ def plan_from(plan: dict) -> Choices:
     found: Choices = {}
     for name, chosen in plan["choices"].items():
         path, _, projection = name.rpartition("/")
-        found[path, projection] = [Choice(*choice) for choice in chosen]
+        found[path, projection] = [Choice(rank, Storage(*storage)) for rank, storage in chosen]
     return found
 
 

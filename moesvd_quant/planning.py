@@ -7,6 +7,7 @@ import torch
 from .accounting import account, planned_model
 from .budget import kv_cache_bytes, parse_budget
 from .layout import layout_of
+from .model.parts import layout_from
 from .model.stream import StreamedModel
 from .stages.context import Context, StageError
 from .stages.stage import packing_stage
@@ -56,12 +57,14 @@ def _reserve(run) -> int:
 
 def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
     forecasts: list[dict] = []
-    widths: dict = {}
+    storages: dict = {}
     packing = packing_stage(run.recipe.stages)
     for index, stage in enumerate(run.recipe.stages):
         parent = run.meta
         if forecasts:
-            parent = StreamedModel.described(planned_model(run.meta, forecasts[-1]["layout"]).config, run.meta)
+            parent = StreamedModel.described(
+                planned_model(run.meta, layout_from(forecasts[-1]["layout"])).config, run.meta
+            )
         progress = lambda done, total: run.report("reading the model", done, total)  # noqa: E731
         context = Context(
             parent,
@@ -71,7 +74,7 @@ def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
             run.device,
             progress,
             budget,
-            widths,
+            storages,
             packing,
             memo,
             run.recipe.limits,
@@ -79,14 +82,14 @@ def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
         context.pool, context.report, context.training = run.pool, run.report, run.training(index)
         context.surveyed = partial(run.report, f"{stage.name}: planning")
         plan = stage.plan(context)
-        widths = plan.widths
+        storages = plan.storages
         forecasts.append(
             {
                 "stage": stage.name,
                 "accounting": account(parent, plan.layout).to_dict(),
                 "decisions": plan.decisions,
                 "notes": plan.notes,
-                "layout": plan.layout,
+                "layout": plan.layout.to_dict(),
             }
         )
     return forecasts

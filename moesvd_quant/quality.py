@@ -20,11 +20,9 @@ from .evaluation.table import Table, render
 from .layout import layout_of
 from .model.experts import dense_weight, expert_count, find_experts, shapes_of
 from .quantize.factors import quantize_factors
-from .quantize.gptq import with_damp
-from .quantize.packed import quant_format
 from .recipe import load_recipe, named_texts
 from .runner import Run, sync_threads
-from .stages.allocation import WIDTHS
+from .stages.allocation import allowed_storages
 from .stages.choices import choices_of
 from .stages.context import Context, expert_grams
 from .stages.gptq import Gptq
@@ -118,7 +116,7 @@ def rank_bars(job: Run) -> list[Bar]:
     parent, options = job.meta, {stage.name: stage for stage in job.recipe.stages}
     gptq = options["gptq"]
     context = Context(parent, job.statistics, options["svd"], job.recipe.seed, job.device, packing=gptq)
-    tables = choices_of(context, WIDTHS, ranks=True).tables
+    tables = choices_of(context, allowed_storages(context), ranks=True).tables
     weights = account(parent, layout_of(parent)).original_expert_params
     bars = []
     for bits in BUDGETS:
@@ -147,19 +145,15 @@ def factor_bar(job: Run, ratio: float = 0.4, bits: Literal[2, 3, 4] = 3) -> Bar:
 
 def excess_quotient(weight: torch.Tensor, gram: torch.Tensor, rank: int, bits: Literal[2, 3, 4]) -> float:
     """Of one matrix (out, in) and the Gram matrix (in, in) of its inputs."""
-    options = Gptq(bits=bits)
-    quant = {
-        "right": quant_format(options, weight.shape[1], False, bits),
-        "left": quant_format(options, rank, True, bits),
-    }
-    quantizer = with_damp(options.damp)
+    codec = Gptq(bits=bits).codec()
+    forms = {"right": codec.form(bits, weight.shape[1]), "left": codec.form(bits, rank, rank_axis=True)}
     left, right = whitened_svd(weight, gram, rank)
-    (mine,), (rights,) = quantize_factors([weight], [gram], [left], [right], [0], [0], quant, quantizer, 0)
+    (mine,), (rights,) = quantize_factors([weight], [gram], [left], [right], [0], [0], forms, codec, 0)
     _, basis, plain = (found.double() for found in whitened_directions(weight, gram, rank))
     sigma = (plain @ gram.double() * plain).sum(1).sqrt()
     v = plain / sigma[:, None]
-    naive = quantizer.pack(basis * sigma, quantizer.inputs(v @ gram.double() @ v.T), quant["left"]).dense()
-    naive = naive @ quantizer.pack(v, quantizer.inputs(gram), quant["right"]).dense()
+    naive = codec.pack(basis * sigma, codec.inputs(v @ gram.double() @ v.T), forms["left"]).dense()
+    naive = naive @ codec.pack(v, codec.inputs(gram), forms["right"]).dense()
     truncated = whitened_error(weight, left @ right, gram)
     return (whitened_error(weight, mine.dense() @ rights.dense(), gram) - truncated) / (
         whitened_error(weight, naive, gram) - truncated

@@ -22,6 +22,7 @@ from .checkpoint.files import require_space, write_json, write_text
 from .layout import layout_of
 from .memory import Memory, PeakMeter, keep_nothing
 from .model.modeling_moesvd import MANIFEST
+from .model.parts import layout_from
 from .model.stream import StreamedModel
 from .needs import Needs, forecast
 from .parallel import Pool
@@ -209,12 +210,13 @@ class Run:
     def plan(self, index: int, parent: StreamedModel) -> Plan:
         """The forecast of a stage, with the rows of shared factors as the checkpoint that is there has settled them."""
         forecast = self.forecasts[index]
-        settled = layout_of(parent)["experts"] if index else {}
-        for path, projections in forecast["layout"]["experts"].items():
+        layout = layout_from(forecast["layout"])
+        settled = layout_of(parent).experts if index else {}
+        for path, projections in layout.experts.items():
             for name, parts in projections.items():
                 for part, was in zip(parts, settled.get(path, {}).get(name, [])):
-                    part |= {bank: was[bank] for bank in ("dense", "left", "right") if bank in was}
-        return Plan(forecast["layout"], forecast["decisions"], forecast["notes"])
+                    part.take_rows_from(was)
+        return Plan(layout, forecast["decisions"], forecast["notes"])
 
     def _stage(self, index: int) -> Path:
         folder = self.folder(index)

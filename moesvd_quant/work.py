@@ -11,6 +11,7 @@ from .accounting import Accounting, by_file, planned_model
 from .checkpoint import finish, verify
 from .checkpoint.files import commit_folder, write_json, write_tensors
 from .model.layered import is_finite
+from .model.parts import projections_from, projections_to
 from .model.stream import StreamedModel
 from .stages.context import Context, Plan, StageError
 
@@ -63,7 +64,7 @@ class StageWork:
             note = json.loads(note_file(self.folder, name).read_text())
             errors |= note["errors"]
             outputs |= note["outputs"]
-            plan.layout["experts"] |= note["experts"]
+            plan.layout.experts |= {path: projections_from(found) for path, found in note["experts"].items()}
         self._describe(plan)
         check = self._verify(plan, outputs)
         origin = finish.origin_of(self.run.model)
@@ -101,7 +102,7 @@ class StageWork:
         tensors = {key: name for name, owned in zip(names, files.values()) for key in owned}
         total = sum(t.numel() * t.element_size() for owned in files.values() for t in owned.values())
         finish.write_index(self.folder, tensors, total)
-        finish.write_config(self.folder, self.parent.config.to_dict(), plan.layout)
+        finish.write_config(self.folder, self.parent.config.to_dict(), plan.layout.to_dict())
         finish.carry_files(self.run.model, self.folder)
 
     def _verify(self, plan: Plan, outputs: dict) -> dict:
@@ -132,7 +133,8 @@ def make_layer(folder: Path, plan: Plan, context: Context, index: int, layer, st
     parent = context.parent
     name = parent.layer_names[index]
     report = context.stage.run_layer(context, index, layer, statistics, plan)
-    layout = {path: parts for path, parts in plan.layout["experts"].items() if path.startswith(name + ".")}
+    own = {path: parts for path, parts in plan.layout.experts.items() if path.startswith(name + ".")}
+    layout = {path: projections_to(projections) for path, projections in own.items()}
     seen = verify.outputs(parent.model, verify.targets(plan.layout, name + "."))
     tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
     _check(name, tensors, report, context.stage.name)

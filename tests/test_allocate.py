@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from moesvd_quant.allocate import DENSE, MAX_RANKS, NOTHING, RANK_STEP, Choice, Table, allocate, useful_ranks
+from moesvd_quant.allocate import DENSE, MAX_RANKS, NOTHING, RANK_STEP, Choice, Storage, Table, allocate, useful_ranks
 
 
 def spectra(experts, size, seed, decay):
@@ -86,7 +86,7 @@ def test_energy_is_kept_where_it_is():
 def tables_of_widths(groups, experts, seed):
     """Random errors that fall with the width; costs are the widths."""
     generator = np.random.default_rng(seed)
-    choices = [NOTHING, *(Choice(DENSE, bits) for bits in (2, 3, 4))]
+    choices = [NOTHING, *(Choice(DENSE, Storage(bits, "grid")) for bits in (2, 3, 4))]
     costs = np.array([0.0, 2, 3, 4])
     size = lambda: generator.gamma(1, 1, (experts, 1))  # noqa: E731
     return {g: Table(choices, costs, size() * np.array([1, 0.2, 0.05, 0.01])) for g in range(groups)}
@@ -121,17 +121,17 @@ def test_tied_groups_get_one_width(seed):
         return len({int(c) for column in at for c in column} - {0}) <= 1
 
     made = allocate(tables, budget, {0: "layer", 1: "layer"})
-    widths = {choice.bits for chosen in made.choices.values() for choice in chosen if choice != NOTHING}
+    widths = {choice.storage for chosen in made.choices.values() for choice in chosen if choice != NOTHING}
     assert len(widths) == 1
     assert made.error <= 1.25 * best_of_all(tables, budget, one_width)
 
 
 def test_widths_that_no_tied_group_has_in_common_are_an_error():
     tables = {
-        name: Table([Choice(DENSE, bits)], np.array([float(bits)]), np.array([[0.1]]))
+        name: Table([Choice(DENSE, Storage(bits, "grid"))], np.array([float(bits)]), np.array([[0.1]]))
         for name, bits in (("a", 2), ("b", 3))
     }
-    with pytest.raises(ValueError, match="no width serves"):
+    with pytest.raises(ValueError, match="no format and rate serves"):
         allocate(tables, 10.0, {"a": 0, "b": 0})
 
 
@@ -139,7 +139,7 @@ def test_widths_that_no_tied_group_has_in_common_are_an_error():
 def test_a_model_of_94_layers_and_128_experts_takes_seconds():
     generator = np.random.default_rng(0)
     ranks = range(RANK_STEP, 1105, RANK_STEP)
-    choices = [NOTHING, *(Choice(r, b) for b in (2, 3, 4, 8) for r in (DENSE, *ranks))]
+    choices = [NOTHING, *(Choice(r, Storage(b, "grid")) for b in (2, 3, 4, 8) for r in (DENSE, *ranks))]
     sizes = np.array([0, *(b / 8 * (1 if r == DENSE else r / 1117) for b in (2, 3, 4, 8) for r in (DENSE, *ranks))])
     tables = {}
     for group in range(94 * 3):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import moesvd_quant
-from moesvd_quant.fitting import bank_bytes
 from moesvd_quant.model.experts import find_experts
+from moesvd_quant.model.formats import FLOAT
+from moesvd_quant.model.grids import Grid
 from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run, RunError
@@ -23,10 +24,9 @@ def disk(folder):
 
 
 def test_bank_bytes_are_those_of_the_stored_tensors():
-    quant = {"bits": 3, "group_size": 64, "sym": False}
     # 100 columns: 13 x 3 bytes of codes, 2 scales of a byte in each of 6 rows; 4 bytes of base, 2 x 3 of 12 zeros
-    assert bank_bytes((6, 100), quant, torch.float32) == 6 * (39 + 2) + 4 + 6
-    assert bank_bytes((6, 100), None, torch.bfloat16) == 1200
+    assert Grid(3, 64, False).bank_bytes((6, 100), torch.float32) == 6 * (39 + 2) + 4 + 6
+    assert FLOAT.bank_bytes((6, 100), torch.bfloat16) == 1200
 
 
 @pytest.mark.parametrize("recipe", ["fit", "gptq-fit"])
@@ -61,7 +61,7 @@ def test_open_rank_with_fixed_bits_and_open_rank_alone(make_model, tmp_path, sma
     folder = make_model("mixtral", torch.bfloat16)
     fixed = plan_stages(make("fit", folder, tmp_path, small, "budget=2bpw", "gptq.bits=3"))
     parts = [p for m in fixed[-1]["layout"]["experts"].values() for ps in m.values() for p in ps]
-    assert {q["bits"] for part in parts for q in part["quant"].values()} == {3}
+    assert {q["bits"] for part in parts for q in part["formats"].values()} == {3}
     assert fixed[-1]["accounting"]["bits_per_expert_weight"] <= 2
     (tmp_path / "ranks.yaml").write_text("budget: 8bpw\nstages: [svd]")
     alone = plan_stages(make(tmp_path / "ranks.yaml", folder, tmp_path, small))
@@ -102,7 +102,7 @@ def layout_bits(stages, name=""):
         for projection, parts in projections.items():
             if name in f"{path}.{projection}":
                 banks = [(p, bank) for p in parts for bank in ("dense", "left", "right") if bank in p]
-                found[f"{path}.{projection}"] = [p["quant"].get(bank, {"bits": 16})["bits"] for p, bank in banks]
+                found[f"{path}.{projection}"] = [p["formats"].get(bank, {"bits": 16})["bits"] for p, bank in banks]
     return found
 
 
@@ -131,9 +131,8 @@ def test_what_a_budget_leaves_in_16_bit_stays_as_it_is_and_is_named(make_model, 
 
 
 def test_a_budget_of_loaded_bytes_with_room_for_keys_and_values(make_model, tmp_path, small):
-    from moesvd_quant.evaluation.memory import resident_bytes
-
     from moesvd_quant.budget import kv_cache_bytes
+    from moesvd_quant.evaluation.memory import resident_bytes
 
     folder = make_model("mixtral", torch.bfloat16)
     limits = ["limits.of=resident", "limits.kv_cache={context: 64, batch: 2}"]

@@ -19,7 +19,6 @@ from moesvd_quant.decompose.whitening import refit_left
 from moesvd_quant.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts, split_projections
 from moesvd_quant.model.folder import ModelError
-from moesvd_quant.model.parts import part_banks
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
@@ -88,11 +87,11 @@ def test_the_ratio_asked_for_is_met_within_half_a_percent(model, options):
             assert "the nearest that can: 0." in str(error), error
             continue
         stored = sum(
-            math.prod(shape)
+            math.prod(bank.shape)
             for path, projections in layout.items()
             for name, parts in projections.items()
             for part in parts
-            for shape in part_banks(part, *layers[path]["shapes"][name]).values()
+            for bank in part.banks(*layers[path]["shapes"][name]).values()
         )
         assert -1e-9 < 1 - stored / sum(sizes) - ratio <= 0.005, ratio
         met += 1
@@ -124,8 +123,9 @@ def test_groups_are_a_bank_of_right_factors_and_trimming_leaves_its_left_ones():
     layout, decisions = plan_paper(layers, total // 2, given)
     path = next(path for path, decision in decisions.items() if len(decision["decomposed"]) == 3)
     (part,) = layout[path]["gate"]
-    assert part_banks(part, 1408, 2048) == {"left": (16, 1408, part["rank"]), "right": (8, part["rank"], 2048)}
-    assert part["right"] == [e // 8 for e in range(64)]
+    shapes = {name: bank.shape for name, bank in part.banks(1408, 2048).items()}
+    assert shapes == {"left": (16, 1408, part.rank), "right": (8, part.rank, 2048)}
+    assert part.right == [e // 8 for e in range(64)]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_each_group_has_its_own_right_factor(make_model, tmp_path, small):
     (checkpoint,) = make("svd", make_model("mixtral"), tmp_path, small, *options).run()
     for _, experts in find_experts(moesvd_quant.load(checkpoint)):
         (part,) = experts.layout["gate"]
-        assert part["right"] == part["left"] == [0, 0, 1, 1]
+        assert part.right == part.left == [0, 0, 1, 1]
         dense = [experts.dense("gate", e) for e in range(4)]
         assert torch.equal(dense[0], dense[1]) and not torch.allclose(dense[1], dense[2])
 
@@ -175,7 +175,7 @@ def test_svd_llms_update_refits_to_the_inputs_that_compressed_layers_give(make_m
         ((_, seen),) = recorder.experts[path].groups()
         gram = Grams(seen["gram_in"], seen["tokens"], shrink)
         for i, part in enumerate(made.layout["gate"]):
-            for at, e in enumerate(part["experts"]):
+            for at, e in enumerate(part.experts):
                 left, right = (made.bank("gate", i, bank, torch.float64, at) for bank in ("left", "right"))
                 best = refit_left([weights[e]], [gram[e]], [right])
                 assert torch.allclose(left, best, rtol=1e-3, atol=1e-4 * float(best.abs().max()))
@@ -215,8 +215,8 @@ def test_a_pruned_base_is_stored_small_quantized_and_counted_exactly(architectur
         with torch.no_grad():
             outputs.append(model(ids).logits)
         for _, experts in find_experts(model) if checkpoint != folder else ():
-            assert experts.layout["down"][0]["columns"] == len(experts.channels) == inner * 3 // 4
-            assert experts.layout["up"][0]["dynamic"] == inner // 2 and "dynamic" not in experts.layout["gate"][0]
+            assert experts.layout["down"][0].columns == len(experts.channels) == inner * 3 // 4
+            assert experts.layout["up"][0].dynamic == inner // 2 and experts.layout["gate"][0].dynamic is None
             assert experts.channels.dtype == experts.channel_prior.dtype == torch.int32
     # Rounding in 8 bits moves little, but for channels near the edge of a token's choice, which may change places.
     assert 0 < (outputs[2] - outputs[1]).norm() < 0.15 * (outputs[1] - outputs[0]).norm()

@@ -12,7 +12,7 @@ from tiny import ARCHITECTURES
 import moesvd_quant
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.model.factorized_experts import FactorizedExperts
-from moesvd_quant.model.packing import PackedLinear
+from moesvd_quant.model.stored import StoredLinear
 from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run, RunError
@@ -65,7 +65,7 @@ def test_svd_gptq4_on_every_architecture(architecture, make_model, tmp_path, sma
             change = (model(ids).logits - original).norm()
         assert 0 < change < 0.6 * (without - original).norm()
     stored = [name for name, p in model.named_parameters() if p.dtype == torch.uint8]
-    assert any(isinstance(m, PackedLinear) for m in model.modules()) and stored
+    assert any(isinstance(m, StoredLinear) for m in model.modules()) and stored
     manifest = json.loads((checkpoints[1] / "moesvd.json").read_text())
     assert manifest["accounting"]["expert_ratio"] == pytest.approx(0.2, abs=0.05)
     assert {"key", "recipe", "decisions", "errors", "digests", "check", "accounting"} <= manifest.keys()
@@ -89,9 +89,9 @@ def test_paper_keeps_sensitive_layers_and_shares(make_model, tmp_path, small):
     for path, experts in find_experts(model):
         for parts in experts.layout.values():
             if chosen[path]:
-                assert len(set(parts[0]["right"])) == 1 and len(set(parts[0]["left"])) == 2
+                assert len(set(parts[0].right)) == 1 and len(set(parts[0].left)) == 2
             else:
-                assert "dense" in parts[0]
+                assert parts[0].chain == ("dense",)
     assert manifest["accounting"]["expert_ratio"] == pytest.approx(0.3, abs=0.005)
 
 
@@ -103,8 +103,8 @@ def test_d2_is_a_base_and_deltas_and_8_bits_hardly_change_it(make_model, tmp_pat
     for checkpoint in (first, second):
         for _, experts in find_experts(moesvd_quant.load(checkpoint)):
             for base, *deltas in experts.layout.values():
-                assert base["dense"] == [0] * 4
-                assert sum(len(set(part["right"])) for part in deltas) == (1 if shared_v == "true" else 4)
+                assert base.dense == [0] * 4
+                assert sum(len(set(part.right)) for part in deltas) == (1 if shared_v == "true" else 4)
     account = json.loads((first / "moesvd.json").read_text())["accounting"]
     assert 0.25 <= account["expert_ratio"] < 0.256  # a step of one rank is 0.9 % of so small a model
     # A left factor that shares its right one is refitted when packed, under the blended inputs: it moves, a little.
@@ -131,7 +131,7 @@ def test_full_ratio_of_quantization_leaves_routers_norms_and_embeddings(make_mod
 def test_lm_head_on_request(make_model, tmp_path, small):
     (checkpoint,) = make("gptq4", make_model("mixtral"), tmp_path, small, "gptq.lm_head=true").run()
     model = moesvd_quant.load(checkpoint)
-    assert isinstance(model.lm_head, PackedLinear) and torch.isfinite(model(IDS).logits).all()
+    assert isinstance(model.lm_head, StoredLinear) and torch.isfinite(model(IDS).logits).all()
 
 
 def test_a_run_on_a_checkpoint_of_ours(make_model, tmp_path, small):

@@ -76,7 +76,7 @@ def enlarge(model) -> None:
 @torch.no_grad()
 def fill_banks(experts, generator) -> None:
     """Random float banks of a FactorizedExperts."""
-    for key, _, _ in experts.banks():
+    for key, _ in experts.banks():
         bank = getattr(experts, key)
         bank.copy_(torch.randn(bank.shape, generator=generator) * bank.shape[-1] ** -0.5)
 

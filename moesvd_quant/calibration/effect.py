@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from ..memory import Batches
 from ..model.experts import find_experts, shapes_of, split_projections
+from ..model.grids import Grid
 from ..model.stream import StreamedModel
-from ..quantize.packed import resolve_group_size, round_to_nearest
+from ..quantize.rounding import resolve_group_size, round_to_nearest
 
 PERTURBATION = 3  # bits
 TOKENS, LENGTH = 4096, 256  # of calibration text
@@ -25,10 +26,10 @@ LAYERS = 16  # groups of layers at most
 
 def perturbed(weights: torch.Tensor) -> torch.Tensor:
     """Weights (..., out, in) rounded to PERTURBATION bits, in their dtype."""
-    quant = {"bits": PERTURBATION, "group_size": resolve_group_size("auto", weights.shape[-1]), "sym": False}
+    form = Grid(PERTURBATION, resolve_group_size("auto", weights.shape[-1]), sym=False)
     if weights.dim() > 2:
         return torch.stack([perturbed(w) for w in weights])
-    return round_to_nearest(weights, quant).dense(torch.float32).to(weights.dtype)
+    return round_to_nearest(weights, form).dense(torch.float32).to(weights.dtype)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..model.factorized_experts import FactorizedExperts
 from ..model.folder import ModelError
-from ..model.packing import PackedLinear
+from ..model.parts import Layout
+from ..model.stored import StoredLinear
 from ..model.stream import StreamedModel
 
 PROBES = 8  # random inputs of a linear; experts get one each
@@ -18,9 +19,9 @@ class VerifyError(ModelError):
     """A checkpoint that is not what its plan says: a defect, never the user's."""
 
 
-def targets(layout: dict, prefix: str) -> list[str]:
+def targets(layout: Layout, prefix: str) -> list[str]:
     """Paths of the layout under a prefix, which ends with a dot or is a whole path."""
-    return [path for kind in ("experts", "linears") for path in layout[kind] if path.startswith(prefix)]
+    return [path for path in (*layout.experts, *layout.linears) if path.startswith(prefix)]
 
 
 def outputs(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
@@ -28,21 +29,21 @@ def outputs(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     found = {}
     for path in paths:
         module = model.get_submodule(path)
-        if not isinstance(module, FactorizedExperts | PackedLinear):
+        if not isinstance(module, FactorizedExperts | StoredLinear):
             raise VerifyError(f"{path}: is in the plan and was not changed; this is a defect")
         found[path] = _digest(module)
     return found
 
 
 @torch.no_grad()
-def _digest(module: FactorizedExperts | PackedLinear) -> str:
+def _digest(module: FactorizedExperts | StoredLinear) -> str:
     for parameter in module.parameters():
         # A tensor mapped from a file may start at any address, and products differ in the last bit with it.
         parameter.data = parameter.data.clone()
     generator = torch.Generator().manual_seed(0)
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     like = dict(device=module.device, dtype=dtype)
-    if isinstance(module, PackedLinear):
+    if isinstance(module, StoredLinear):
         y = module(torch.randn(PROBES, module.in_features, generator=generator).to(**like))
     else:
         x = torch.randn(module.experts, module.shapes["down"][0], generator=generator).to(**like)
@@ -51,7 +52,7 @@ def _digest(module: FactorizedExperts | PackedLinear) -> str:
     return hashlib.sha256(y.float().cpu().numpy().tobytes()).hexdigest()
 
 
-def check_reload(streamed: StreamedModel, layout: dict, expected: dict[str, str]) -> None:
+def check_reload(streamed: StreamedModel, layout: Layout, expected: dict[str, str]) -> None:
     """VerifyError where a target of the checkpoint on disk computes something else than `expected`."""
     streamed.load_outer()
     for index, name in enumerate([*streamed.layer_names, "lm_head"]):

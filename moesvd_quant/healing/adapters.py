@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..checkpoint.files import write_json, write_tensors
-from ..model.packing import stored_scales, trainable_scales
-from .targets import float_targets, router_parameters, scale_targets
+from .targets import float_targets, router_parameters, scale_targets, trained_formats
 
 SCALE = 2  # alpha / rank: what an adapter's product is multiplied with
 LEFT, RIGHT = ("_left", ".left"), ("_right", ".right")  # endings of parameters, a lora_B and a lora_A behind them
@@ -23,7 +22,7 @@ LEFT, RIGHT = ("_left", ".left"), ("_right", ".right")  # endings of parameters,
 @dataclass(frozen=True)
 class Updates:
     """What training gives, float32 by parameter name: left @ right is added to the stored value, `put` replaces it
-    (scales as `packing.trainable_scales` has them)."""
+    (tensors of packed weights as `Format.trainable` has them)."""
 
     left: dict[str, torch.Tensor]
     right: dict[str, torch.Tensor]
@@ -71,9 +70,9 @@ def apply(layer: nn.Module, prefix: str, updates: Updates, stored: torch.dtype) 
         parameter = parameters[name]
         product = (left @ updates.right[name]).reshape(parameter.shape)
         parameter.copy_((parameter.float() + product.to(parameter.device)).to(stored))
+    formats = {prefix + path: form for path, form in trained_formats(layer).items()}
     for name, tensor in updates.put.items():
-        is_scale = not parameters[name].is_floating_point()
-        parameters[name].copy_(stored_scales(tensor) if is_scale else tensor.to(stored))
+        parameters[name].copy_(formats[name].stored(tensor) if name in formats else tensor.to(stored))
 
 
 class Trained:
@@ -104,9 +103,10 @@ class Trained:
         self.adapters = {
             _plain_name(path, layer): layer for path, layer in module.named_modules() if isinstance(layer, LoraLayer)
         }
-        for parameter in self.tensors().values():
-            is_scale = not parameter.is_floating_point()
-            parameter.data = trainable_scales(parameter.data) if is_scale else parameter.data.float()
+        formats = trained_formats(module)
+        for name, parameter in self.tensors().items():
+            trained = formats[name].trainable(parameter.data) if name in formats else parameter.data.float()
+            parameter.data = trained
             parameter.requires_grad_(True)
 
     def tensors(self, side: str = "both") -> dict[str, nn.Parameter]:

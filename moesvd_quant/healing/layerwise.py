@@ -13,6 +13,7 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from ..checkpoint.files import write_json, write_tensors
+from ..model.parts import Layout
 from ..model.stream import StreamedModel
 from ..model.visit import LayerVisit
 from ..stages.lora import Lora
@@ -24,7 +25,7 @@ from .targets import float_targets
 from .terms import into_layout
 
 
-def heal_layerwise(context, options: Lora, layout: dict, folder: Path) -> tuple[list[dict], Adapters]:
+def heal_layerwise(context, options: Lora, layout: Layout, folder: Path) -> tuple[list[dict], Adapters]:
     """Trains each layer and leaves its updates in `folder`; a layer that is finished is not trained again. Returns the
     log {"phase": layer, "step", "loss"} and the adapters."""
     known, windows = context.statistics, context.training.train
@@ -58,7 +59,7 @@ def heal_layerwise(context, options: Lora, layout: dict, folder: Path) -> tuple[
     return history, Adapters(lora_config(options.rank, linears, banks) if adapters else None, adapters)
 
 
-def _heal_layer(seed: int, options: Lora, streamed: StreamedModel, visit: LayerVisit, targets: list, layout: dict):
+def _heal_layer(seed: int, options: Lora, streamed: StreamedModel, visit: LayerVisit, targets: list, layout: Layout):
     """What was trained of one layer, and the loss of every step. A copy is trained; the streamed layer is empty
     afterwards."""
     index = visit.index

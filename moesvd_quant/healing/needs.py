@@ -11,6 +11,7 @@ from torch import nn
 from ..accounting import planned_model
 from ..memory import MemoryLimitError
 from ..model.experts import expert_count, find_experts, shapes_of
+from ..model.parts import Layout
 from ..model.stream import StreamedModel
 from .targets import float_targets, router_parameters, scale_targets
 from .teacher import disk_bytes
@@ -64,7 +65,7 @@ class HealingNeeds:
         )
 
 
-def healing_needs(parent: StreamedModel, layout: dict, options, windows: Sequence[int], statistics) -> HealingNeeds:
+def healing_needs(parent: StreamedModel, layout: Layout, options, windows: Sequence[int], statistics) -> HealingNeeds:
     """parent: the input checkpoint, or its description; layout: of the output; windows: (count, length) to train on;
     statistics: of the original model."""
     item = FLOAT if statistics.dtype == torch.float32 else parent.stored_dtype.itemsize

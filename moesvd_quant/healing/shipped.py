@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..model.parts import Layout
 from ..model.stream import StreamedModel
 from .adapters import Updates, apply
 from .losses import next_token
@@ -19,7 +20,7 @@ def layer_seed(seed: int, index: int) -> int:
     return seed * 100_003 + index
 
 
-def heal_layer(streamed: StreamedModel, index: int, layer: nn.Module, layout: dict, updates: Updates, seed: int):
+def heal_layer(streamed: StreamedModel, index: int, layer: nn.Module, layout: Layout, updates: Updates, seed: int):
     """Brings a loaded layer of the parent to the layout and merges its updates, rounded to the stored dtype."""
     name = streamed.layer_names[index]
     into_layout(layer, name, layout, streamed.dtype, layer_seed(seed, index))

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..model.experts import ROUTERS, find_experts, find_linears
+from ..model.formats import Format
+from ..model.stored import Stored
 
 
 def float_targets(module: nn.Module, layers: list[str], attention: bool) -> tuple[list[str], list[str]]:
@@ -19,7 +20,7 @@ def float_targets(module: nn.Module, layers: list[str], attention: bool) -> tupl
                 linears.append(prefix + path)
         for path, experts in find_experts(layer):
             for projection, parts in experts.layout.items():
-                if not any(part["quant"] for part in parts):  # a float part beside packed ones is a term
+                if not any(part.packed for part in parts):  # a float part beside packed ones is a term
                     names = (key for key, *_ in experts.banks() if key.startswith(f"{projection}_"))
                     banks += [f"{prefix}{path}.{key}" for key in names]
     return linears, banks
@@ -36,9 +37,20 @@ def router_parameters(module: nn.Module, layers: list[str]) -> list[str]:
     return _parameters(module, layers, lambda name, p: p.is_floating_point() and ROUTERS & set(name.split(".")[:-1]))
 
 
+def trained_formats(layer: nn.Module) -> dict[str, Format]:
+    """{name of each tensor of packed weights that training may change: its format}."""
+    return {
+        f"{path}.{name}" if path else name: form
+        for path, module in layer.named_modules()
+        if isinstance(module, Stored)
+        for name, (form, kind) in module.stored_tensors().items()
+        if kind == form.trained
+    }
+
+
 def packed_scales(module: nn.Module, layers: list[str], attention: bool) -> list[str]:
     """Names of the scales of the packed experts in these layers, and with `attention` of all else that is packed."""
-    found = _parameters(module, layers, lambda name, p: name.endswith("_scales") and p.dtype == torch.uint8)
+    found = [f"{prefix}{name}" for prefix, layer in _layers(module, layers) for name in trained_formats(layer)]
     if attention:
         return found
     experts = tuple(f"{prefix}{path}." for prefix, layer in _layers(module, layers) for path, _ in find_experts(layer))

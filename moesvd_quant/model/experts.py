@@ -8,8 +8,8 @@ from torch import nn
 
 from .factorized_experts import FactorizedExperts
 from .native_experts import EveryToken, Routed, apply_gate, arguments, form_of
-from .packing import PackedLinear
 from .parts import JOINT, joined, separate
+from .stored import StoredLinear
 
 # Names under which routers and the gate of a shared expert stand: they choose, and stay as they are.
 ROUTERS = {"gate", "router", "shared_expert_gate"}
@@ -150,7 +150,7 @@ def find_linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     shared experts, dense layers. A class of its own that multiplies in its own way is none."""
     inside = tuple(path + "." for path, _ in find_experts(layer))
     for path, module in layer.named_modules():
-        plain = isinstance(module, PackedLinear) or type(module).forward is nn.Linear.forward
+        plain = isinstance(module, StoredLinear) or type(module).forward is nn.Linear.forward
         if plain and not path.startswith(inside) and not ROUTERS & set(path.split(".")):
             yield path, module
 

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .native_experts import apply_gate, form_of
-from .packing import KINDS
-from .parts import JOINT, joined, part_banks, projection_shapes, separate
+from .parts import JOINT, Projections, joined, projection_shapes, separate
 from .pruned_base import PrunedBase
 
 ONE_BY_ONE = ("cpu",)  # devices on which a product for each expert is as fast as one grouped product
@@ -17,7 +16,7 @@ ONE_BY_ONE = ("cpu",)  # devices on which a product for each expert is as fast a
 class FactorizedExperts(PrunedBase):
     """Drop-in for the experts of any architecture that `native_experts` knows, built from them and a layout."""
 
-    def __init__(self, native: nn.Module, layout: dict):
+    def __init__(self, native: nn.Module, layout: Projections):
         """native: the module to stand in for, of the architecture's own class or one of ours."""
         super().__init__()
         ours = isinstance(native, FactorizedExperts)
@@ -26,37 +25,36 @@ class FactorizedExperts(PrunedBase):
             self.shapes = joined(shapes) if JOINT in layout else shapes
             self.native_class, self.form = type(native), form_of(native)
             self.experts = len(self.form.weights(native)["down"])
-        state = {k: v for k, v in vars(native).items() if not k.startswith("_")}
+        own = ("formats", "kinds")
+        state = {k: v for k, v in vars(native).items() if not k.startswith("_") and k not in own}
         self.__dict__.update(state)  # alpha, limit, flags, config: all that is not a weight
-        weights = {name for name, *_ in native.banks()} if ours else set(self.form.parameters(native))
+        weights = set(native.stored_tensors()) if ours else set(self.form.parameters(native))
         holders = {name.partition(".")[0] for name in weights}
         for name, child in native._modules.items():
             if name not in holders:
                 self.add_module(name, child)
         for name, other in native.named_parameters(recurse=False):  # biases
-            head, _, kind = name.rpartition("_")
-            if (head if kind in KINDS else name) not in weights:
+            if name not in weights:
                 self.register_parameter(name, other)
         self.is_transposed = False  # banks are (rows, out, in), whatever the native weights were; peft asks
         self.layout = layout
         self._maps: dict[tuple, Any] = {}
         kind = next((p for p in native.parameters() if p.is_floating_point()), torch.empty(0))
-        for key, shape, quant in self.banks():
-            self.add_bank(key, shape, quant, kind.dtype, kind.device)
+        for key, bank in self.banks():
+            self.add_bank(key, bank.shape, bank.form, kind.dtype, kind.device)
         self.add_channels(native)
 
     def banks(self):
-        """Yields (parameter name, shape, quant) of every bank of the layout."""
+        """Yields (name, Bank) of every bank of the layout."""
         for projection, parts in self.layout.items():
             for i, part in enumerate(parts):
-                for bank, shape in part_banks(part, *self.shapes[projection]).items():
-                    yield f"{projection}_{i}_{bank}", shape, part["quant"].get(bank)
+                for name, bank in part.banks(*self.shapes[projection]).items():
+                    yield f"{projection}_{i}_{name}", bank
 
     def bank(self, projection, i, bank, dtype, row=None):
         """Bank of part i of a projection: float (rows, a, b), or (a, b) of one row."""
-        part = self.layout[projection][i]
-        columns = part_banks(part, *self.shapes[projection])[bank][-1]
-        return self.weight_rows(f"{projection}_{i}_{bank}", part["quant"].get(bank), columns, dtype, row)
+        _, columns = self.layout[projection][i].sizes(*self.shapes[projection])[bank]
+        return self.weight_rows(f"{projection}_{i}_{bank}", columns, dtype, row)
 
     def dense(self, projection, expert, dtype=torch.float32):
         """Effective weight (out, in) of one expert."""
@@ -64,14 +62,12 @@ class FactorizedExperts(PrunedBase):
             return separate({JOINT: self.dense(JOINT, expert, dtype).T})[projection].T
         weight = torch.zeros(self.shapes[projection], dtype=dtype, device=self.device)
         for i, part in enumerate(self.layout[projection]):
-            if expert not in part["experts"]:
-                continue
-            at = part["experts"].index(expert)
-            if "dense" in part:
-                weight = weight + self.spread(part, self.bank(projection, i, "dense", dtype, part["dense"][at]))
-            else:
-                left = self.bank(projection, i, "left", dtype, part["left"][at])
-                weight = weight + left @ self.bank(projection, i, "right", dtype, part["right"][at])
+            if expert in part.experts:
+                at = part.experts.index(expert)
+                first, *rest = (self.bank(projection, i, bank, dtype, part.users(bank)[at]) for bank in part.chain)
+                for bank in rest:
+                    first = bank @ first
+                weight = weight + self.spread(part, first)
         return weight
 
     def row_map(self, projection, i, bank, device):
@@ -80,20 +76,20 @@ class FactorizedExperts(PrunedBase):
         if key not in self._maps:
             part = self.layout[projection][i]
             rows = torch.full((self.experts,), -1, dtype=torch.long)
-            rows[part["experts"]] = torch.tensor(part[bank])
+            rows[part.experts] = torch.tensor(part.users(bank))
             self._maps[key] = rows.to(device)
         return self._maps[key]
 
     def bank_matmul(self, x, rows, projection, i, bank):
         """y[t] = bank[rows[t]] @ x[t], x (n, in), rows (n) -> (n, out): one grouped product over sorted rows."""
         part = self.layout[projection][i]
-        count, out, _ = part_banks(part, *self.shapes[projection])[bank]
+        count, (out, _) = max(part.users(bank)) + 1, part.sizes(*self.shapes[projection])[bank]
         if count == 1:
             return F.linear(x, self.bank(projection, i, bank, x.dtype, 0))
         order = None if self.owns_rows(part, bank) else torch.argsort(rows, stable=True)
         x = x if order is None else x[order]
         sizes = torch.bincount(rows, minlength=count)
-        if part["quant"].get(bank) is None and x.device.type not in ONE_BY_ONE:
+        if not part.form(bank).packed and x.device.type not in ONE_BY_ONE:
             weight = self.bank(projection, i, bank, x.dtype)
             y = F.grouped_mm(x, weight.transpose(1, 2), offs=sizes.cumsum(0).int())
             if y.requires_grad:
@@ -109,8 +105,7 @@ class FactorizedExperts(PrunedBase):
 
     def owns_rows(self, part, bank):
         """Whether each expert has a row of its own, in order: pairs sorted by expert are then sorted by row."""
-        experts = part["experts"]
-        return part[bank] == list(range(len(experts))) and experts == sorted(experts)
+        return part.users(bank) == list(range(len(part.experts))) and part.experts == sorted(part.experts)
 
     def steps(self, device_type):
         """{projection: for each expert its terms}, a term being the banks to multiply with, one after the other, as
@@ -118,8 +113,11 @@ class FactorizedExperts(PrunedBase):
         key = "steps", device_type
         if key not in self._maps:
             parts = [part for parts in self.layout.values() for part in parts]
-            banks = [(part, bank) for part in parts for bank in ("dense", "right", "left") if bank in part]
-            alone = all(self.owns_rows(*at) and (device_type in ONE_BY_ONE or at[1] in at[0]["quant"]) for at in banks)
+            banks = [(part, bank) for part in parts for bank in part.chain]
+            alone = all(
+                self.owns_rows(part, bank) and (device_type in ONE_BY_ONE or part.form(bank).packed)
+                for part, bank in banks
+            )
             served = alone and not any(map(self.shared_input, parts))
             self._maps[key] = {name: self._terms(name) for name in self.layout} if served else None
         return self._maps[key]
@@ -127,11 +125,9 @@ class FactorizedExperts(PrunedBase):
     def _terms(self, projection):
         terms: list[list] = [[] for _ in range(self.experts)]
         for i, part in enumerate(self.layout[projection]):
-            shapes = part_banks(part, *self.shapes[projection])
-            for row, expert in enumerate(part["experts"]):
-                banks = [bank for bank in ("dense", "right", "left") if bank in part]
-                at = [(f"{projection}_{i}_{bank}", part["quant"].get(bank), shapes[bank][-1]) for bank in banks]
-                terms[expert].append([(*where, row) for where in at])
+            sizes = part.sizes(*self.shapes[projection])
+            for row, expert in enumerate(part.experts):
+                terms[expert].append([(f"{projection}_{i}_{bank}", sizes[bank][1], row) for bank in part.chain])
         return terms
 
     def by_expert(self, x, token, ids, steps):
@@ -152,16 +148,15 @@ class FactorizedExperts(PrunedBase):
         y = None
         for banks in terms:
             h = x
-            for name, quant, columns, row in banks:
-                h = F.linear(h, self.weight_rows(name, quant, columns, x.dtype, row))
+            for name, columns, row in banks:
+                h = F.linear(h, self.weight_rows(name, columns, x.dtype, row))
             y = h if y is None else y + h
         return x.new_zeros(len(x), self.shapes[projection][0]) if y is None else y
 
     def shared_input(self, part):
         """The bank that every token meets whatever its expert, first: a base, or a right factor."""
-        whole = len(part["experts"]) == self.experts
-        name = "dense" if "dense" in part else "right"
-        return name if whole and max(part[name]) == 0 else None
+        first = part.chain[0]
+        return first if len(part.experts) == self.experts and max(part.users(first)) == 0 else None
 
     def project(self, x, token, ids, projection, masks, with_base=True):
         """x (tokens, in) -> (pairs, out) for the (token, expert) pairs; shared banks see each token once.
@@ -170,7 +165,7 @@ class FactorizedExperts(PrunedBase):
         """
         y = None
         for i, part in enumerate(self.layout[projection]):
-            first, last = ("dense", None) if "dense" in part else ("right", "left")
+            first, *rest = part.chain
             shared = self.shared_input(part)
             if shared == "dense":
                 if with_base:
@@ -181,12 +176,12 @@ class FactorizedExperts(PrunedBase):
             if shared:
                 h, chosen = self.bank_matmul(x, rows, projection, i, first)[token], None
             else:
-                chosen = None if len(part["experts"]) == self.experts else (rows >= 0).nonzero()[:, 0]
+                chosen = None if len(part.experts) == self.experts else (rows >= 0).nonzero()[:, 0]
                 h = x[token if chosen is None else token[chosen]]
                 h = self.bank_matmul(h, rows if chosen is None else rows[chosen], projection, i, first)
-            if last:
-                rows = self.row_map(projection, i, last, x.device)[ids]
-                h = self.bank_matmul(h, rows if chosen is None else rows[chosen], projection, i, last)
+            for bank in rest:
+                rows = self.row_map(projection, i, bank, x.device)[ids]
+                h = self.bank_matmul(h, rows if chosen is None else rows[chosen], projection, i, bank)
             if chosen is not None:
                 h = h.new_zeros(len(ids), h.shape[1]).index_copy(0, chosen, h)
             y = h if y is None else y + h

@@ -16,29 +16,30 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from .factorized_experts import FactorizedExperts
+from .grids import Grid as Grid  # every format is registered by its import
 from .modeling_deepseek import DeepseekForCausalLM as DeepseekForCausalLM  # its model type is registered by that
 from .native_experts import EveryToken
-from .packing import PackedLinear
+from .parts import Layout, layout_from
+from .stored import StoredLinear
 
-FORMAT = 2
 # What a checkpoint needs to open itself.
 SHIPPED = (
-    "modeling_moesvd.py", "factorized_experts.py", "pruned_base.py", "parts.py", "packing.py", "native_experts.py",
-    "modeling_deepseek.py",
+    "modeling_moesvd.py", "factorized_experts.py", "pruned_base.py", "parts.py", "stored.py", "formats.py", "grids.py",
+    "packing.py", "native_experts.py", "modeling_deepseek.py",
 )  # fmt: skip
 MANIFEST = "moesvd.json"
 
 
-def apply_layout(model: nn.Module, layout: dict) -> None:
+def apply_layout(model: nn.Module, layout: Layout) -> None:
     """Replaces the modules that the layout names; their tensors are empty."""
-    for path, projections in layout["experts"].items():
+    for path, projections in layout.experts.items():
         native = model.get_submodule(path)
         native.is_expert = EveryToken.fits(native)
         model.set_submodule(path, FactorizedExperts(native, projections))
-    for path, quant in layout["linears"].items():
+    for path, linear in layout.linears.items():
         old = model.get_submodule(path)
         kind = dict(dtype=old.weight.dtype, device=old.weight.device)
-        new = PackedLinear(old.in_features, old.out_features, old.bias is not None, quant, **kind)
+        new = StoredLinear(old.in_features, old.out_features, old.bias is not None, linear, **kind)
         model.set_submodule(path, new)
 
 
@@ -49,11 +50,7 @@ class MoesvdConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        layout = config_dict.get("moesvd")
-        if not isinstance(layout, dict) or layout.get("format") != FORMAT:
-            found = layout.get("format") if isinstance(layout, dict) else layout
-            raise ValueError(f"config.json: moesvd.format is {found!r}, this version reads {FORMAT}")
-        native = config_class(layout["native_type"])
+        native = config_class(layout_from(config_dict.get("moesvd")).native_type)
         return super(MoesvdConfig, native).from_dict(config_dict | {"model_type": "moesvd"}, **kwargs)
 
 
@@ -80,7 +77,7 @@ def model_class(native_type: str) -> Any:
 
     def __init__(self, config, *args, **kwargs):
         native.__init__(self, config, *args, **kwargs)
-        apply_layout(self, config.moesvd)
+        apply_layout(self, layout_from(config.moesvd))
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         self.config.architectures = ["MoesvdForCausalLM"]

@@ -4,11 +4,11 @@ checkpoint."""
 import torch
 import torch.nn.functional as F
 
-from .packing import Packed
 from .parts import channel_tensors
+from .stored import Stored
 
 
-class PrunedBase(Packed):
+class PrunedBase(Stored):
     """What `FactorizedExperts` does with dense parts that are pruned along the intermediate dimension."""
 
     def add_channels(self, native):
@@ -21,7 +21,7 @@ class PrunedBase(Packed):
     def spread(self, part, weight):
         """A pruned dense weight at its full size (out, in), zero where it was pruned."""
         for axis, kind in enumerate(("rows", "columns")):
-            if kind in part:
+            if getattr(part, kind) is not None:
                 size = list(weight.shape)
                 size[axis] = self.shapes["down"][1]
                 weight = weight.new_zeros(size).index_copy(axis, self.channels.long(), weight)
@@ -31,7 +31,7 @@ class PrunedBase(Packed):
         """1 for the channels that each token uses of a pruned base, 0 for others, like probe (tokens, channels): what
         the first projection of the base puts out. A token decides for itself, whatever it is batched with: by its
         share of the activations' energy, added to the calibrated share."""
-        count = min(part["dynamic"] for part in self.layout["down"] if "dynamic" in part)
+        count = min(part.dynamic for part in self.layout["down"] if part.dynamic is not None)
         given = {"gate": probe, "up": torch.ones_like(probe)} if self.has_gate else {"up": probe}
         prior, weight = (self._parameters[f"channel_{k}"].view(torch.float32) for k in ("prior", "weight"))
         energy = self.activate(given).float().square() * weight
@@ -41,13 +41,13 @@ class PrunedBase(Packed):
     def apply_base(self, x, projection, i, masks):
         """Part i, a dense weight for every token whatever its expert: x (n, in) -> (n, out). masks: see `project`."""
         part = self.layout[projection][i]
-        if "columns" in part:
+        if part.columns is not None:
             x = x[:, self.channels.long()]
-            x = x * masks["tokens"] if "dynamic" in part else x
+            x = x * masks["tokens"] if part.dynamic is not None else x
         y = F.linear(x, self.bank(projection, i, "dense", x.dtype, 0))
-        if "rows" not in part:
+        if part.rows is None:
             return y
-        if "dynamic" in part:
+        if part.dynamic is not None:
             y = y * masks["tokens"]
         elif "channel_prior" in self._parameters:  # gate, or up without a gate, comes first: up and down follow it
             masks["tokens"] = self.channel_mask(y)

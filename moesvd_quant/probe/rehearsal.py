@@ -48,7 +48,7 @@ def rehearse(
         }
         here = {}
         for ratio, plan in plans.items():
-            with _truncated(visit.layer, factors, {p: plan.layout["experts"][f"{name}.{p}"] for p in factors}):
+            with _truncated(visit.layer, factors, {p: plan.layout.experts[f"{name}.{p}"] for p in factors}):
                 here[ratio] = visit.run(variants.get(ratio, visit.hidden))
         variants = here
     with streamed.output():
@@ -60,7 +60,7 @@ def _factors(experts, statistics: dict, path: str, plan: Plan, full: str, device
     """{projection of the plan's layout: factors at full rank of each expert}."""
     metrics = expert_grams(statistics, path, device, blend)
     found: dict[str, Factors] = {}
-    for name in plan.layout["experts"][full]:
+    for name in plan.layout.experts[full]:
         scale = row_scale(plan.decisions[full]["price"], name, shapes_of(experts)).to(device)
         found[name] = []
         for expert in range(expert_count(experts)):
@@ -76,7 +76,7 @@ def _truncated(layer, factors: dict[str, dict[str, Factors]], layouts: dict[str,
     kept = {path: {name: w.clone() for name, w in own.items()} for path, own in views.items()}
     for path, projections in layouts.items():
         for name, parts in projections.items():
-            ranks = {e: part.get("rank") for part in parts for e in part["experts"]}
+            ranks = {e: part.rank for part in parts for e in part.experts}
             for expert, (left, right) in enumerate(factors[path][name]):
                 rank = ranks.get(expert, 0)
                 if rank is None:  # dense

@@ -83,9 +83,9 @@ def _plans(found: Survey, context: Context) -> dict[float, Plan]:
         plans[ratio] = plan = plan_ratio(context, ratio)
         found.removed[ratio] = account(context.parent, plan.layout).expert_ratio
         for path, layer in found.layers.items():
-            for name, parts in plan.layout["experts"][path].items():
+            for name, parts in plan.layout.experts[path].items():
                 for own in ("gate", "up") if name == JOINT else (name,):
-                    ranks = [part.get("rank", min(layer["shapes"][own])) for part in parts for _ in part["experts"]]
+                    ranks = [part.rank or min(layer["shapes"][own]) for part in parts for _ in part.experts]
                     mean = sum(ranks) / layer["experts"]
                     layer["projections"][own].setdefault("mean_rank", {})[str(ratio)] = mean
     return plans

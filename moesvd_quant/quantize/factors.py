@@ -10,8 +10,8 @@ from scipy.sparse.csgraph import connected_components
 
 from ..decompose.whitening import balance, energy, left_sums, refit_right, solved_left
 from ..lazy import Lazily, picked
-from .noise import ROUNDING
-from .packed import PackedMatrix, Quantizer
+from ..model.formats import Format
+from .codec import Codec, PackedMatrix
 
 # How often both factors are fitted anew, each to the quantized other: 2 take a fifth off the error that quantization
 # adds, 6 not quite a third (docs/results.md).
@@ -32,15 +32,15 @@ def quantize_factors(
     right: Sequence[torch.Tensor],
     left_rows: list[int],
     right_rows: list[int],
-    quant: dict,
-    quantizer: Quantizer,
+    forms: dict[str, Format],
+    codec: Codec,
     seed: int,
 ) -> tuple[list[PackedMatrix], list[PackedMatrix]]:
     """Packs the banks left n_left x (out, r) and right n_right x (r, in) of the experts that use them.
 
     targets: the weights (out, in) the products stand for; grams (in, in) of their inputs; rows: bank row of
-    each expert; quant: {"left", "right"}. Targets, grams and banks may be made on demand: no more is asked for at a
-    time than one product needs.
+    each expert; forms: of the banks "left" and "right". Targets, grams and banks may be made on demand: no more is
+    asked for at a time than one product needs.
 
     The product is free up to left T, T^-1 right: directions are balanced and the bottleneck rotated, which
     costs nothing at run time. A right row is quantized for the summed inputs of its experts; a left row is
@@ -59,8 +59,8 @@ def quantize_factors(
             picked(right, upper),
             [lower.index(left_rows[e]) for e in users],
             [upper.index(right_rows[e]) for e in users],
-            quant,
-            quantizer,
+            forms,
+            codec,
             turn,
         )
         made = together.quantized()
@@ -95,8 +95,8 @@ class _Together(NamedTuple):
     right: Sequence[torch.Tensor]
     left_rows: list[int]
     right_rows: list[int]
-    quant: dict
-    quantizer: Quantizer
+    forms: dict[str, Format]
+    codec: Codec
     turn: torch.Tensor
 
     def quantized(self) -> tuple[list[PackedMatrix], list[PackedMatrix]]:
@@ -109,14 +109,14 @@ class _Together(NamedTuple):
 
         def refitted(row: int) -> torch.Tensor:
             (expert,) = users[row]
-            mine, held = self._opened(lefts, self.left_rows)[expert], ROUNDING[self.quant["left"]["bits"]]
+            mine, held = self._opened(lefts, self.left_rows)[expert], self.codec.noise(self.forms["left"])
             return refit_right(self.targets[expert], mine, self._opened(rights, self.right_rows)[expert], held)
 
         def quantized_rights(wanted: Callable[[int], torch.Tensor]) -> list[PackedMatrix]:
-            return [self.quantizer.pack(wanted(row), inputs[row], self.quant["right"]) for row in range(len(users))]
+            return [self.codec.pack(wanted(row), inputs[row], self.forms["right"]) for row in range(len(users))]
 
         def known(row: int):
-            return self.quantizer.inputs(sum(self.grams[e] for e in users[row]))
+            return self.codec.inputs(sum(self.grams[e] for e in users[row]))
 
         inputs = _kept(Lazily(len(users), known))
         rights = quantized_rights(balanced)
@@ -143,7 +143,7 @@ class _Together(NamedTuple):
             grams, inputs = picked(self.grams, users), self._opened(rights, [self.right_rows[e] for e in users])
             cross, bottleneck = left_sums(picked(self.targets, users), grams, inputs)
             wanted = solved_left(cross, bottleneck)
-            made.append(self.quantizer.pack(wanted, self.quantizer.inputs(bottleneck), self.quant["left"]))
+            made.append(self.codec.pack(wanted, self.codec.inputs(bottleneck), self.forms["left"]))
         return made
 
     def _lost(self, lefts: list[PackedMatrix], rights: list[PackedMatrix]) -> float:

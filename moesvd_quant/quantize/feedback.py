@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from .packed import QuantizeError
+from .codec import QuantizeError
 
 
 class Feedback(NamedTuple):

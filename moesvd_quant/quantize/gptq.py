@@ -2,25 +2,27 @@
 
 import torch
 
+from ..model.grids import Grid
+from .codec import PackedMatrix
 from .feedback import Feedback
 from .grid import best_grid
-from .packed import PackedMatrix, Quantizer, packed_matrix, storable
+from .rounding import packed_matrix, storable
 
 BLOCK = 128  # inputs whose errors are passed on one by one; those of whole blocks before them in one product
 
 
 @torch.no_grad()
-def gptq(weight: torch.Tensor, inputs: Feedback, quant: dict) -> PackedMatrix:
+def gptq(weight: torch.Tensor, inputs: Feedback, form: Grid) -> PackedMatrix:
     """Quantizes weight (out, in) for given inputs.
 
-    quant: {"bits", "group_size", "sym"}; columns go in order of activation, with group parameters fixed beforehand
-    (static groups), so that no index is stored. QuantizeError where a scale leaves the range of fp16.
+    Columns go in order of activation, with group parameters fixed beforehand (static groups), so that no index is
+    stored. QuantizeError where a scale leaves the range of fp16.
     """
     weight = weight.float()
-    base, size, top = storable(weight, quant), quant["group_size"], 2 ** quant["bits"] - 1
+    base, size, top = storable(weight, form), form.group_size, 2**form.bits - 1
     transposed = weight.T.contiguous()  # an input each: what is done by rows is done along the memory
     parts = zip(transposed.split(size), inputs.innovations.split(size))
-    grids = [best_grid(group, matter, base, quant) for group, matter in parts]
+    grids = [best_grid(group, matter, base, form) for group, matter in parts]
     scale, zero = (torch.stack(found) for found in zip(*grids))
     rows = transposed[inputs.order]
     group = inputs.order // size
@@ -36,9 +38,4 @@ def gptq(weight: torch.Tensor, inputs: Feedback, quant: dict) -> PackedMatrix:
             codes[first + i] = code
             torch.sub(rows[first + i], code.sub_(offset).mul_(unit), out=taken[i])
     placed = torch.empty_like(codes).index_copy_(0, inputs.order, codes)
-    return packed_matrix(placed.T, scale.T, zero.T, base, quant)
-
-
-def with_damp(damp: float) -> Quantizer:
-    """GPTQ, with a share of the mean diagonal added to every Gram matrix."""
-    return Quantizer(lambda gram: Feedback.of(gram, damp), gptq)
+    return packed_matrix(placed.T, scale.T, zero.T, base, form)

@@ -9,7 +9,7 @@ rounding the scale found to one that can be stored, loses 4 to 5 % more (docs/re
 
 import torch
 
-from ..model.packing import SCALES, STEPS, scale_levels
+from ..model.grids import SCALES, STEPS, Grid, scale_levels
 
 OCTAVES = 2.5  # how far a range is clipped at most: to a sixth
 AT_ONCE = 8  # scales that are tried before the rows that are done are left out
@@ -31,40 +31,40 @@ def bounds(group: torch.Tensor, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(flat, -1.0, low), torch.where(flat, 1.0, high)
 
 
-def largest_scale(weight: torch.Tensor, quant: dict) -> torch.Tensor:
+def largest_scale(weight: torch.Tensor, form: Grid) -> torch.Tensor:
     """() float32: at least as large as the best scale of any group of a matrix."""
     low, high = (-weight.min()).clamp(min=0), weight.max().clamp(min=0)
-    span = 2 * torch.maximum(low, high) * slack(quant["bits"]) if quant["sym"] else low + high
+    span = 2 * torch.maximum(low, high) * slack(form.bits) if form.sym else low + high
     flat = torch.tensor(2.0, device=weight.device)  # the range that a group of zeros is given
-    return torch.where(span != 0, span, flat) / (2 ** quant["bits"] - 1)
+    return torch.where(span != 0, span, flat) / (2**form.bits - 1)
 
 
-def whole_range(group: torch.Tensor, base: torch.Tensor, quant: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def whole_range(group: torch.Tensor, base: torch.Tensor, form: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, zero), each (out,), of a group (size, out) from least to largest weight: the scale nearest to that which
     can be stored under `base`; at 8 bits the next larger one, since clipping would cost more than all rounding."""
-    top = 2 ** quant["bits"] - 1
-    low, high = bounds(group, quant["sym"])
+    top = 2**form.bits - 1
+    low, high = bounds(group, form.sym)
     exact = (high - low) / top
-    if quant["bits"] == 8:
+    if form.bits == 8:
         exact = exact * 2 ** (0.5 / STEPS)
     scale = SCALES.to(group.device)[scale_levels(exact, base).int()] * base
-    zero = torch.full_like(scale, (top + 1) / 2) if quant["sym"] else (-low / scale).round()
+    zero = torch.full_like(scale, (top + 1) / 2) if form.sym else (-low / scale).round()
     return scale, zero.clamp(max=top)
 
 
 def best_grid(
-    group: torch.Tensor, matter: torch.Tensor, base: torch.Tensor, quant: dict
+    group: torch.Tensor, matter: torch.Tensor, base: torch.Tensor, form: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, zero), each (out,) float32, with the least sum_j matter_j e_j^2 of rounding a group (size, out) float32.
 
-    matter (size,): weight of each input's squared error; base: of `largest_scale`; quant: {"bits", "sym"}.
+    matter (size,): weight of each input's squared error; base: of `largest_scale`; form: the grid.
     """
-    top = 2 ** quant["bits"] - 1
-    low, high = bounds(group, quant["sym"])
+    top = 2**form.bits - 1
+    low, high = bounds(group, form.sym)
     exact = (high - low) / top
-    ideal = torch.full_like(exact, (top + 1) / 2) if quant["sym"] else -low / exact
-    zeros = ideal[None] if quant["sym"] else torch.stack([ideal.floor(), ideal.ceil().clamp(max=top)])
-    first = ((base / exact / slack(quant["bits"])).log2() * STEPS).floor().int()
+    ideal = torch.full_like(exact, (top + 1) / 2) if form.sym else -low / exact
+    zeros = ideal[None] if form.sym else torch.stack([ideal.floor(), ideal.ceil().clamp(max=top)])
+    first = ((base / exact / slack(form.bits)).log2() * STEPS).floor().int()
     table, matter = SCALES.to(group.device) * base, matter.to(group)
     found = torch.stack([torch.full_like(low, torch.inf), torch.zeros_like(low), torch.zeros_like(low)])
     rows = torch.arange(len(low), device=group.device)  # whose best scale may yet be a smaller one

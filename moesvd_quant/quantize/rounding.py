@@ -1,44 +1,13 @@
-"""A matrix in few bits, and plain rounding to one."""
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+"""Plain rounding to a grid, and what all ways to a grid share."""
 
 import torch
 
-from ..model.packing import KINDS, SCALES, dequantize, pack, scale_levels
+from ..model.grids import Grid, scale_levels
+from ..model.packing import pack
+from .codec import PackedMatrix, QuantizeError
 from .grid import largest_scale, whole_range
 
 FP16_MAX = 65504.0
-
-
-class QuantizeError(ValueError):
-    """A matrix that cannot be quantized as asked; the message says why."""
-
-
-@dataclass
-class PackedMatrix:
-    """A quantized (out, in) matrix in our packing. tensors: see `dequantize`."""
-
-    tensors: dict[str, torch.Tensor]
-    quant: dict
-    columns: int
-
-    def dense(self, dtype=torch.float64) -> torch.Tensor:
-        codes, scales, base, zeros = map(self.tensors.get, KINDS)
-        return dequantize(codes, scales, base, zeros, self.quant, self.columns, dtype)
-
-    def scale(self) -> torch.Tensor:
-        """(out, groups) float32."""
-        return SCALES[self.tensors["scales"].int()] * self.tensors["base"].view(torch.float32)
-
-
-class Quantizer(NamedTuple):
-    """How a matrix is quantized. inputs: all that there is to know of inputs with a Gram matrix (n, n), which serves
-    every matrix that has them; pack: (matrix (out, n), inputs, {"bits", "group_size", "sym"}) -> PackedMatrix."""
-
-    inputs: Callable
-    pack: Callable
 
 
 def resolve_group_size(group_size: int | str, columns: int, rank_axis: bool = False) -> int:
@@ -55,14 +24,9 @@ def resolve_group_size(group_size: int | str, columns: int, rank_axis: bool = Fa
     return int(group_size)
 
 
-def quant_format(options, columns: int, rank_axis: bool, bits: int) -> dict:
-    """The layout's description of a packed bank with this many columns; `options` are those of stage gptq."""
-    return {"bits": bits, "group_size": resolve_group_size(options.group_size, columns, rank_axis), "sym": options.sym}
-
-
-def storable(weight: torch.Tensor, quant: dict) -> torch.Tensor:
+def storable(weight: torch.Tensor, form: Grid) -> torch.Tensor:
     """`largest_scale` of a matrix (out, in). QuantizeError where that cannot be stored."""
-    base = largest_scale(weight, quant)
+    base = largest_scale(weight, form)
     if not torch.isfinite(base):
         raise QuantizeError("the matrix has values that are not finite")
     if base > FP16_MAX:
@@ -70,25 +34,25 @@ def storable(weight: torch.Tensor, quant: dict) -> torch.Tensor:
     return base
 
 
-def packed_matrix(codes, scale, zero, base, quant: dict) -> PackedMatrix:
+def packed_matrix(codes, scale, zero, base, form: Grid) -> PackedMatrix:
     """codes (out, in) uint8; scale, which can be stored, and zero (out, groups) float32; base: of `largest_scale`."""
     tensors = {
-        "codes": pack(codes, quant["bits"]),
+        "codes": pack(codes, form.bits),
         "scales": scale_levels(scale, base),
         "base": base.reshape(1).view(torch.int32),
     }
-    if not quant["sym"]:
-        tensors["zeros"] = pack(zero.to(torch.uint8).flatten(), quant["bits"])
-    return PackedMatrix(tensors, quant, codes.shape[1])
+    if not form.sym:
+        tensors["zeros"] = pack(zero.to(torch.uint8).flatten(), form.bits)
+    return PackedMatrix(tensors, form, codes.shape[1])
 
 
 @torch.no_grad()
-def round_to_nearest(weight: torch.Tensor, quant: dict) -> PackedMatrix:
+def round_to_nearest(weight: torch.Tensor, form: Grid) -> PackedMatrix:
     """Plain rounding of (out, in) on the min-max grid of each group: the baseline that GPTQ has to beat."""
     weight = weight.float()
-    base, size, top = storable(weight, quant), quant["group_size"], 2 ** quant["bits"] - 1
-    grids = [whole_range(group, base, quant) for group in weight.T.split(size)]
+    base, size, top = storable(weight, form), form.group_size, 2**form.bits - 1
+    grids = [whole_range(group, base, form) for group in weight.T.split(size)]
     scale, zero = (torch.stack(found, 1) for found in zip(*grids))
     index = torch.arange(weight.shape[1], device=weight.device) // size
     codes = ((weight / scale[:, index]).round() + zero[:, index]).clamp(0, top).to(torch.uint8)
-    return packed_matrix(codes, scale, zero, base, quant)
+    return packed_matrix(codes, scale, zero, base, form)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..model.grids import Grid
 from ..model.packing import unpack
-from .packed import PackedMatrix, QuantizeError
+from .codec import PackedMatrix, QuantizeError
 
 
 @lru_cache
@@ -30,16 +31,19 @@ def to_standard(packed: PackedMatrix, bias: torch.Tensor | None) -> dict[str, to
 
     QuantizeError where the format cannot hold the matrix.
     """
-    quant, columns, out = packed.quant, packed.columns, packed.tensors["scales"].shape[0]
-    if columns % 32 or out % 32 or columns % quant["group_size"]:
+    form, columns = packed.form, packed.columns
+    if not isinstance(form, Grid):
+        raise QuantizeError(f"the GPTQ format holds grids, the matrix is in format {form.name}")
+    out = packed.tensors["scales"].shape[0]
+    if columns % 32 or out % 32 or columns % form.group_size:
         raise QuantizeError(f"the GPTQ format needs multiples of 32 and whole groups, the matrix is {out} x {columns}")
-    scale = packed.scale()
+    scale = form.scale(packed.tensors)
     if scale.half().min() == 0:
         raise QuantizeError("a scale underflows fp16, which the GPTQ format stores")
-    if quant["sym"]:
-        zero = torch.full_like(scale, 2.0 ** (quant["bits"] - 1))
+    if form.sym:
+        zero = torch.full_like(scale, 2.0 ** (form.bits - 1))
     else:
-        zero = unpack(packed.tensors["zeros"], quant["bits"], scale.numel()).view_as(scale).float()
+        zero = unpack(packed.tensors["zeros"], form.bits, scale.numel()).view_as(scale).float()
         if (zero == 0).any():
             raise QuantizeError("a zero point of 0 cannot be stored in the GPTQ format v1; quantize with sym: true")
     linear = nn.Linear(columns, out, bias=bias is not None)
@@ -47,11 +51,11 @@ def to_standard(packed: PackedMatrix, bias: torch.Tensor | None) -> dict[str, to
     if bias is not None:
         linear.bias.data = bias.float()
     gptqmodel = _gptqmodel()
-    kind = {"bits": quant["bits"], "group_size": quant["group_size"]}
+    kind = {"bits": form.bits, "group_size": form.group_size}
     module = gptqmodel.nn_modules.qlinear.torch.TorchLinear(
-        **kind, sym=quant["sym"], desc_act=False, in_features=columns, out_features=out, bias=bias is not None
+        **kind, sym=form.sym, desc_act=False, in_features=columns, out_features=out, bias=bias is not None
     )
-    index = torch.arange(columns, dtype=torch.int32) // quant["group_size"]
+    index = torch.arange(columns, dtype=torch.int32) // form.group_size
     module.pack_block(linear, scale, zero, index)
     config = gptqmodel.quantization.GPTQConfig(**kind, offload_to_disk=False)
     gptqmodel.utils.model.convert_gptq_v2_to_v1_format_module(module, config)

@@ -8,7 +8,7 @@ from math import prod
 
 import numpy as np
 
-from ..allocate import DENSE, FLOAT, Allocation, Choice, Table, allocate, least_cost
+from ..allocate import DENSE, FLOAT, Allocation, Choice, Storage, Table, allocate, least_cost
 from ..fitting import describe
 from ..layout import layout_of, parts_by_choice
 from ..model.experts import all_shapes, find_experts
@@ -16,8 +16,6 @@ from ..model.parts import JOINT
 from ..recipe import Limits
 from .choices import Choices, choices_of
 from .context import UNREACHED, Context, Plan, StageError
-
-WIDTHS = [2, 3, 4, 8, FLOAT]
 
 
 def plan_ratio(context: Context, ratio: float) -> Plan:
@@ -28,18 +26,13 @@ def plan_ratio(context: Context, ratio: float) -> Plan:
     dense = sum(len(t.errors) * t.costs[t.choices.index(Choice(DENSE))] for t in found.tables.values())
     made = allocate(found.tables, dense * (1 - ratio))
     plan = _explained(plan_of(context, found, made.choices), context, found.tables, made)
-    return replace(plan, widths={})  # the stage that quantizes has its own
+    return replace(plan, storages={})  # the stage that quantizes has its own
 
 
 def plan_budget(context: Context, ranks: bool) -> Plan:
-    """Ranks (where `ranks`) and widths of all experts within `context.budget` bytes and `context.limits`.
-
-    Widths are those of the gptq stage (this one or one to come): its bits, or any of WIDTHS where they are open;
-    without one, experts stay floating point.
-    """
-    options, limits = context.packing, context.limits
-    widths = [FLOAT] if options is None else limits.widths or WIDTHS if options.bits is None else [options.bits]
-    found = choices_of(context, widths, ranks)
+    """Ranks (where `ranks`) and storages of all experts within `context.budget` bytes and `context.limits`."""
+    limits = context.limits
+    found = choices_of(context, allowed_storages(context), ranks)
     item, shapes = context.parent.stored_dtype.itemsize, _shapes(context)
     tables = {key: limited(table, *key, limits, prod(shapes[key]) * item) for key, table in found.tables.items()}
     ties: dict[tuple[str, str], Hashable] = {
@@ -52,18 +45,33 @@ def plan_budget(context: Context, ranks: bool) -> Plan:
     return _explained(plan_of(context, found, made.choices), context, tables, made)
 
 
+def allowed_storages(context: Context) -> list[Storage]:
+    """What the stage that quantizes (this one or one to come) and the limits leave to choose of. FLOAT alone without
+    such a stage; FLOAT as well where its bits are open."""
+    packing, widths = context.packing, context.limits.widths
+    if packing is None:
+        return [FLOAT]
+    storages = packing.storages()
+    if not packing.is_open():
+        return storages
+    if widths is None:
+        return [*storages, FLOAT]
+    known = {storage.rate: storage for storage in [*storages, FLOAT]}
+    return [known[width] for width in widths]
+
+
 def plan_of(context: Context, found: Choices, choices: dict[tuple[str, str], list[Choice]]) -> Plan:
     """The plan in which each expert becomes what was chosen for it, by (path, projection)."""
     layout = layout_of(context.parent)
     decisions: dict = {}
-    bits: dict = {}
+    storages: dict = {}
     for (path, name), chosen in choices.items():
-        parts, part_bits = parts_by_choice(chosen)
-        layout["experts"].setdefault(path, {})[name] = parts
-        bits.setdefault(path, {})[name] = part_bits
+        parts, how = parts_by_choice(chosen)
+        layout.experts.setdefault(path, {})[name] = parts
+        storages.setdefault(path, {})[name] = how
         decision = {"weak_experts": found.weak[path], "price": found.prices[path], "choices": {}, "forecast": {}}
         decisions.setdefault(path, decision)["choices"][name] = [describe(choice) for choice in chosen]
-    return Plan(layout, decisions, widths=bits)
+    return Plan(layout, decisions, storages=storages)
 
 
 def _explained(plan: Plan, context: Context, tables: dict, made: Allocation) -> Plan:
@@ -71,7 +79,7 @@ def _explained(plan: Plan, context: Context, tables: dict, made: Allocation) -> 
     for (path, name), choices in made.choices.items():
         plan.decisions[path]["forecast"][name] = forecast_error(tables[path, name], choices)
     plan.notes["allocation"] = {"forecast": made.error, "bound": made.bound, "gap": made.gap}
-    if kept := {path: UNREACHED for path, _ in _shapes(context) if path not in plan.widths}:
+    if kept := {path: UNREACHED for path, _ in _shapes(context) if path not in plan.storages}:
         plan.notes["kept in 16 bit"] = kept
     return plan
 
@@ -99,7 +107,9 @@ def limited(table: Table, path: str, projection: str, limits: Limits, whole: int
         kept = [Choice(DENSE, FLOAT)]
         return Table(kept, np.array([float(whole)]), np.zeros((len(table.errors), 1)))
     least = max((bits for pattern, bits in limits.min_bits.items() if _named(names, pattern)), default=0)
-    allowed = [i for i, choice in enumerate(table.choices) if not least or (choice.rank and choice.bits >= least)]
+    allowed = [
+        i for i, choice in enumerate(table.choices) if not least or (choice.rank and choice.storage.rate >= least)
+    ]
     if not allowed:
         raise StageError(f"limits.min_bits: {names[0]} is to have {least} bits, which gptq.bits does not allow")
     return Table([table.choices[i] for i in allowed], table.costs[allowed], table.errors[:, allowed])

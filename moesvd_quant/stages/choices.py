@@ -6,14 +6,16 @@ from typing import NamedTuple
 
 import torch
 
-from ..allocate import FLOAT, Table
+from ..allocate import FLOAT, Storage, Table
 from ..calibration.metric import METRIC
 from ..fitting import Profile, error_price, fit_table, profile
 from ..model.experts import dense_weight, expert_count, find_experts, shapes_of, split_projections
 from ..model.factorized_experts import FactorizedExperts
+from ..model.formats import FLOAT as FLOAT_FORMAT
+from ..model.formats import Format
 from ..model.parts import JOINT, joined
+from ..quantize.codec import QuantizeError
 from ..quantize.noise import NOISE
-from ..quantize.packed import QuantizeError, quant_format
 from .context import Context, StageError, expert_grams, reached, weak_experts
 
 LEAST_PRICE = 1e-30  # of experts that no error of theirs could be seen of
@@ -28,14 +30,14 @@ class Choices(NamedTuple):
     prices: dict[str, dict[str, float]]
 
 
-def choices_of(context: Context, widths: list[int], ranks: bool) -> Choices:
+def choices_of(context: Context, storages: list[Storage], ranks: bool) -> Choices:
     """Choices of all layers; kept in `context.memo` for the next budget. Where there are ranks to choose, gate and up
     are one projection: on one right factor they lose less for the same bytes (docs/results.md)."""
-    key = (tuple(widths), ranks)
+    key = (tuple(storages), ranks)
     if key not in context.memo:
         _require_native(context)
         effects = context.statistics.effects(partial(context.report, "effects of errors on the output"))
-        work = partial(_layer_choices, effects, widths, ranks)
+        work = partial(_layer_choices, effects, storages, ranks)
         found = dict(context.each_layer(work, context.surveyed))
         layers = [found[index] for index in sorted(found)]
         context.memo[key] = Choices(*(dict(ChainMap(*reversed(part))) for part in zip(*layers)))
@@ -47,19 +49,23 @@ def _require_native(context: Context) -> None:
     for layer, name in zip(context.parent.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
             if isinstance(experts, FactorizedExperts):
-                kind = (
-                    "factorized" if any(p.get("rank") for ps in experts.layout.values() for p in ps) else "compressed"
-                )
+                factors = any(part.rank for parts in experts.layout.values() for part in parts)
+                kind = "factorized" if factors else "compressed"
                 raise StageError(f"{name}.{path}: is {kind} already; ranks and widths are chosen of an original model")
 
 
-def _layer_choices(effects, widths, ranks, context: Context, index: int, layer, statistics: dict) -> Choices:
-    """The same of one layer; effects: nats per token of each group."""
+def _layer_choices(effects, storages, ranks, context: Context, index: int, layer, statistics: dict) -> Choices:
+    """Choices of the experts of one layer; effects: nats per token of each group."""
     made, name = Choices({}, {}, {}), context.parent.layer_names[index]
     damp = context.packing.damp if context.packing else 0.0
 
-    def form(bits: int, columns: int, left: bool) -> dict | None:
-        return None if bits == FLOAT else quant_format(context.packing, columns, left, bits)
+    codec = context.packing.codec() if context.packing else None
+
+    def form(storage: Storage, columns: int, left: bool) -> Format:
+        return FLOAT_FORMAT if storage == FLOAT or codec is None else codec.form(storage.rate, columns, left)
+
+    def noise(form: Format) -> float:
+        return 0.0 if codec is None or not form.packed else codec.noise(form)
 
     for path, experts in find_experts(layer):
         full = f"{name}.{path}"
@@ -74,7 +80,7 @@ def _layer_choices(effects, widths, ranks, context: Context, index: int, layer, 
             values = (kept[f"{projection}/{key}"] for key in ("spectrum", "dense", "factors"))
             profiles = [Profile(spectrum, float(dense), factors) for spectrum, dense, factors in zip(*values)]
             try:
-                table = fit_table(profiles, shape, widths, form, context.parent.stored_dtype, ranks)
+                table = fit_table(profiles, shape, storages, form, noise, context.parent.stored_dtype, ranks)
             except QuantizeError as error:
                 raise StageError(f"{full}.{projection}: {error}") from error
             made.tables[full, projection] = table

@@ -15,7 +15,7 @@ from ..decompose.whitening import whitened_error
 from ..model.experts import find_experts, unknown_experts
 from ..model.factorized_experts import FactorizedExperts
 from ..model.folder import ModelError
-from ..model.parts import JOINT
+from ..model.parts import JOINT, Layout, Projections
 from ..model.stream import StreamedModel
 from ..parallel import Pool
 from ..recipe import Limits
@@ -39,11 +39,11 @@ class Context:
     seed: int
     device: torch.device
     progress: Progress = lambda done, total: None  # of reading the model
-    # Of a recipe with a budget: bytes for the routed experts at its end, the bit widths that the stage before planned,
+    # Of a recipe with a budget: bytes for the routed experts at its end, the storages that the stage before planned,
     # the stage that will quantize, tables that one plan made and the next may use, and what to respect. A budget of
     # zero stands for the least that is possible.
     budget: float | None = None
-    widths: dict = field(default_factory=dict)
+    storages: dict = field(default_factory=dict)
     packing: Any = None
     memo: dict = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
@@ -117,13 +117,14 @@ class Plan:
     """What a stage will do: the layout of its output, and why.
 
     decisions: of each experts module by its path, in words and figures. notes: the same of the whole model.
-    widths: bits planned for each part of each projection, {path: {projection: [bits]}}, for the stage that quantizes.
+    storages: how each part of each projection is to be stored, {path: {projection: [Storage]}}, by the stage that
+    quantizes.
     """
 
-    layout: dict
+    layout: Layout
     decisions: dict[str, dict] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
-    widths: dict = field(default_factory=dict)
+    storages: dict = field(default_factory=dict)
 
 
 def expert_grams(statistics: dict, path: str, device, metric=blend) -> dict[str, Grams]:
@@ -162,7 +163,7 @@ def require_experts(parent: StreamedModel) -> None:
     raise StageError(f"{parent.folder}: a dense model: no layer has experts, there is nothing to compress")
 
 
-def factorized(native, layout: dict, banks: Iterable[tuple[str, int | None, torch.Tensor]]) -> FactorizedExperts:
+def factorized(native, layout: Projections, banks: Iterable[tuple[str, int | None, torch.Tensor]]) -> FactorizedExperts:
     """The experts module that stands in for `native`; its float banks come as (name, row or None for all, tensor)."""
     made = FactorizedExperts(native, layout)
     fill(made, banks)

@@ -23,6 +23,7 @@ from ..layout import factor_part, layout_of, parts_by_rank
 from ..lazy import Lazily
 from ..model.experts import expert_count, find_experts, is_shared, shapes_of, split_projections
 from ..model.factorized_experts import FactorizedExperts
+from ..model.parts import DensePart, Projections
 from .context import Context, Plan, StageError, errors_of, expert_grams, factorized, require_experts, weak_experts
 from .d2 import D2
 from .paper import own_ranks
@@ -49,11 +50,11 @@ def plan(context: Context, options: D2) -> Plan:
     decisions: dict = {}
     for (path, projection), found in ranks.items():
         everyone = list(range(len(found)))
-        base = {"experts": everyone, "dense": [0] * len(found), "quant": {}}
+        base = DensePart(everyone, [0] * len(found))
         if options.static or options.dynamic:
-            base |= _pruned(projection, "gate" in survey[path]["shapes"], *kept[path], bool(options.dynamic))
+            _prune(base, projection, "gate" in survey[path]["shapes"], *kept[path], bool(options.dynamic))
         deltas = [factor_part(everyone, found[0], right=[0] * len(found))] if options.shared_v else parts_by_rank(found)
-        layout["experts"].setdefault(path, {})[projection] = [base, *deltas]
+        layout.experts.setdefault(path, {})[projection] = [base, *deltas]
         decision = decisions.setdefault(path, {"base channels": {"stored": kept[path][0], "used": kept[path][1]}})
         decision.setdefault("ranks", {})[projection] = found[0] if options.shared_v else found
         ratio = delta_ratio(sum(found) / len(found), survey[path]["shapes"][projection])
@@ -86,11 +87,14 @@ def _ranks(survey: dict, stored: dict[str, int], options: D2) -> dict[tuple[str,
     return ranks
 
 
-def _pruned(projection: str, has_gate: bool, stored: int, used: int, dynamic: bool) -> dict:
-    """What the layout says of a pruned base. The first projection is whole for every token: it makes the choice."""
-    size = {"columns" if projection == "down" else "rows": stored}
-    follows = projection == "down" or (projection == "up" and has_gate)
-    return size | ({"dynamic": used} if dynamic and follows else {})
+def _prune(base: DensePart, projection: str, has_gate: bool, stored: int, used: int, dynamic: bool) -> None:
+    """Makes a base a pruned one. The first projection is whole for every token: it makes the choice."""
+    if projection == "down":
+        base.columns = stored
+    else:
+        base.rows = stored
+    if dynamic and (projection == "down" or (projection == "up" and has_gate)):
+        base.dynamic = used
 
 
 def prepare(context: Context, options: D2, plan: Plan, folder: Path) -> Plan:
@@ -107,7 +111,7 @@ def run_layer(context: Context, options: D2, index: int, layer, statistics: dict
         full = f"{context.parent.layer_names[index]}.{path}"
         grams = expert_grams(statistics, path, context.device, shrink)
         weights, tokens = split_projections(native), statistics[f"{path}/tokens"]
-        layout = plan.layout["experts"][full]
+        layout = plan.layout.experts[full]
         bases = {name: _base(context, options, full, name, weights[name], tokens) for name in layout}
         channels = _channels(bases, layout, statistics, path)
         banks = (
@@ -129,11 +133,11 @@ def _banks(parts, weights, base, grams, channels, options) -> Iterator[tuple[str
     rest = Lazily(len(weights), lambda expert: weights[expert].double() - held)
     for i, part in enumerate(parts[1:], 1):
         if options.shared_v:
-            left, right = share_deltas(rest, grams, part["rank"])
+            left, right = share_deltas(rest, grams, part.rank)
             yield from ((f"{i}_left", None, left), (f"{i}_right", None, right))
             continue
-        for row, expert in enumerate(part["experts"]):
-            left, right = whitened_svd(rest[expert], grams[expert], part["rank"])
+        for row, expert in enumerate(part.experts):
+            left, right = whitened_svd(rest[expert], grams[expert], part.rank)
             yield from ((f"{i}_left", row, left), (f"{i}_right", row, right))
 
 
@@ -144,26 +148,28 @@ def _base(context: Context, options: D2, full: str, name: str, weights, tokens) 
     return merge_base(weights, importance.to(weights.device))
 
 
-def _pruned_base(base: torch.Tensor, part: dict, channels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _pruned_base(
+    base: torch.Tensor, part: DensePart, channels: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The base as it is stored, and the same at full size with zeros."""
-    axis = 0 if "rows" in part else 1
+    axis = 0 if part.rows else 1
     if channels is None:
         return base, base
     stored = base.index_select(axis, channels.to(base.device))
     return stored, torch.zeros_like(base).index_copy(axis, channels.long().to(base.device), stored)
 
 
-def _channels(bases: dict, layout: dict, statistics: dict, path: str) -> dict[str, torch.Tensor]:
+def _channels(bases: dict, layout: Projections, statistics: dict, path: str) -> dict[str, torch.Tensor]:
     """The tensors of `factorized_experts.channel_tensors`, int32; none where the base is not pruned."""
     down = layout["down"][0]
-    if "columns" not in down:
+    if down.columns is None:
         return {}
     tokens = int(statistics[f"{path}/tokens"].sum())
     gram_in, gram_mid = (sum(gram.double() for gram in statistics[f"{path}/{key}"]) for key in ("gram_in", "gram_mid"))
     wide = bases["down"].cpu()
     scores = channel_scores(gram_mid.diagonal() / tokens, wide)
-    kept = kept_channels(scores, down["columns"])
-    if "dynamic" not in down:
+    kept = kept_channels(scores, down.columns)
+    if down.dynamic is None:
         return {"channels": kept.int()}
     up_energy = output_energy(bases["up"].cpu()[kept], gram_in, tokens) if "gate" in bases else torch.ones(len(kept))
     prior, weight = token_choice(scores[kept], wide[:, kept], up_energy)

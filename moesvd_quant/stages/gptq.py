@@ -4,11 +4,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ..quantize.registry import CODECS
 from .stage import Form, Stage
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..allocate import Storage
+    from ..quantize.codec import Codec
     from .context import Context, Plan
 
 
@@ -18,7 +21,8 @@ class Gptq(Stage):
     leaves: ClassVar[Form] = Form.PACKED
     budget_option: ClassVar[str | None] = "bits"
 
-    bits: Literal[2, 3, 4, 8] | None = Field(
+    format: str = Field("grid", description="how weights are stored; grid: GPTQ's grids of groups")
+    bits: int | float | None = Field(
         None, description="bits per weight; left open: the budget decides for each expert, other linears get 4"
     )
     group_size: Literal["auto"] | int = Field(
@@ -32,6 +36,22 @@ class Gptq(Stage):
     error_aware: bool = Field(
         False, description="fit experts to the original's outputs on the inputs that compressed layers give them"
     )
+
+    @field_validator("format")
+    @classmethod
+    def _format(cls, value):
+        if value not in CODECS:
+            raise ValueError(f"{value!r} is no known format ({', '.join(CODECS)})")
+        return value
+
+    @field_validator("bits")
+    @classmethod
+    def _bits(cls, value, info):
+        known = CODECS.get(info.data.get("format"))
+        if value is not None and known and value not in known.rates:
+            rates = ", ".join(f"{rate:g}" for rate in known.rates)
+            raise ValueError(f"{value} is none of the {rates} bits of format {info.data['format']}")
+        return value
 
     @model_validator(mode="after")
     def _rounds_blindly(self):
@@ -53,7 +73,18 @@ class Gptq(Stage):
         return value
 
     def label(self) -> str:
-        return f"{'rtn' if self.rtn else 'gptq'}{self.bits or ''}{'-aware' if self.error_aware else ''}"
+        name = self.name if self.format == "grid" else self.format
+        return f"{'rtn' if self.rtn else name}{self.bits or ''}{'-aware' if self.error_aware else ''}"
+
+    def codec(self) -> "Codec":
+        return CODECS[self.format].make(self)
+
+    def storages(self) -> list["Storage"]:
+        from ..allocate import Storage
+
+        return [
+            Storage(rate, self.format) for rate in (CODECS[self.format].rates if self.bits is None else [self.bits])
+        ]
 
     def plan(self, context: "Context") -> "Plan":
         from .gptq_work import plan

@@ -12,7 +12,7 @@ from ..healing.layerwise import heal_layerwise
 from ..healing.needs import healing_needs
 from ..healing.record import write_curve
 from ..healing.shipped import heal_layer, validation_loss
-from ..healing.terms import TermError, healed_layout, is_packed
+from ..healing.terms import TermError, healed_layout
 from ..healing.whole import heal_whole
 from ..layout import layout_of
 from ..model.stream import StreamedModel
@@ -26,7 +26,7 @@ OBJECTIVE = {"lm": "loss, nats per token", "distill": "KL, nats per token", "lay
 def plan(context: Context, options: Lora) -> Plan:
     """The parent's layout; beside what is packed, where adapters are trained, a low-rank term."""
     require_experts(context.parent)
-    packed = is_packed(layout_of(context.parent))
+    packed = layout_of(context.parent).packed
     if packed and options.train == "factors":
         raise StageError("lora.train: factors: this checkpoint's are packed; use adapters, or heal before gptq")
     if not packed and options.train == "scales":
@@ -40,7 +40,7 @@ def plan(context: Context, options: Lora) -> Plan:
         raise StageError(str(error)) from error
     needs = healing_needs(context.parent, layout, options, context.training.train.shape, context.statistics)
     needs.require(_free(context), context.statistics.store, options)
-    return Plan(layout, notes={"needs": needs.to_dict()}, widths=context.widths)
+    return Plan(layout, notes={"needs": needs.to_dict()}, storages=context.storages)
 
 
 def _free(context: Context) -> int:
@@ -55,7 +55,7 @@ def _require_original(context: Context, options: Lora) -> None:
     if options.objective == "lm":
         return
     original = layout_of(StreamedModel(context.statistics.folder))
-    if original["experts"] or is_packed(original):
+    if original.experts or original.packed:
         raise StageError(
             f"lora.objective: {options.objective} learns from the original, and {context.statistics.folder} is "
             "compressed already; run the whole recipe on the original model, or use objective: lm"

@@ -15,6 +15,7 @@ from ..decompose.sensitivity import (
 from ..decompose.sharing import left_count
 from ..layout import dense_layout, factor_part, parts_by_rank
 from ..model.experts import split_projections
+from ..model.parts import FactorPart, Projections
 from .context import StageError
 from .svd import Svd
 
@@ -67,7 +68,8 @@ def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
     items = [(paths[layer], names[paths[layer]][p]) for layer, p in chosen]
     items.sort(key=lambda item: -survey[item[0]]["sensitivity"])  # the most sensitive are rounded up first
     left_over = budget - (total - sum(dense[layer][p] for layer, p in chosen))
-    layout, decisions = {}, {}
+    layout: dict[str, Projections] = {}
+    decisions: dict[str, dict] = {}
     for path, entry in survey.items():
         decomposed = [name for name in names[path] if (path, name) in items]
         decisions[path] = {"sensitivity": entry["sensitivity"], "decomposed": decomposed}
@@ -80,8 +82,10 @@ def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
         ranks = own_ranks(survey, items, left_over)
     require_ranks(ranks, options.ratio)
     for (path, name), found in ranks.items():
-        shared_part = [_shared_part(survey[path], found[0], options)] if options.shared_v else []
-        layout[path][name] = shared_part or parts_by_rank(found)
+        if options.shared_v:
+            layout[path][name] = [_shared_part(survey[path], found[0], options)]
+        else:
+            layout[path][name] = parts_by_rank(found)
         decisions[path].setdefault("ranks", {})[name] = found[0] if options.shared_v else found
     return layout, decisions
 
@@ -154,7 +158,7 @@ def _choose(scores, dense, full, removed, survey, options) -> list[tuple[int, in
         ) from error
 
 
-def _shared_part(entry: dict, rank: int, options) -> dict:
+def _shared_part(entry: dict, rank: int, options) -> FactorPart:
     """Which left factor an expert takes is known when the layer is done: the rows are filled in there."""
     count = entry["experts"]
     group = [e * options.groups // count for e in range(count)]

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..allocate import Storage
+    from ..quantize.codec import Codec
     from .context import Context, Plan
 
 
@@ -86,6 +88,14 @@ class Stage(BaseModel):
     def training_text(self) -> TrainingText | None:
         """The text that the stage trains on; None where it does not train."""
         return None
+
+    def codec(self) -> "Codec":
+        """How a stage that quantizes brings weights into its format."""
+        raise NotImplementedError(f"{type(self).__name__}.codec")
+
+    def storages(self) -> list["Storage"]:
+        """What a budget may choose of, for a stage that quantizes."""
+        raise NotImplementedError(f"{type(self).__name__}.storages")
 
     def plan(self, context: "Context") -> "Plan":
         """What the stage will do, decided before any weight is changed."""

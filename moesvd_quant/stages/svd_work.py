@@ -13,6 +13,7 @@ from ..decompose.whitening import balance, refit_left, whitened_svd
 from ..layout import layout_of, parts_by_rank
 from ..model.experts import expert_count, find_experts, shapes_of
 from ..model.factorized_experts import FactorizedExperts
+from ..model.parts import DensePart
 from .allocation import plan_budget, plan_ratio
 from .choices import row_scale
 from .context import (
@@ -43,7 +44,7 @@ def plan(context: Context, options: Svd) -> Plan:
     budget = int(total * (1 - options.ratio))
     decide = plan_paper if options.method == "paper" else _plan_uniform
     layout = layout_of(context.parent)
-    layout["experts"], decisions = decide(survey, budget, options)
+    layout.experts, decisions = decide(survey, budget, options)
     for path, entry in survey.items():
         decisions.setdefault(path, {})["weak_experts"] = entry["weak"]
     return Plan(layout, decisions, {"kept in 16 bit": kept} if kept else {})
@@ -102,13 +103,13 @@ def run_layer(context: Context, options: Svd, index: int, layer, statistics: dic
     seen = walk.statistics(index) if walk else {}
     for path, native in list(find_experts(layer)):
         full = f"{context.parent.layer_names[index]}.{path}"
-        if full not in plan.layout["experts"]:
+        if full not in plan.layout.experts:
             continue
         given = inputs_of(context, options.error_aware, native, statistics, path)
         after = expert_grams(seen, path, context.device, shrink) if seen else {}
         magnitudes = _magnitudes(statistics, path) if options.method == "asvd" else {}
         frequency = sampling_frequency(statistics[f"{path}/tokens"], context.statistics.windows.numel())
-        layout, prices = plan.layout["experts"][full], plan.decisions[full].get("price", {})
+        layout, prices = plan.layout.experts[full], plan.decisions[full].get("price", {})
         made = FactorizedExperts(native, layout)
         for name in sorted(layout, key=lambda name: name == "down"):  # whose inputs the others decide
             # The published methods are judged, and factorized, by each expert's own inputs.
@@ -142,28 +143,28 @@ def _banks(
 
     scale (out, 1): what an error in each row of the weights counts for; None: alike.
     """
-    experts = part["experts"]
-    if "dense" in part:
+    experts = part.experts
+    if isinstance(part, DensePart):
         yield from (("dense", row, weights[e]) for row, e in enumerate(experts))
         return
     if shares_factors(options, len(weights)):
         make = literal if options.literal else share_and_trim
         kept = kept_lefts(options, len(weights) // options.groups)
-        made = share_in_groups(make, list(weights), grams, frequency, part["rank"], kept, options.groups)
-        part["left"], part["right"] = made.left_rows, made.right_rows
+        made = share_in_groups(make, list(weights), grams, frequency, part.rank, kept, options.groups)
+        part.left, part.right = made.left_rows, made.right_rows
         yield from (("left", None, made.left), ("right", None, made.right))
         return
     for row, e in enumerate(experts):
         weight = weights[e]
         if options.method == "plain":
-            left, right = plain_svd(weight, part["rank"])
+            left, right = plain_svd(weight, part.rank)
         elif options.method == "asvd":
-            left, right = asvd(weight, magnitudes[e].to(weight.device), options.alpha, part["rank"])
+            left, right = asvd(weight, magnitudes[e].to(weight.device), options.alpha, part.rank)
         elif scale is not None:
-            left, right = whitened_svd(weight.float() * scale.to(weight.device), grams[e], part["rank"])
+            left, right = whitened_svd(weight.float() * scale.to(weight.device), grams[e], part.rank)
             left, right = balance(left / scale.to(left.device), right)
         else:
-            left, right = whitened_svd(weight, grams[e], part["rank"])
+            left, right = whitened_svd(weight, grams[e], part.rank)
         if after is not None:  # SVD-LLM's closed-form update
             left = refit_left([weight], [after[e]], [right])
         yield from (("left", row, left), ("right", row, right))

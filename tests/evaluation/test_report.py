@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+
 from moesvd_quant.evaluation.record import RECORD, Wanted, evaluate, write
 from moesvd_quant.evaluation.report import _stage, expert_bits, write_report
-
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
 
@@ -73,7 +73,7 @@ def test_bits_of_the_experts_add_up_to_the_accounting(run, stage):
         expert_bits(parts, found.shapes[path][name], found.experts[path], found.bits).sum()
         * found.shapes[path][name][0]
         * found.shapes[path][name][1]
-        for path, projections in found.layout["experts"].items()
+        for path, projections in found.layout.experts.items()
         for name, parts in projections.items()
     )
     assert bits == pytest.approx(8 * found.manifest["accounting"]["expert_bytes"])

@@ -4,16 +4,17 @@ import json
 
 import pytest
 import torch
+from tiny import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
 from moesvd_quant.evaluation.flops import flops_per_token
 from moesvd_quant.evaluation.plot import plot_speed
 from moesvd_quant.evaluation.speed import bytes_touched, measure, open_model, run_speed, uniform_layout
 from moesvd_quant.evaluation.table import speed_table
-from tiny import tiny_model
-from torch.utils.flop_counter import FlopCounterMode
-
 from moesvd_quant.layout import dense_part, factor_part
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of
 from moesvd_quant.model.factorized_experts import FactorizedExperts
+from moesvd_quant.model.parts import DensePart
 
 LENGTH = 24
 
@@ -35,7 +36,7 @@ def factorize(model, kind):
             layout[name] = {
                 "own": [factor_part(everyone, 16)],
                 "shared right": [factor_part(everyone, 16, right=[0] * len(everyone))],
-                "base": [{"experts": everyone, "dense": [0] * len(everyone), "quant": {}}, factor_part(everyone, 16)],
+                "base": [DensePart(everyone, [0] * len(everyone)), factor_part(everyone, 16)],
                 "mixed": [dense_part([0, 2]), factor_part([1, 3], 32)],
             }[kind]
         made = FactorizedExperts(native, layout)

@@ -13,7 +13,7 @@ import moesvd_quant
 from moesvd_quant.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.model.modeling_moesvd import check_digests
-from moesvd_quant.model.packing import PackedLinear
+from moesvd_quant.model.stored import StoredLinear
 from moesvd_quant.stages import lora_work
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
@@ -120,7 +120,7 @@ def test_the_effective_weight_is_codes_plus_term(compressed, heal):
     after = heal(before)
     was, now = (dict(moesvd_quant.load(f).named_modules()) for f in (before, after))
     for path, module in now.items():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, StoredLinear):
             assert torch.equal(module.dense_weight(), was[path].dense_weight() + module.left @ module.right)
     for path, experts in find_experts(now[""]):
         for expert in range(4):

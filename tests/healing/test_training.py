@@ -22,8 +22,9 @@ from moesvd_quant.healing.trainer import lm_loss
 from moesvd_quant.layout import projections_of
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.model.factorized_experts import FactorizedExperts
+from moesvd_quant.model.grids import Grid
 from moesvd_quant.model.layered import _decoder_layers
-from moesvd_quant.model.packing import dequantize, pack, stored_scales, trainable_scales
+from moesvd_quant.model.packing import pack
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import RecipeError, load_recipe
@@ -181,12 +182,14 @@ def test_scales_are_trained_where_they_are_and_stored_as_they_were(compressed, h
 
 def test_trained_scales_are_the_stored_ones_until_they_move():
     levels = torch.arange(256, dtype=torch.uint8)[None]
-    assert torch.equal(stored_scales(trainable_scales(levels)), levels)
+    form = Grid(3, 8, True)
+    assert torch.equal(form.stored(form.trainable(levels)), levels)
     base = torch.tensor([0.7]).view(torch.int32)
     codes = pack(torch.randint(0, 8, (1, 256 * 8), dtype=torch.uint8), 3)
-    quant = {"bits": 3, "group_size": 8, "sym": True}
-    given = levels, trainable_scales(levels), trainable_scales(levels) - math.log(2)
-    stored, trained, doubled = (dequantize(codes, scales, base, None, quant, 2048, torch.float32) for scales in given)
+    given = levels, form.trainable(levels), form.trainable(levels) - math.log(2)
+    stored, trained, doubled = (
+        form.dequantize({"codes": codes, "scales": scales, "base": base}, 2048, torch.float32) for scales in given
+    )
     assert torch.allclose(stored, trained, rtol=1e-5)
     assert torch.allclose(doubled, 2 * stored, rtol=1e-5)
 

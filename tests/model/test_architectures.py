@@ -14,7 +14,9 @@ import moesvd_quant
 from moesvd_quant.export import export_checkpoint
 from moesvd_quant.model.experts import expert_count, find_experts, split_projections, weight_parameters
 from moesvd_quant.model.folder import ModelError, class_for
-from moesvd_quant.model.packing import PackedLinear
+from moesvd_quant.model.grids import Grid
+from moesvd_quant.model.parts import LinearLayout
+from moesvd_quant.model.stored import StoredLinear
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
@@ -116,7 +118,7 @@ def test_experts_in_no_known_form_are_refused_with_the_reason(make_model):
 
 def test_a_packed_linear_may_be_read_instead_of_called():
     """Mamba multiplies with `dt_proj.weight` itself."""
-    linear = PackedLinear(64, 32, False, {"bits": 4, "group_size": 32, "sym": False}, torch.float32)
+    linear = StoredLinear(64, 32, False, LinearLayout(Grid(4, 32, False)), torch.float32)
     for parameter in linear.parameters():
         parameter.data.zero_()
     assert linear.weight.shape == (32, 64) and linear.weight.dtype == torch.float32

@@ -10,6 +10,7 @@ from moesvd_quant.layout import dense_part, factor_part
 from moesvd_quant.model import factorized_experts
 from moesvd_quant.model.experts import expert_count, find_experts, find_linears, shapes_of, split_projections
 from moesvd_quant.model.factorized_experts import FactorizedExperts
+from moesvd_quant.model.parts import DensePart
 
 IDS = torch.randint(1, 300, (3, 24), generator=torch.Generator().manual_seed(5))
 
@@ -98,7 +99,7 @@ def test_shared_banks_follow_the_algebra(parts, products):
     for name in shapes_of(native):
         layout[name] = {
             "base and deltas": [
-                {"experts": everyone, "dense": [0] * count, "quant": {}},
+                DensePart(everyone, [0] * count),
                 factor_part(everyone, 16),
             ],
             "shared right": [factor_part(everyone, 16, right=[0] * count)],

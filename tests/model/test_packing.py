@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from moesvd_quant.model.packing import bank_tensors, dequantize, pack, scale_levels, unpack
+from moesvd_quant.model.formats import FLOAT
+from moesvd_quant.model.grids import Grid, scale_levels
+from moesvd_quant.model.packing import pack, unpack
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -26,9 +28,10 @@ def test_dequantize_is_code_minus_zero_times_scale(bits, sym):
     zeros = torch.randint(0, 2**bits, (3, 3), generator=generator).to(torch.uint8)
     levels = torch.randint(0, 256, (3, 3), generator=generator).to(torch.uint8)
     base = torch.tensor([0.37])
-    quant = {"bits": bits, "group_size": size, "sym": sym}
-    stored_zeros = None if sym else pack(zeros.flatten(), bits)
-    got = dequantize(pack(codes, bits), levels, base.view(torch.int32), stored_zeros, quant, columns, torch.float64)
+    form = Grid(bits, size, sym)
+    stored = {"codes": pack(codes, bits), "scales": levels, "base": base.view(torch.int32)}
+    stored |= {} if sym else {"zeros": pack(zeros.flatten(), bits)}
+    got = form.dequantize(stored, columns, torch.float64)
     for i in range(3):
         for j in range(columns):
             zero = 2 ** (bits - 1) if sym else int(zeros[i, j // size])
@@ -43,11 +46,11 @@ def test_a_scale_is_stored_within_a_32nd_of_an_octave():
 
 
 def test_bank_tensors_are_integers_where_packed():
-    tensors = bank_tensors("w", (2, 6, 100), {"bits": 3, "group_size": 64, "sym": False}, torch.bfloat16)
+    tensors = Grid(3, 64, False).tensors((2, 6, 100), torch.bfloat16)
     assert tensors == {
-        "w_codes": ((2, 6, 39), torch.uint8),
-        "w_scales": ((2, 6, 2), torch.uint8),
-        "w_base": ((2, 1), torch.int32),
-        "w_zeros": ((2, 6), torch.uint8),  # 12 values: 2 times 8, 3 bits each
+        "codes": ((2, 6, 39), torch.uint8),
+        "scales": ((2, 6, 2), torch.uint8),
+        "base": ((2, 1), torch.int32),
+        "zeros": ((2, 6), torch.uint8),  # 12 values: 2 times 8, 3 bits each
     }
-    assert bank_tensors("w", (2, 6, 100), None, torch.bfloat16) == {"w": ((2, 6, 100), torch.bfloat16)}
+    assert FLOAT.tensors((2, 6, 100), torch.bfloat16) == {"": ((2, 6, 100), torch.bfloat16)}

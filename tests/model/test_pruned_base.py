@@ -9,6 +9,7 @@ from moesvd_quant.layout import factor_part
 from moesvd_quant.model import factorized_experts
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of
 from moesvd_quant.model.factorized_experts import FactorizedExperts
+from moesvd_quant.model.parts import DensePart
 
 STORED, USED = 40, 24
 
@@ -19,10 +20,9 @@ def pruned(architecture="mixtral", dynamic=True):
     count, layout = expert_count(native), {}
     everyone = list(range(count))
     for name in shapes_of(native):
-        base = {"experts": everyone, "dense": [0] * count, "quant": {}}
-        base |= {"columns" if name == "down" else "rows": STORED}
+        base = DensePart(everyone, [0] * count, **{"columns" if name == "down" else "rows": STORED})
         if dynamic and name != "gate":
-            base["dynamic"] = USED
+            base.dynamic = USED
         layout[name] = [base, factor_part(everyone, 16)]
     made = FactorizedExperts(native, layout)
     generator = torch.Generator().manual_seed(0)

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from moesvd_quant.decompose.whitening import gram_root, refit_right, whitened_error, whitened_svd
+from moesvd_quant.model.grids import Grid
 from moesvd_quant.quantize import factors
+from moesvd_quant.quantize.codec import Codec
 from moesvd_quant.quantize.factors import connected, quantize_factors, rotation
-from moesvd_quant.quantize.gptq import with_damp
-from moesvd_quant.quantize.packed import Quantizer
+from moesvd_quant.stages.gptq import Gptq
 
-QUANT = {bank: {"bits": 3, "group_size": 32, "sym": False} for bank in ("left", "right")}
+FORMS = {bank: Grid(3, 32, False) for bank in ("left", "right")}
 
 
 class Exact:
@@ -22,6 +23,23 @@ class Exact:
         return self.matrix
 
 
+class Lossless(Codec):
+    """Loses nothing, and writes down the Gram matrices by the shape of what they are for."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def noise(self, form):
+        return 0.031
+
+    def inputs(self, gram):
+        return gram
+
+    def pack(self, weight, inputs, form):
+        self.seen.setdefault(tuple(weight.shape), []).append(inputs)
+        return Exact(weight)
+
+
 def problem(seed=0, out=64, columns=96, rank=32):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out, columns, generator=generator, dtype=torch.float64)
@@ -31,17 +49,17 @@ def problem(seed=0, out=64, columns=96, rank=32):
     return weight, gram, *whitened_svd(weight, gram, rank)
 
 
-GPTQ = with_damp(0.01)
+GPTQ = Gptq(damp=0.01).codec()
 
 
 def run(quantizer, weight, gram, left, right):
-    lefts, rights = quantize_factors([weight], [gram], left[None], right[None], [0], [0], QUANT, quantizer, seed=0)
+    lefts, rights = quantize_factors([weight], [gram], left[None], right[None], [0], [0], FORMS, quantizer, seed=0)
     return lefts[0].dense() @ rights[0].dense()
 
 
 def test_without_loss_in_the_quantizer_the_product_is_the_best_of_its_rank():
     weight, gram, left, right = problem()
-    got = run(Quantizer(lambda gram: gram, lambda matrix, *_: Exact(matrix)), weight, gram, left, right)
+    got = run(Lossless(), weight, gram, left, right)
     assert torch.allclose(got, left @ right, atol=1e-8)
 
 
@@ -54,8 +72,8 @@ def test_rotation_is_orthogonal_and_drawn_by_seed():
 def test_better_than_quantizing_the_factors_one_by_one():
     weight, gram, left, right = problem()
     ours = whitened_error(weight, run(GPTQ, weight, gram, left, right), gram)
-    plain_right = GPTQ.pack(right, GPTQ.inputs(gram), QUANT["right"]).dense()
-    plain_left = GPTQ.pack(left, GPTQ.inputs(right @ gram @ right.T), QUANT["left"]).dense()
+    plain_right = GPTQ.pack(right, GPTQ.inputs(gram), FORMS["right"]).dense()
+    plain_left = GPTQ.pack(left, GPTQ.inputs(right @ gram @ right.T), FORMS["left"]).dense()
     lost = whitened_error(weight, left @ right, gram)
     assert ours - lost < 0.65 * (whitened_error(weight, plain_left @ plain_right, gram) - lost)
 
@@ -64,12 +82,12 @@ def test_better_than_quantizing_the_factors_one_by_one():
 @pytest.mark.parametrize("rank", [16, 48])
 def test_fitted_in_turn_they_lose_less_than_one_after_the_other(bits, rank, monkeypatch):
     weight, gram, left, right = problem(rank=rank)
-    quant = {bank: {"bits": bits, "group_size": 32, "sym": False} for bank in ("left", "right")}
+    forms = {bank: Grid(bits, 32, False) for bank in ("left", "right")}
     lost = whitened_error(weight, left @ right, gram)
 
     def excess(rounds):
         monkeypatch.setattr(factors, "ROUNDS", rounds)
-        lefts, rights = quantize_factors([weight], [gram], left[None], right[None], [0], [0], quant, GPTQ, seed=0)
+        lefts, rights = quantize_factors([weight], [gram], left[None], right[None], [0], [0], forms, GPTQ, seed=0)
         return whitened_error(weight, lefts[0].dense() @ rights[0].dense(), gram) - lost
 
     once = excess(0)
@@ -89,18 +107,13 @@ def test_the_right_factor_beside_a_left_one_is_least_squares_for_any_inputs():
 
 def test_a_shared_right_factor_sees_the_inputs_of_all_its_experts():
     first, second = problem(0), problem(1)
-    seen = {}
-
-    def quantizer(matrix, gram, quant):
-        seen.setdefault(tuple(matrix.shape), []).append(gram)
-        return Exact(matrix)
-
+    codec = Lossless()
     lefts, rights = quantize_factors(
         [first[0], second[0]], [first[1], second[1]], torch.stack([first[2], second[2]]), first[3][None],
-        [0, 1], [0, 0], QUANT, Quantizer(lambda gram: gram, quantizer), seed=0,
+        [0, 1], [0, 0], FORMS, codec, seed=0,
     )  # fmt: skip
     assert len(rights) == 1 and len(lefts) == 2
-    assert torch.allclose(seen[32, 96][0], first[1] + second[1])
+    assert torch.allclose(codec.seen[32, 96][0], first[1] + second[1])
     right = rights[0].dense()
     for left, (weight, gram, *_) in zip(lefts, (first, second)):  # each refitted under its own inputs
         assert ((weight - left.dense() @ right) @ gram @ right.T).abs().max() < 1e-6 * gram.abs().max()
@@ -110,8 +123,8 @@ def test_experts_that_share_no_row_are_fitted_apart():
     assert connected([0, 1, 2, 0], [0, 1, 1, 2]) == [[0, 3], [1, 2]]
     problems = [problem(seed) for seed in range(2)]
     weights, grams, left, right = (list(parts) for parts in zip(*problems))
-    together = quantize_factors(weights, grams, left, right, [0, 1], [0, 1], QUANT, GPTQ, seed=0)
+    together = quantize_factors(weights, grams, left, right, [0, 1], [0, 1], FORMS, GPTQ, seed=0)
     for expert, alone in enumerate(problems):
-        lefts, rights = quantize_factors(*([part] for part in alone), [0], [0], QUANT, GPTQ, seed=0)
+        lefts, rights = quantize_factors(*([part] for part in alone), [0], [0], FORMS, GPTQ, seed=0)
         assert torch.equal(together[0][expert].dense(), lefts[0].dense())
         assert torch.equal(together[1][expert].dense(), rights[0].dense())

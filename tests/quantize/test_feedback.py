@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from moesvd_quant.quantize.codec import QuantizeError
 from moesvd_quant.quantize.feedback import Feedback
-from moesvd_quant.quantize.packed import QuantizeError
 
 
 def gram(columns=96, seed=0):

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from moesvd_quant.decompose.whitening import whitened_error
+from moesvd_quant.model.grids import Grid
+from moesvd_quant.quantize.codec import QuantizeError
 from moesvd_quant.quantize.feedback import Feedback
 from moesvd_quant.quantize.gptq import gptq
-from moesvd_quant.quantize.packed import QuantizeError, resolve_group_size, round_to_nearest
+from moesvd_quant.quantize.rounding import resolve_group_size, round_to_nearest
 from moesvd_quant.quantize.standard import to_standard
 
 
@@ -74,11 +76,11 @@ def written_out_gptq(weight, gram, bits, size, sym, damp):
 @pytest.mark.parametrize("sym", [False, True])
 def test_as_good_as_gptq_written_out_and_better_than_rounding(bits, sym):
     weight, gram = problem()
-    quant = {"bits": bits, "group_size": 32, "sym": sym}
-    got = whitened_error(weight, gptq(weight, Feedback.of(gram, 0.01), quant).dense(), gram)
+    form = Grid(bits, 32, sym)
+    got = whitened_error(weight, gptq(weight, Feedback.of(gram, 0.01), form).dense(), gram)
     expected = whitened_error(weight, written_out_gptq(weight, gram, bits, 32, sym, 0.01), gram)
     assert got == pytest.approx(expected, rel=0.05)  # of scales beyond a group's range by chance one is better
-    assert got < 0.7 * whitened_error(weight, round_to_nearest(weight, quant).dense(), gram)
+    assert got < 0.7 * whitened_error(weight, round_to_nearest(weight, form).dense(), gram)
 
 
 @pytest.mark.parametrize("bits,gain", [(2, 0.97), (3, 0.96), (4, 0.97)])
@@ -97,47 +99,47 @@ def test_better_than_the_grids_that_gptqmodel_finds(bits, gain):
     core.quantizer.configure(perchannel=True, bits=bits, sym=False)
     core.H, core.nsamples, core._hessian_dirty = gram / gram.diagonal().mean(), 129, False
     theirs = whitened_error(weight, core.quantize()[0], gram)
-    ours = gptq(weight, Feedback.of(gram, 0.01), {"bits": bits, "group_size": 32, "sym": False})
+    ours = gptq(weight, Feedback.of(gram, 0.01), Grid(bits, 32, False))
     assert whitened_error(weight, ours.dense(), gram) < gain * theirs
 
 
 @pytest.mark.parametrize("sym", [False, True])
 def test_rounding_is_the_nearest_grid_point(sym):
     weight, _ = problem()
-    quant = {"bits": 4, "group_size": 32, "sym": sym}
-    packed, (scale, _) = round_to_nearest(weight, quant), grid(weight, 4, 32, sym)
-    assert ((packed.scale() / scale).log2().abs() <= 1 / 32 + 1e-4).all()
+    form = Grid(4, 32, sym)
+    packed, (scale, _) = round_to_nearest(weight, form), grid(weight, 4, 32, sym)
+    assert ((form.scale(packed.tensors) / scale).log2().abs() <= 1 / 32 + 1e-4).all()
     # Half a step, and what the range may lack at its ends: up to 2.2 % of the steps on the longer side of zero, and the
     # half step that zero itself is rounded by.
-    error = (weight - packed.dense(torch.float32)).abs() / packed.scale().repeat_interleave(32, 1)
+    error = (weight - packed.dense(torch.float32)).abs() / form.scale(packed.tensors).repeat_interleave(32, 1)
     assert error.max() <= 0.5 + 0.022 * 15 + 0.5 and error.mean() < 0.27  # a uniform error's mean is 1/4
 
 
 def test_a_short_last_group():
     weight, gram = problem(columns=80)
-    packed = gptq(weight, Feedback.of(gram, 0.01), {"bits": 4, "group_size": 64, "sym": False})
+    packed = gptq(weight, Feedback.of(gram, 0.01), Grid(4, 64, False))
     assert packed.tensors["scales"].shape == (48, 2)
     assert whitened_error(weight, packed.dense(), gram) < 0.01
 
 
 def test_scale_of_the_gram_matrix_does_not_matter():
     weight, gram = problem()
-    quant = {"bits": 3, "group_size": 32, "sym": False}
-    small, large = (gptq(weight, Feedback.of(gram * factor, 0.01), quant).dense() for factor in (1e-9, 1e9))
+    form = Grid(3, 32, False)
+    small, large = (gptq(weight, Feedback.of(gram * factor, 0.01), form).dense() for factor in (1e-9, 1e9))
     assert torch.equal(small, large)
 
 
 def test_a_weight_that_is_trained_is_quantized_as_well():
     weight, gram = problem()
-    quant, inputs = {"bits": 3, "group_size": 32, "sym": False}, Feedback.of(gram, 0.01)
-    trained = gptq(torch.nn.Parameter(weight), inputs, quant).dense()
-    assert torch.equal(trained, gptq(weight, inputs, quant).dense()) and not trained.requires_grad
+    form, inputs = Grid(3, 32, False), Feedback.of(gram, 0.01)
+    trained = gptq(torch.nn.Parameter(weight), inputs, form).dense()
+    assert torch.equal(trained, gptq(weight, inputs, form).dense()) and not trained.requires_grad
 
 
 def test_one_input_direction_alone_still_works():
     weight, _ = problem()
     x = torch.ones(1, 128)
-    packed = gptq(weight, Feedback.of(x.T @ x, 0.01), {"bits": 4, "group_size": 32, "sym": False})
+    packed = gptq(weight, Feedback.of(x.T @ x, 0.01), Grid(4, 32, False))
     assert torch.isfinite(packed.dense()).all()
 
 
@@ -151,14 +153,14 @@ def test_one_input_direction_alone_still_works():
 def test_what_cannot_be_stored_is_an_error(change, message):
     weight, gram = change(*problem())
     with pytest.raises(QuantizeError, match=message):
-        gptq(weight, Feedback.of(gram, 0.01), {"bits": 4, "group_size": 32, "sym": False})
+        gptq(weight, Feedback.of(gram, 0.01), Grid(4, 32, False))
 
 
 def test_a_scale_that_fp16_lacks_is_stored_and_not_exported():
     weight, gram = problem(out=64)
-    quant = {"bits": 4, "group_size": 32, "sym": True}
-    packed = gptq(weight * 1e-12, Feedback.of(gram, 0.01), quant)
-    same = gptq(weight, Feedback.of(gram, 0.01), quant)
+    form = Grid(4, 32, True)
+    packed = gptq(weight * 1e-12, Feedback.of(gram, 0.01), form)
+    same = gptq(weight, Feedback.of(gram, 0.01), form)
     assert torch.allclose(packed.dense() * 1e12, same.dense(), rtol=1e-3, atol=0.1)
     with pytest.raises(QuantizeError, match="underflows fp16"):
         to_standard(packed, None)
@@ -178,8 +180,8 @@ def test_the_standard_form_gives_the_same_outputs_in_gptqmodel(bits):
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
     weight, gram = problem(out=64)
-    quant = {"bits": bits, "group_size": 32, "sym": True}
-    packed = gptq(weight, Feedback.of(gram, 0.01), quant)
+    form = Grid(bits, 32, True)
+    packed = gptq(weight, Feedback.of(gram, 0.01), form)
     shape = dict(in_features=128, out_features=64, bias=False)
     module = TorchLinear(bits=bits, group_size=32, sym=True, desc_act=False, **shape)
     module.load_state_dict(to_standard(packed, None))

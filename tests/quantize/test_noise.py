@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from moesvd_quant.decompose.whitening import whitened_directions, whitened_error, whitened_svd
+from moesvd_quant.model.grids import Grid
 from moesvd_quant.quantize.factors import quantize_factors
 from moesvd_quant.quantize.feedback import Feedback, innovations
-from moesvd_quant.quantize.gptq import gptq, with_damp
+from moesvd_quant.quantize.gptq import gptq
 from moesvd_quant.quantize.noise import ROUNDING, dense_noise, factor_noise
+from moesvd_quant.stages.gptq import Gptq
 
 DAMP = 0.05
 
@@ -39,14 +41,14 @@ def test_innovation_is_what_later_inputs_do_not_explain():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_rounding_of_a_gaussian(bits):
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
-    packed = gptq(weight, Feedback.of(torch.eye(512), 1e-6), {"bits": bits, "group_size": 64, "sym": False})
+    packed = gptq(weight, Feedback.of(torch.eye(512), 1e-6), Grid(bits, 64, False))
     assert float((packed.dense(torch.float32) - weight).square().mean()) == pytest.approx(ROUNDING[bits], rel=0.05)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_dense_error_is_forecast(bits):
     weight, gram = problem()
-    packed = gptq(weight, Feedback.of(gram, DAMP), {"bits": bits, "group_size": 64, "sym": False})
+    packed = gptq(weight, Feedback.of(gram, DAMP), Grid(bits, 64, False))
     measured = whitened_error(weight, packed.dense(), gram) * float(((weight @ gram) * weight).sum())
     forecast = ROUNDING[bits] * dense_noise(float(weight.square().sum()), 128, float(innovations(gram, DAMP).sum()))
     assert measured == pytest.approx(forecast, rel=0.2)
@@ -57,9 +59,9 @@ def test_dense_error_is_forecast(bits):
 def test_factor_error_is_forecast(bits, rank):
     weight, gram = problem()
     left, right = whitened_svd(weight, gram, rank)
-    quant = {bank: {"bits": bits, "group_size": 32, "sym": False} for bank in ("left", "right")}
+    quant = {bank: Grid(bits, 32, False) for bank in ("left", "right")}
     lefts, rights = quantize_factors(
-        [weight], [gram], left[None], right[None], [0], [0], quant, with_damp(DAMP), seed=0
+        [weight], [gram], left[None], right[None], [0], [0], quant, Gptq(damp=DAMP).codec(), seed=0
     )
     energy = float(((weight @ gram) * weight).sum())
     truncated = whitened_error(weight, left @ right, gram)

@@ -7,13 +7,14 @@ from typing import ClassVar
 
 import pytest
 import torch
+
+import moesvd_quant
 from moesvd_quant.evaluation.record import Wanted, collect, evaluate, write
 from moesvd_quant.evaluation.report import write_report
 from moesvd_quant.evaluation.table import render, table8
-
-import moesvd_quant
-from moesvd_quant.layout import dense_part, layout_of
+from moesvd_quant.layout import layout_of
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of, split_projections
+from moesvd_quant.model.parts import DensePart
 from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import RecipeError, load_recipe
 from moesvd_quant.runner import Run
@@ -35,18 +36,18 @@ class Average(Stage):
 
     def plan(self, context: Context) -> Plan:
         layout = layout_of(context.parent)
-        for layer, name in zip(context.parent.layers, context.parent.layer_names):
+        for layer, home in zip(context.parent.layers, context.parent.layer_names):
             for path, experts in find_experts(layer):
-                part = dense_part(list(range(expert_count(experts))))
-                part["dense"] = [expert // self.group for expert in part["experts"]]
-                layout["experts"][f"{name}.{path}"] = {projection: [dict(part)] for projection in shapes_of(experts)}
+                every = list(range(expert_count(experts)))
+                rows = [expert // self.group for expert in every]
+                layout.experts[f"{home}.{path}"] = {name: [DensePart(every, rows)] for name in shapes_of(experts)}
         return Plan(layout, notes={"experts averaged": self.group})
 
     def run_layer(self, context: Context, index: int, layer, statistics: dict, plan: Plan) -> dict:
         for path, native in list(find_experts(layer)):
             weights = split_projections(native)
             means = {name: torch.stack([w.mean(0) for w in own.split(self.group)]) for name, own in weights.items()}
-            layout = plan.layout["experts"][f"{context.parent.layer_names[index]}.{path}"]
+            layout = plan.layout.experts[f"{context.parent.layer_names[index]}.{path}"]
             banks = ((f"{name}_0_dense", None, mean) for name, mean in means.items())
             layer.set_submodule(path, factorized(native, layout, banks))
         return {}

@@ -1,0 +1,94 @@
+"""How matrices are stored. A copy lies in every checkpoint.
+
+A bank is a stack of matrices of one shape in one format. It is one tensor, or several, whose names are the bank's name
+and a kind: `up_0_dense_codes`.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix (rows, columns) is stored; its fields are the format's parameters, and stand in the layout.
+
+    A packed format stores integers only, so that no cast of the model can change them.
+    """
+
+    name: ClassVar[str]
+    packed: ClassVar[bool] = True
+    trained: ClassVar[str | None] = None  # the kind of tensor that training may change
+
+    def tensors(self, shape: tuple, dtype: torch.dtype) -> dict[str, tuple[tuple, torch.dtype]]:
+        """{kind: (shape, dtype)} of a bank of `shape` (..., rows, columns) in a model of `dtype`."""
+        raise NotImplementedError
+
+    def dequantize(self, stored: dict, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """(..., rows, columns) in `dtype`, from the tensors by kind."""
+        raise NotImplementedError
+
+    def trainable(self, tensor: torch.Tensor) -> torch.Tensor:
+        """float32 that training may change, in place of the tensor of kind `trained`; `dequantize` takes it as well."""
+        raise NotImplementedError
+
+    def stored(self, trained: torch.Tensor) -> torch.Tensor:
+        """The tensor nearest to what `trainable` gave and training changed."""
+        raise NotImplementedError
+
+    def random(self, kind: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
+        """Fills a tensor of a kind so that weights have a usual size, to measure speed without a checkpoint."""
+        tensor.random_(0, 256, generator=generator)
+
+    def bank_bytes(self, shape: tuple, dtype: torch.dtype) -> int:
+        """Bytes of a bank of `shape`."""
+        sizes = self.tensors(shape, dtype).values()
+        return sum(torch.Size(size).numel() * kind.itemsize for size, kind in sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a layout has it; `format_from` is the inverse."""
+        return {"format": self.name} | asdict(self)
+
+
+FORMATS: dict[str, type[Format]] = {}
+
+
+def register(kind: type[Format]) -> type[Format]:
+    """Makes a format known to layouts by its name."""
+    FORMATS[kind.name] = kind
+    return kind
+
+
+def format_from(entry: Any) -> Format:
+    """The format that a layout names; ValueError where it is none that is known."""
+    name = entry.get("format") if isinstance(entry, dict) else entry
+    if name not in FORMATS:
+        raise ValueError(f"config.json: format {name!r} of a matrix is none of {', '.join(FORMATS)}")
+    try:
+        return FORMATS[name](**{key: value for key, value in entry.items() if key != "format"})
+    except TypeError as error:
+        raise ValueError(f"config.json: format {entry}: {error}") from None
+
+
+@register
+@dataclass(frozen=True)
+class Float(Format):
+    """Floating point, in the dtype of the model."""
+
+    name: ClassVar[str] = "float"
+    packed: ClassVar[bool] = False
+
+    def tensors(self, shape, dtype):
+        return {"": (tuple(shape), dtype)}
+
+    def dequantize(self, stored, columns, dtype):
+        return stored[""].to(dtype)
+
+
+FLOAT = Float()
+
+
+def tensor_name(bank: str, kind: str) -> str:
+    """Name of the tensor of a kind in a bank."""
+    return f"{bank}_{kind}" if kind else bank

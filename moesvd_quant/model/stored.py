@@ -1,0 +1,89 @@
+"""Modules whose weights are banks in any format. A copy lies in every checkpoint."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .formats import FLOAT, Format, tensor_name
+from .parts import LinearLayout
+
+
+class Stored(nn.Module):
+    """Base of modules whose weights are banks. `formats` says how each bank is stored, `kinds` which tensors it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.formats: dict[str, Format] = {}
+        self.kinds: dict[str, tuple[str, ...]] = {}
+
+    def add_bank(self, name: str, shape: tuple, form: Format, dtype, device) -> None:
+        """Empty tensors of a bank (..., rows, columns)."""
+        tensors = form.tensors(shape, dtype)
+        self.formats[name], self.kinds[name] = form, tuple(tensors)
+        for kind, (size, stored) in tensors.items():
+            tensor = torch.empty(size, dtype=stored, device=device)
+            parameter = nn.Parameter(tensor, requires_grad=stored.is_floating_point)
+            self.register_parameter(tensor_name(name, kind), parameter)
+
+    def bank_tensors(self, name: str, row: int | None = None) -> dict[str, torch.Tensor]:
+        """{kind: tensor} of a bank, or of one of its matrices."""
+        # An adapter may stand in front of the parameter: getattr asks it.
+        found = {kind: getattr(self, tensor_name(name, kind)) for kind in self.kinds[name]}
+        return found if row is None else {kind: tensor[row] for kind, tensor in found.items()}
+
+    @torch.no_grad()
+    def fill_bank(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Sets the tensors of a bank, by kind."""
+        for kind in self.kinds[name]:
+            self._parameters[tensor_name(name, kind)].copy_(tensors[kind])
+
+    def stored_tensors(self) -> dict[str, tuple[Format, str]]:
+        """{name of each tensor of a bank: (its format, its kind)}."""
+        return {tensor_name(n, kind): (self.formats[n], kind) for n, kinds in self.kinds.items() for kind in kinds}
+
+    @property
+    def device(self):
+        """Of its tensors. A module that lost all of them is nowhere, and its zeros may be anywhere."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def weight_rows(self, name: str, columns: int, dtype: torch.dtype, row: int | None) -> torch.Tensor:
+        """The matrices of a bank (row None) or one of them, in `dtype`."""
+        return self.formats[name].dequantize(self.bank_tensors(name, row), columns, dtype)
+
+
+class StoredLinear(Stored):
+    """nn.Linear whose weight (out, in) is in any format, with an optional float bias. Where the layout names a rank, it
+    has a float low-rank term beside the weight: left (out, rank) @ right (rank, in). `weight` serves modules that
+    multiply with it themselves."""
+
+    def __init__(self, in_features, out_features, bias, layout: LinearLayout, dtype=None, device=None):
+        super().__init__()
+        self.in_features, self.out_features, self.layout = in_features, out_features, layout
+        self.add_bank("weight", (out_features, in_features), layout.form, dtype, device)
+        if self.rank:
+            self.add_bank("left", (out_features, self.rank), FLOAT, dtype, device)
+            self.add_bank("right", (self.rank, in_features), FLOAT, dtype, device)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)  # follows casts
+
+    @property
+    def rank(self) -> int:
+        return self.layout.rank
+
+    def packed_weight(self, dtype=torch.float32):
+        return self.weight_rows("weight", self.in_features, dtype, None)
+
+    @property
+    def weight(self):
+        return self.dense_weight(self.like.dtype)
+
+    def dense_weight(self, dtype=torch.float32):
+        """Effective weight (out, in)."""
+        weight = self.packed_weight(dtype)
+        return weight + self.left.to(dtype) @ self.right.to(dtype) if self.rank else weight
+
+    def forward(self, x):
+        y = F.linear(x, self.packed_weight(x.dtype), self.bias)
+        if not self.rank:
+            return y
+        return y + F.linear(F.linear(x, self.right.to(x.dtype)), self.left.to(x.dtype))

@@ -1,0 +1,26 @@
+"""Grids of groups, by GPTQ or by plain rounding."""
+
+import torch
+
+from ..model.grids import Grid
+from .codec import Codec, PackedMatrix
+from .feedback import Feedback
+from .gptq import gptq
+from .noise import ROUNDING
+from .rounding import resolve_group_size, round_to_nearest
+
+
+class GridCodec(Codec):
+    """Grids as the options `group_size`, `sym`, `damp` and `rtn` say."""
+
+    def form(self, rate: float, columns: int, rank_axis: bool = False) -> Grid:
+        return Grid(int(rate), resolve_group_size(self.options.group_size, columns, rank_axis), self.options.sym)
+
+    def noise(self, form) -> float:
+        return ROUNDING[form.bits]
+
+    def inputs(self, gram: torch.Tensor) -> Feedback | None:
+        return None if self.options.rtn else Feedback.of(gram, self.options.damp)
+
+    def pack(self, weight, inputs, form) -> PackedMatrix:
+        return round_to_nearest(weight, form) if inputs is None else gptq(weight, inputs, form)
