@@ -4,6 +4,7 @@ They need torch and transformers alone, so that a checkpoint opens without moesv
 """
 
 import hashlib
+import inspect
 import json
 import shutil
 from functools import lru_cache
@@ -16,8 +17,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from .factorized_experts import FactorizedExperts
-from .grids import Grid as Grid  # every format is registered by its import
+from .formats import Float, Format
+from .grids import Grid
 from .modeling_deepseek import DeepseekForCausalLM as DeepseekForCausalLM  # its model type is registered by that
+from .more_formats import MORE as MORE  # formats are registered by their import
 from .native_experts import EveryToken
 from .parts import Layout, layout_from
 from .stored import StoredLinear
@@ -25,7 +28,7 @@ from .stored import StoredLinear
 # What a checkpoint needs to open itself.
 SHIPPED = (
     "modeling_moesvd.py", "factorized_experts.py", "pruned_base.py", "parts.py", "stored.py", "formats.py", "grids.py",
-    "packing.py", "native_experts.py", "modeling_deepseek.py",
+    "packing.py", "native_experts.py", "modeling_deepseek.py", "more_formats.py",
 )  # fmt: skip
 MANIFEST = "moesvd.json"
 
@@ -136,6 +139,32 @@ def check_digests(folder: Path) -> None:
             raise ValueError(f"{path}: damaged (sha256 differs from {MANIFEST}); copy the checkpoint again")
 
 
+# What the class of a format from outside may use.
+HEADER = '''"""Formats that this checkpoint uses and that moesvd_quant does not have."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from .formats import Format, register
+from .packing import pack, unpack
+'''
+
+
+def write_more_formats(folder: Path, layout: Layout) -> None:
+    """The source of those formats of the layout that no shipped file has, so that the checkpoint opens itself."""
+    forms: list[Format] = [linear.form for linear in layout.linears.values()]
+    forms += [form for part in layout.parts() for form in part.formats.values()]
+    kinds = {type(form).name: type(form) for form in forms if type(form) not in (Float, Grid)}
+    if kinds:
+        sources = [inspect.getsource(kinds[name]) for name in sorted(kinds)]
+        listed = "".join(f"{kind.__name__}, " for kind in kinds.values())
+        (folder / "more_formats.py").write_text("\n\n".join([HEADER, *sources, f"MORE = ({listed})\n"]))
+
+
 def finish_folder(folder: Path) -> None:
     """Adds what makes a saved folder open again: these files, `auto_map`, and the digests of its weights."""
     for name in SHIPPED:
@@ -143,6 +172,7 @@ def finish_folder(folder: Path) -> None:
         if source != target:
             shutil.copyfile(source, target)
     config = json.loads((folder / "config.json").read_text())
+    write_more_formats(folder, layout_from(config["moesvd"]))
     config["auto_map"] = {
         "AutoConfig": "modeling_moesvd.MoesvdConfig",
         "AutoModelForCausalLM": "modeling_moesvd.MoesvdForCausalLM",
