@@ -29,17 +29,17 @@ lint: venv
 demo: venv
 	$(BIN)/moesvd demo --out demo-out
 
-# QUALITY: options of moesvd_quant/quality.py, for example --seen wikitext2 --unseen code --calibration mine.txt
+# QUALITY: options of evaluation/benchmarks/quality.py, for example --seen wikitext2 --unseen code --calibration mine.txt
 bench-quality: venv
-	$(BIN)/python -m moesvd_quant.quality $(QUALITY)
+	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.quality $(QUALITY)
 
 # Two synthetic models of 6 GB, each with and without a limit: needs 50 GB of disk and hours. Goes on where it was.
 bench-scale: venv
-	MOESVD_THREADS=1 $(BIN)/python tests/bench_scale.py --folder bench-scale
+	MOESVD_THREADS=1 $(BIN)/python -m moesvd_quant.evaluation.benchmarks.scale --folder bench-scale
 
 # One worker and two, in processes and on Ray: minutes, and two cores that nothing else uses.
 bench-workers: venv
-	MOESVD_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python tests/bench_workers.py --folder bench-workers
+	MOESVD_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m moesvd_quant.evaluation.benchmarks.workers --folder bench-workers
 
 arch-table: venv
 	$(BIN)/python tests/architecture_table.py docs/architectures.md .arch-table.jsonl
@@ -57,25 +57,25 @@ SPACE := $(subst ,, )
 TRAIN := $(LM)/wikitext-2-tokens/wiki.train.tokens.gz,$(subst $(SPACE),$(COMMA),$(foreach kind,wiki books code technical_docs dialogue_crd3,$(CORPUS)/$(kind).train.jsonl.gz))
 
 bench-healing: venv
-	$(BIN)/python -m moesvd_quant.healing.bench $(patsubst %/config.json,%,$(wildcard $(SHARED)/models/*/config.json)) --out bench-healing \
+	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.healing $(patsubst %/config.json,%,$(wildcard $(SHARED)/models/*/config.json)) --out bench-healing \
 	  --calibrate $(CALIBRATE) --train $(TRAIN) \
 	  --text wikitext2=$(LM)/wikitext-2-raw/wiki.test.raw.gz --text ptb=$(LM)/ptb/ptb.test.txt.gz \
 	  --text code=$(CORPUS)/code.valid.jsonl.gz --tokens $(TOKENS) --stride $(STRIDE)
 
 # Every budget against everything that fits in its bytes, on every trained model: an hour on two free cores for 6 M parameters.
 bench-budget: venv
-	$(BIN)/python -m moesvd_quant.budget_bench $(foreach m,$(patsubst %/config.json,%,$(wildcard $(SHARED)/models/*/config.json)),--model $(m)) \
+	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.budget $(foreach m,$(patsubst %/config.json,%,$(wildcard $(SHARED)/models/*/config.json)),--model $(m)) \
 	  --seen wikitext2=$(LM)/wikitext-2-raw/wiki.test.raw.gz --seen ptb=$(LM)/ptb/ptb.test.txt.gz \
 	  --unseen code=$(CORPUS)/code.valid.jsonl.gz --unseen technical=$(CORPUS)/technical_docs.valid.jsonl.gz \
 	  --calibration $(CALIBRATE) --length 256
 
-# FORECAST: options of moesvd_quant/forecast_bench.py, for example --model DIR
+# FORECAST: options of evaluation/benchmarks/forecast.py, for example --model DIR
 bench-forecast: venv
-	$(BIN)/python -m moesvd_quant.forecast_bench --text $(LM)/wikitext-2-raw/wiki.test.raw.gz --calibration $(CALIBRATE) $(FORECAST)
+	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.forecast --text $(LM)/wikitext-2-raw/wiki.test.raw.gz --calibration $(CALIBRATE) $(FORECAST)
 
-# ABLATIONS: options of moesvd_quant/ablations.py, for example --text wikitext2 --calibration mine.txt --table 5
+# ABLATIONS: options of evaluation/benchmarks/ablations.py, for example --text wikitext2 --calibration mine.txt --table 5
 bench-ablations: venv
-	$(BIN)/python -m moesvd_quant.ablations $(ABLATIONS)
+	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.ablations $(ABLATIONS)
 
 clean:
 	rm -rf demo-out quality-out budget-out forecast-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from ..errors import MoesvdError
+
 KINDS = ("experts", "router", "attention", "embeddings", "norms", "other")
 
 
@@ -62,11 +64,11 @@ def fits(folder: str | Path, device: str = "cpu") -> bool:
 
 def peak_bytes(folder: str | Path) -> dict[str, int]:
     """{"resident_bytes", "peak_rss_bytes", "import_rss_bytes"} of a fresh process that loads the folder and
-    generates 32 tokens. RuntimeError with its message where it fails."""
+    generates 32 tokens. MoesvdError with its message where it fails."""
     command = [sys.executable, "-m", "moesvd_quant.evaluation.memory", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{folder}: measuring memory failed: {done.stderr.strip()[-500:]}")
+        raise MoesvdError(f"{folder}: measuring memory failed: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

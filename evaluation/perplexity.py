@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..errors import UsageError
+
 # What the figures in papers mean; a record names the protocol it was made by.
 PROTOCOLS = {
     "gptq": "whole text, non-overlapping windows, token level, the first token of a window is not predicted",
@@ -120,7 +122,7 @@ def relative_change(nll: list[float], original: list[float]) -> dict:
     ValueError where the windows are not the same.
     """
     if len(nll) != len(original):
-        raise ValueError(f"{len(nll)} windows against {len(original)}: evaluate both by the same protocol")
+        raise UsageError(f"{len(nll)} windows against {len(original)}: evaluate both by the same protocol")
     difference = np.array(nll) - np.array(original)
     interval = _interval(difference) or (math.nan, math.nan)
     return {"change": math.expm1(float(difference.mean())), "low": interval[0] - 1, "high": interval[1] - 1}
@@ -136,7 +138,7 @@ def _losses(logits, windows, targets, batch_size, progress):
             wanted = targets[done].to(row.device)
             loss = F.cross_entropy(row[:width].float(), wanted, reduction="none", ignore_index=-100).double()
             if not math.isfinite(float(loss.sum())):
-                raise ValueError(
+                raise UsageError(
                     f"window {done}: the loss is {float(loss.sum())}; the checkpoint is broken or overflows"
                 )
             done += 1

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.files import write_json
+from ..checkpoint.files import read_json, write_json
+from ..errors import UsageError
 from .flops import flops_per_token
 from .memory import disk_bytes, fits, peak_bytes, resident_bytes
 from .perplexity import PROTOCOLS, Logits, document_perplexity, in_memory, perplexity
@@ -47,7 +48,7 @@ def evaluate(
     from ..calibration.store import fingerprint
 
     if unknown := sorted(set(wanted.protocols) - set(PROTOCOLS)):
-        raise ValueError(f"protocol {', '.join(unknown)}: is none of {', '.join(PROTOCOLS)}")
+        raise UsageError(f"protocol {', '.join(unknown)}: is none of {', '.join(PROTOCOLS)}")
     folder = Path(folder)
     opened = _open(folder, wanted, device, progress)
     memory = {"disk": disk_bytes(folder), "disk_bytes": disk_bytes(folder)["total"], "resident_bytes": opened.resident}
@@ -87,27 +88,23 @@ class _Opened:
 
 
 def _open(folder: Path, wanted: Wanted, device: str, progress: Report) -> _Opened:
-    from transformers import AutoTokenizer
-
     import moesvd_quant
 
-    from ..model.folder import read_config
+    from ..model.folder import load_tokenizer, read_config
     from ..model.stream import precision_on
 
     config = read_config(folder)
     dtype = precision_on(device)
     if wanted.stream if wanted.stream is not None else not fits(folder, device):
         if wanted.tasks:
-            raise ValueError(f"{folder}: tasks need the whole model in memory; perplexity alone can stream")
+            raise UsageError(f"{folder}: tasks need the whole model in memory; perplexity alone can stream")
         made = streamed(folder, dtype, device, progress)
         resident = resident_bytes(streamed(folder, None, device).model)
-        return _Opened(
-            config, AutoTokenizer.from_pretrained(folder), made.logits, None, made.model, made.dtype, resident
-        )
+        return _Opened(config, load_tokenizer(folder), made.logits, None, made.model, made.dtype, resident)
     model = moesvd_quant.load(folder)
     resident = resident_bytes(model)
     model = model.to(device, dtype)
-    return _Opened(config, AutoTokenizer.from_pretrained(folder), in_memory(model), model, model, model.dtype, resident)
+    return _Opened(config, load_tokenizer(folder), in_memory(model), model, model, model.dtype, resident)
 
 
 def streamed(folder: Path, dtype: torch.dtype | None, device: str, progress: Report | None = None):
@@ -155,7 +152,7 @@ def _zero_shot(opened: _Opened, wanted: Wanted) -> dict:
 def _about(folder: Path, opened: _Opened) -> dict:
     manifest = folder / "moesvd.json"
     if manifest.is_file():
-        content = json.loads(manifest.read_text())
+        content = read_json(manifest)
         if "accounting" in content:
             keys = ("bits_per_expert_weight", "expert_ratio", "model_ratio", "params")
             return {"name": content["name"], "accounting": {k: content["accounting"][k] for k in keys}}
@@ -182,7 +179,7 @@ def write(record: dict, file: Path) -> None:
     """Writes a record; what an earlier one says of the same weights by the same protocol stays in it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_file():
-        record = _joined(json.loads(file.read_text()), record)
+        record = _joined(read_json(file), record)
     write_json(file, record)
 
 
@@ -208,7 +205,7 @@ def collect(folders: list[Path]) -> list[dict]:
     for folder in map(Path, folders):
         found = [folder / RECORD] if (folder / RECORD).is_file() else sorted(folder.glob(f"*/{RECORD}"))
         if not found:
-            raise ValueError(f"{folder}: no {RECORD} in it or in its sub-folders; run `moesvd eval {folder}` first")
+            raise UsageError(f"{folder}: no {RECORD} in it or in its sub-folders; run `moesvd eval {folder}` first")
         records += [_with_speed(path) for path in found]
     return list({json.dumps([r["name"], r["perplexity"]]): r for r in records}.values())
 
@@ -216,4 +213,4 @@ def collect(folders: list[Path]) -> list[dict]:
 def _with_speed(path: Path) -> dict:
     """A record, with what `moesvd speed` measured beside it."""
     speed = path.with_name(SPEED)
-    return json.loads(path.read_text()) | ({"speed": json.loads(speed.read_text())} if speed.is_file() else {})
+    return read_json(path) | ({"speed": read_json(speed)} if speed.is_file() else {})

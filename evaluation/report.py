@@ -3,13 +3,14 @@
 import base64
 import csv
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ..checkpoint.files import read_json
+from ..errors import UsageError
 from ..model.modeling_moesvd import MANIFEST
 from ..model.parts import Layout, Part, layout_from
 from .memory import KINDS, disk_bytes
@@ -45,9 +46,9 @@ def write_report(folder: Path, file: Path) -> None:
     import jinja2
 
     folders = [folder] if (folder / MANIFEST).is_file() else sorted(p.parent for p in folder.glob(f"*/{MANIFEST}"))
-    stages = [_stage(path) for path in folders if "stages" in json.loads((path / MANIFEST).read_text())]
+    stages = [_stage(path) for path in folders if "stages" in read_json(path / MANIFEST)]
     if not stages:
-        raise ValueError(f"{folder}: no checkpoint of ours in it; give a run's --out, or a checkpoint")
+        raise UsageError(f"{folder}: no checkpoint of ours in it; give a run's --out, or a checkpoint")
     measured = [path for path in [folder, *folder.iterdir()] if (path / RECORD).is_file()] if folder.is_dir() else []
     records = collect(sorted(measured)) if measured else []
     environment = jinja2.Environment(
@@ -73,10 +74,10 @@ def write_report(folder: Path, file: Path) -> None:
 
 
 def _stage(folder: Path) -> Stage:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    config = json.loads((folder / "config.json").read_text())
+    manifest = read_json(folder / MANIFEST)
+    config = read_json(folder / "config.json")
     run = folder / "run.json"
-    timed = json.loads(run.read_text()) if run.is_file() else {}
+    timed = read_json(run) if run.is_file() else {}
     return Stage(folder, manifest, layout_from(config["moesvd"]), timed, *_shapes(folder))
 
 

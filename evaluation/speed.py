@@ -1,7 +1,6 @@
 """Tokens per second of models side by side: they take turns in one process, so that what else the machine does
 meets all of them."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from ..checkpoint.files import write_json
+from ..checkpoint.files import read_json, write_json
+from ..errors import UsageError
 from ..model.experts import expert_count, find_experts
 from ..model.parts import Layout
 from ..model.stored import Stored
@@ -135,7 +135,7 @@ def run_speed(
     for folder in folders:
         name = _name(folder)
         if name in models:
-            raise ValueError(f"{folder}: is called {name!r} like another; give each model once")
+            raise UsageError(f"{folder}: is called {name!r} like another; give each model once")
         models[name] = open_model(folder, device)
     for ratio in ratios:
         layout, dtype = uniform_layout(folders[0], ratio), _dtype(models[_name(folders[0])])
@@ -150,7 +150,7 @@ def run_speed(
 
 def _name(folder: Path) -> str:
     manifest = folder / "moesvd.json"
-    return json.loads(manifest.read_text())["name"] if manifest.is_file() else "original"
+    return read_json(manifest)["name"] if manifest.is_file() else "original"
 
 
 def _alternate(models, batch, length, tokens, repeats) -> dict:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from ..errors import UsageError
 from .perplexity import relative_change
 from .zero_shot import SEVEN
 
@@ -237,7 +238,7 @@ def render(table: Table, form: str = "terminal") -> str:
         return json.dumps([dict(zip(table.columns, row)) for row in table.rows], indent=1) + "\n"
     if form == "latex":
         return _latex(table)
-    raise ValueError(f"{form!r} is none of {', '.join(FORMATS)}")
+    raise UsageError(f"{form!r} is none of {', '.join(FORMATS)}")
 
 
 def _latex(table: Table) -> str:

@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
+from ..errors import MoesvdError
+
 # The seven tasks of the paper (Table 2) in its order and with its abbreviations; `zero-shot` stands for all.
 SEVEN = {
     "openbookqa": "Openb.",
@@ -21,7 +23,7 @@ LOCAL = (*SEVEN, "wikitext")  # tasks that have a YAML for local files here
 FOLDER = Path(__file__).parent / "tasks"
 
 
-class TaskError(ValueError):
+class TaskError(MoesvdError, ValueError):
     """A task that is unknown, or whose data cannot be had."""
 
 

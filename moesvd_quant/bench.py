@@ -1,9 +1,9 @@
 """Several recipes on one model, side by side: the only honest way to say that one is better."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .checkpoint.files import read_json
 from .evaluation.plot import plot_bytes
 from .evaluation.record import RECORD, Wanted, evaluate, same_protocol, write
 from .evaluation.table import Table, save, table8
@@ -60,7 +60,7 @@ def measured(source: Path, folder: Path, wanted: Wanted, device: str = "cpu", re
     """The record of a model in `folder`: the one that is there if it was made by the same protocol, else a new one."""
     file = folder / RECORD
     if file.is_file():
-        found = json.loads(file.read_text())
+        found = read_json(file)
         if same_protocol(found, wanted):
             return found
     record = evaluate(source, wanted, device, progress=report or (lambda what, done, total: None))

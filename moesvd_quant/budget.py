@@ -3,6 +3,8 @@
 import re
 from typing import Literal, NamedTuple
 
+from .errors import UsageError
+
 
 class Budget(NamedTuple):
     """amount in bytes of all files ("bytes"), or in bits per original expert weight ("bpw")."""
@@ -19,7 +21,7 @@ def parse_budget(text: str) -> Budget:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     unit = found[2].upper() if found else ""
     if not found or float(found[1]) <= 0 or (unit != "BPW" and unit not in UNITS):
-        raise ValueError(f"{text!r} is no budget; write bytes (20GB, 512MiB) or bits per expert weight (1.5bpw)")
+        raise UsageError(f"{text!r} is no budget; write bytes (20GB, 512MiB) or bits per expert weight (1.5bpw)")
     return Budget(float(found[1]), "bpw") if unit == "BPW" else Budget(float(found[1]) * UNITS[unit], "bytes")
 
 

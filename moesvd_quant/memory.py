@@ -19,6 +19,7 @@ import torch
 
 from .budget import UNITS
 from .checkpoint.files import write_at
+from .errors import MoesvdError, UsageError
 
 M_MMAP_THRESHOLD, MAPPED = -3, 2**20  # of glibc's mallopt; bytes
 # What configs call the number of experts that a token is sent to.
@@ -26,7 +27,7 @@ CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk
 FULL = "make room, set MOESVD_CACHE to a larger disk, or raise --memory. Nothing that was finished is lost"
 
 
-class MemoryLimitError(ValueError):
+class MemoryLimitError(MoesvdError, ValueError):
     """What cannot fit; the message says what would make it fit."""
 
 
@@ -34,7 +35,7 @@ def parse_bytes(text: str, what: str = "--memory") -> int:
     """Bytes of `16GB`, `512MiB`; ValueError, which names `what`, for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
-        raise ValueError(f"{what} {text!r}: write bytes with a unit (16GB, 512MiB)")
+        raise UsageError(f"{what} {text!r}: write bytes with a unit (16GB, 512MiB)")
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 

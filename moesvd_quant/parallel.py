@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from .errors import MoesvdError, UsageError
 from .memory import keep_nothing
 
 RETRIES = 3  # of a task whose worker died
@@ -27,7 +28,7 @@ RETRIES = 3  # of a task whose worker died
 Work = Callable[[int], Any]
 
 
-class WorkerError(RuntimeError):
+class WorkerError(MoesvdError, RuntimeError):
     """Workers die again and again; the message says what to look at."""
 
 
@@ -120,7 +121,7 @@ def _on_ray(workers, payload, items, threads, device) -> Iterator[tuple[int, Any
     try:
         import ray
     except ImportError as error:
-        raise ValueError("--executor ray: ray is not installed; pip install 'moesvd-quant[ray]'") from error
+        raise UsageError("--executor ray: ray is not installed; pip install 'moesvd-quant[ray]'") from error
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         # All cores, not those of this pool: the cluster outlives it, and the next one may have more workers.

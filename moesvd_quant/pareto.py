@@ -1,6 +1,5 @@
 """The memory-perplexity front of a model: many budgets, and what else one could do with the same bytes."""
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +7,9 @@ from pathlib import Path
 import torch
 
 from .bench import compare, written
+from .checkpoint.files import read_json
 from .checkpoint.finish import carry_files
+from .errors import UsageError
 from .evaluation.record import RECORD, Wanted, evaluate, same_protocol, write
 from .evaluation.table import Table
 from .model.experts import find_experts, find_linears, weight_parameters
@@ -36,7 +37,7 @@ def front(
     One calibration serves all. Writes what `compare` writes. ValueError for an unknown preset.
     """
     if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r}: is none of {', '.join(PRESETS)}")
+        raise UsageError(f"preset {preset!r}: is none of {', '.join(PRESETS)}")
     recipes = {f"{PRESETS[preset]}@{budget}": (PRESETS[preset], [f"budget={budget}"]) for budget in budgets}
     recipes |= {name: (name, []) for name in BASELINES}
     files = written(recipes, out / "recipes", overrides)
@@ -49,7 +50,7 @@ def nf4_record(model: Path, out: Path, wanted: Wanted, device: str = "cpu") -> d
     its values, with the bytes that it would store (codes, and a float32 scale for each block). Needs the whole model
     in memory."""
     file = out / RECORD
-    if file.is_file() and same_protocol(found := json.loads(file.read_text()), wanted):
+    if file.is_file() and same_protocol(found := read_json(file), wanted):
         return found
     made = load(model)
     layers = made.get_submodule(StreamedModel(model).layers_path)

@@ -1,6 +1,7 @@
 """YAML -> a validated Recipe. A recipe is a list of stages; everything wrong with it is said at once."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -10,12 +11,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
 from .budget import parse_budget
+from .errors import MoesvdError, UsageError
 from .recipe_yaml import YamlProblem, apply_override, parse
 from .stages import STAGES
 from .stages.stage import Stage, form_after, packing_stage
 
 
-class RecipeError(ValueError):
+class RecipeError(MoesvdError, ValueError):
     """Everything that is wrong with a recipe: a line each, `file:line: key: what, and what to do`."""
 
 
@@ -42,7 +44,7 @@ def named_texts(sources: Sequence[str]) -> dict[str, str]:
         name, given, rest = source.partition("=")
         name = name if given else Path(source).name.split(".")[0]
         if name in named:
-            raise ValueError(f"two texts are named {name!r}; give one of them another name: {name}2={source}")
+            raise UsageError(f"two texts are named {name!r}; give one of them another name: {name}2={source}")
         named[name] = rest if given else source
     return named
 
@@ -152,8 +154,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     is_file = path.suffix in (".yaml", ".yml") and path.is_file()
     if path.suffix in (".yaml", ".yml") and not is_file:
         raise RecipeError(f"{path}: no such file")
-    text = path.read_text() if is_file else read_shipped(str(source))
     where = str(path) if is_file else f"{source}.yaml"
+    text = _read(path) if is_file else read_shipped(str(source))
     try:
         content, lines = parse(text)
     except YamlProblem as problem:
@@ -162,7 +164,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{where}:1: a recipe is a mapping with the key 'stages'")
     origin: dict[tuple, str] = {}
     entries = content.get("stages")
-    names = [next(iter(e)) if isinstance(e, dict) and e else str(e) for e in entries or []]
+    listed = entries if isinstance(entries, list) else []
+    names = [next(iter(entry)) if isinstance(entry, dict) and entry else str(entry) for entry in listed]
     for override in overrides:
         try:
             origin[apply_override(content, override, names)] = f"override {override!r}"
@@ -170,10 +173,12 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise RecipeError(f"override {override!r}: {error}") from error
     problems: list[str] = []
 
-    def place(at: tuple) -> str:
-        for path, override in origin.items():
-            if path[: len(at)] == at or at[: len(path)] == path:
-                return override
+    def place(at: tuple, message: str = "") -> str:
+        """Where a key stands: the line, or the override that set it, or that set an option which a message names."""
+        shared = [path for path in origin if path[: len(at)] == at or at[: len(path)] == path]
+        named = [path for path in shared if re.search(rf"\b{path[-1]}\b", message.partition(":")[0])]
+        if shared:
+            return origin[max(reversed(named or shared), key=lambda path: min(len(path), len(at)))]
         line = next((lines[at[:end]] for end in range(len(at), -1, -1) if at[:end] in lines), 1)
         return f"{where}:{line}"
 
@@ -196,6 +201,14 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise RecipeError("\n".join(problems))
     return recipe
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{path}:{line}: is not UTF-8 text; save the file as UTF-8") from error
 
 
 def _limit_problems(recipe: Recipe) -> list[str]:
@@ -272,7 +285,7 @@ def _say(kind, item, at, place) -> str:
         return f"{place(path)}: {key}: is required ({kind.model_fields[inner[-1]].description})"
     message = item["msg"].removeprefix("Value error, ")
     got = "" if item["type"] == "value_error" else f", got {item['input']!r}"
-    return f"{place(path)}: {key or 'recipe'}: {message}{got}"
+    return f"{place(path, message)}: {key or 'recipe'}: {message}{got}"
 
 
 def _near(word: str, known) -> str:

@@ -2,10 +2,12 @@
 
 import yaml
 
+from .errors import MoesvdError
+
 Path = tuple[str | int, ...]
 
 
-class YamlProblem(ValueError):
+class YamlProblem(MoesvdError, ValueError):
     """A text that is no valid YAML; `line` counts from 1."""
 
     def __init__(self, line: int, message: str):
@@ -18,6 +20,9 @@ def parse(text: str) -> tuple[object, dict[Path, int]]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlProblem(line, f"character {chr(error.character)!r} is not allowed in YAML; remove it") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise YamlProblem(mark.line + 1 if mark else 1, error.problem or str(error)) from error

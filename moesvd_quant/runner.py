@@ -18,9 +18,11 @@ import torch
 from . import __version__
 from .accounting import account
 from .calibration.store import Statistics, fingerprint
-from .checkpoint.files import require_space, write_json, write_text
+from .checkpoint.files import read_json, require_space, write_json, write_text
+from .errors import MoesvdError
 from .layout import layout_of
 from .memory import Memory, PeakMeter, keep_nothing
+from .model.folder import load_tokenizer
 from .model.modeling_moesvd import MANIFEST
 from .model.parts import layout_from
 from .model.stream import StreamedModel
@@ -35,7 +37,7 @@ from .work import StageWork
 Report = Callable[[str, int, int], None]  # what, done, total
 
 
-class RunError(RuntimeError):
+class RunError(MoesvdError, RuntimeError):
     """A run that cannot go on; the message says what is in the way and what to do."""
 
 
@@ -101,12 +103,10 @@ class Run:
         return self.statistics.windows
 
     def _training_windows(self, text: TrainingText, index: int):
-        from transformers import AutoTokenizer
-
         from .calibration.windows import length_of
         from .healing.data import refuse_leaks, training_windows
 
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer = load_tokenizer(self.model)
         source = text.dataset or self.recipe.calibration.dataset
         length = self.statistics.shape[1]
         if text.length is not None:
@@ -185,7 +185,7 @@ class Run:
             return
         if not (folder / MANIFEST).is_file():
             raise RunError(f"{folder}: exists and is no checkpoint of ours; choose another --out")
-        found, wanted = json.loads((folder / MANIFEST).read_text()).get("key", {}), self.key(index)
+        found, wanted = read_json(folder / MANIFEST).get("key", {}), self.key(index)
         if changed := [k for k in wanted if found.get(k) != wanted[k]]:
             raise RunError(
                 f"{folder}: was made with another {' and '.join(changed)}; choose another --out, or delete "
@@ -201,11 +201,11 @@ class Run:
         """The plan of all stages, made before any weight is changed and kept in OUT/plan.json."""
         path, key = self.out / "plan.json", self.key(len(self.recipe.stages) - 1)
         if path.is_file():
-            content = json.loads(path.read_text())
+            content = read_json(path)
             if content["key"] == key:
                 return content["stages"]
         write_json(path, {"key": key, "stages": plan_stages(self)})
-        return json.loads(path.read_text())["stages"]  # as the run will read them that goes on after an interruption
+        return read_json(path)["stages"]  # as the run will read them that goes on after an interruption
 
     def plan(self, index: int, parent: StreamedModel) -> Plan:
         """The forecast of a stage, with the rows of shared factors as the checkpoint that is there has settled them."""

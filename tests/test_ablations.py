@@ -2,7 +2,7 @@
 
 import json
 
-from moesvd_quant.ablations import METRICS, rows_of, run_table
+from moesvd_quant.evaluation.benchmarks.ablations import METRICS, rows_of, run_table
 from moesvd_quant.recipe import load_recipe
 
 

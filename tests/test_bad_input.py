@@ -1,5 +1,6 @@
 """Bad input: a clear error that says where and what to do, and nothing lost."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -164,3 +165,57 @@ def test_a_text_file_on_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(WriteError, match="the disk is full"):
         write_json(tmp_path / "a.json", {"x": "y" * 100_000})
     assert not (tmp_path / "a.json").exists()
+
+
+DAMAGE = {
+    "no JSON": lambda text: "{" + text,
+    "cut short": lambda text: text[: len(text) // 2],
+    "a list": lambda text: "[1, 2]",
+    "not UTF-8": lambda text: b"\xff\xfe" + text.encode(),
+    "empty": lambda text: "",
+}
+
+
+@pytest.mark.parametrize("use", [moesvd_quant.load, StreamedModel])
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "moesvd.json", "config.json"])
+def test_a_damaged_json_file_is_named(checkpoint, tmp_path, name, damage, use):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    content = DAMAGE[damage]((copy / name).read_text())
+    (copy / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ModelError) as caught:
+        use(copy)
+    assert f"{copy / name}" in str(caught.value) and "copy" in str(caught.value).rpartition(";")[2]
+
+
+EXPERTS, QUERY = "model.layers.0.mlp.experts", "model.layers.0.self_attn.q_proj"
+LAYOUTS = {
+    "another version": lambda layout: layout | {"format": 1},
+    "no experts": lambda layout: {key: value for key, value in layout.items() if key != "experts"},
+    "no native type": lambda layout: {key: value for key, value in layout.items() if key != "native_type"},
+    "experts of numbers": lambda layout: layout | {"experts": 7},
+    "a part without experts": lambda layout: layout | {"experts": {EXPERTS: {"up": [{"rank": 16}]}}},
+    "parts that are no list": lambda layout: layout | {"experts": {EXPERTS: {"up": 3}}},
+    "a format of another day": lambda layout: layout | {"linears": {QUERY: {"format": "x"}}},
+    "none": lambda layout: None,
+}
+
+
+@pytest.mark.parametrize("use", [moesvd_quant.load, StreamedModel])
+@pytest.mark.parametrize("change", LAYOUTS)
+def test_a_damaged_layout_is_named(checkpoint, tmp_path, change, use):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["moesvd"] = LAYOUTS[change](config["moesvd"])
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        use(copy)
+
+
+def test_a_model_without_a_tokenizer_is_said(make_model, tmp_path, small):
+    copy = tmp_path / "copy"
+    shutil.copytree(make_model("mixtral"), copy, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
+    with pytest.raises(ModelError, match=str(copy)):
+        run("gptq4", copy, tmp_path / "out", small)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moesvd_quant import budget_bench
-from moesvd_quant.budget_bench import baselines_of, least_ratio, measure, verdicts
+from moesvd_quant.evaluation.benchmarks import budget
+from moesvd_quant.evaluation.benchmarks.budget import baselines_of, least_ratio, measure, verdicts
 
 
 def record(size: int, seen: float, unseen: float) -> dict:
@@ -61,7 +61,7 @@ def test_ratio_that_fills_the_bytes():
 
 def test_every_run_on_a_miniature(make_model, tmp_path, text, small, monkeypatch):
     for name, few in (("BUDGETS", (2.5,)), ("WIDTHS", (4,)), ("ONE_WIDTH", (2,))):
-        monkeypatch.setattr(budget_bench, name, few)
+        monkeypatch.setattr(budget, name, few)
     folder, texts = make_model("mixtral", torch.bfloat16), {"words": str(text)}
     records, table = measure(folder, tmp_path, texts, {}, small, 64, (), "cpu", lambda what, done, total: None)
     assert set(records) == {"original", "fit@2.5", "gptq-fit@2.5", "gptq2", "uniform4@2.5"}

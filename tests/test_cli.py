@@ -102,3 +102,31 @@ def test_without_network_a_hub_name_is_said(call, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     code, _, err = call("run", "svd", "--model", "someone/some-model")
     assert code == 1 and "someone/some-model: no such folder, and it cannot be had from the hub" in err
+
+
+def test_a_defect_ends_with_a_traceback_and_a_request_to_report_it(call, monkeypatch):
+    import torch
+
+    def shapes_that_do_not_fit():
+        return torch.ones(2, 3) @ torch.ones(2, 3)
+
+    monkeypatch.setattr("moesvd_quant.recipe.shipped", shapes_that_do_not_fit)
+    code, _, err = call("ls")
+    assert code == 1 and "mat1 and mat2 shapes" in err
+    assert "Traceback" in err and "shapes_that_do_not_fit" in err and "defect of moesvd_quant" in err
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_debug_shows_where_an_error_of_the_user_arose(call, before):
+    given = ["--debug", "validate", "no-such"] if before else ["validate", "no-such", "--debug"]
+    code, _, err = call(*given)
+    assert code == 1 and "Traceback" in err and "RecipeError" in err
+    code, _, err = call("validate", "no-such")
+    assert code == 1 and "Traceback" not in err and err.startswith("error: no-such: no such recipe")
+
+
+def test_errors_of_the_system_that_a_user_can_mend_are_one_line(call, tmp_path):
+    code, _, err = call("cp", "svd-gptq3", tmp_path / "missing" / "mine.yaml")
+    assert code == 1 and err.startswith("error: ") and "Traceback" not in err
+    code, _, err = call("eval", tmp_path, "--device", "nonsense")
+    assert code == 1 and "Traceback" not in err

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 
-from moesvd_quant.forecast_bench import Bench, cost_of, forecast_of, measured, plan_from, random_plan
+from moesvd_quant.evaluation.benchmarks.forecast import Bench, cost_of, forecast_of, measured, plan_from, random_plan
+from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 from moesvd_quant.model.load import load
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run

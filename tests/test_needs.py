@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from synthetic import synthetic
+
+from moesvd_quant.evaluation.benchmarks.synthetic import synthetic
 
 SMALLER = dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
 SHAPES = {"mixtral": dict(intermediate_size=1792), "qwen3_moe": dict(moe_intermediate_size=256)}
@@ -25,7 +25,7 @@ def folder_of(tmp_path_factory):
 def test_the_peak_is_forecast_to_a_tenth(architecture, room, folder_of, tmp_path, text):
     overrides = [f"calibration.dataset={text}", "calibration.samples=16", "calibration.length=256"]
     one = [str(folder_of(architecture)), str(tmp_path / "out"), str(room)]
-    command = [sys.executable, Path(__file__).parent / "bench_scale.py", *overrides, "evaluate.perplexity=[]"]
+    command = [sys.executable, "-m", "moesvd_quant.evaluation.benchmarks.scale", *overrides, "evaluate.perplexity=[]"]
     environment = os.environ | {"MOESVD_CACHE": str(tmp_path / "cache"), "MOESVD_THREADS": "1"}
     done = subprocess.run([*command, "--one", *one], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     figures = json.loads(done.stdout.strip().splitlines()[-1])

@@ -4,7 +4,16 @@ import math
 
 import pytest
 
-from moesvd_quant.quality import BUDGETS, RATIOS, RESEEDED, SEEDS, Increases, bars_of, percent, recipes
+from moesvd_quant.evaluation.benchmarks.quality import (
+    BUDGETS,
+    RATIOS,
+    RESEEDED,
+    SEEDS,
+    Increases,
+    bars_of,
+    percent,
+    recipes,
+)
 from moesvd_quant.recipe import load_recipe
 
 

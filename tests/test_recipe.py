@@ -75,7 +75,10 @@ def test_no_budgets(text):
         ("stages: [{gptq: {bits: 4}}]\nbudget: 2bpw", ["mine.yaml:2: budget: gptq.bits is already set; remove it"]),
         ("sede: 1\nstages: [svd]", ["mine.yaml:1: sede: unknown key; did you mean 'seed'?"]),
         ("stages: [svdd]", ["mine.yaml:1: stages[0]: unknown stage 'svdd'; did you mean 'svd'?"]),
-        ("stages:\n - gptq: {bits: 5}", ["mine.yaml:2: stages[0].gptq.bits:", "2, 3, 4 or 8", "got 5"]),
+        (
+            "stages:\n - gptq: {bits: 5}",
+            ["mine.yaml:2: stages[0].gptq.bits: 5 is none of the 2, 3, 4, 8 bits"],
+        ),
         ("stages:\n - gptq: {bits: '4'}", ["mine.yaml:2: stages[0].gptq.bits:", "got '4'"]),
         ("stages:\n - gptq: {bits: 4}\n - svd: {ratio: 0.4}", ["mine.yaml:3: stages[1].svd: cannot come after gptq"]),
         ("stages: [{svd: {ratio: 0.4, keep_u: 2}}]", ["keep_u: only with method: paper"]),
@@ -152,3 +155,24 @@ def test_unknown_recipes_have_near_names(tmp_path):
         load_recipe("svd-gtpq4")
     with pytest.raises(RecipeError, match="no such file"):
         load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("stages", ["5", "svd", "null", "[1, 2]", "{svd: {ratio: 0.4}}", "[null]"])
+def test_stages_that_are_no_list_of_stages_are_said(tmp_path, stages):
+    assert "mine.yaml:1" in errors(tmp_path, f"stages: {stages}")
+
+
+def test_characters_that_yaml_does_not_allow_are_said(tmp_path):
+    assert r"mine.yaml:2: character '\x00' is not allowed in YAML" in errors(tmp_path, "seed: 1\nstages: [\x00svd]")
+
+
+def test_a_file_that_is_no_utf8_is_said(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"seed: 1\nstages: [svd]  # \xff\n")
+    with pytest.raises(RecipeError, match=r"mine\.yaml:2: is not UTF-8 text"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+def test_the_override_that_is_wrong_is_blamed():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("svd", ["svd.method=paper", "svd.update=true", "svd.ratio=0.3"])
+    assert str(caught.value).startswith("override 'svd.update=true'"), caught.value

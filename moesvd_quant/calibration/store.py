@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 from ..checkpoint.files import write_json, write_tensors
+from ..errors import UsageError
 from ..memory import Memory, Sizes
 from ..model.experts import find_experts
 from ..model.modeling_moesvd import file_digest
@@ -130,7 +131,7 @@ class Statistics:
         ValueError where the statistics are too large to be stored.
         """
         if not self.stored:
-            raise ValueError(
+            raise UsageError(
                 f"several workers share statistics on disk, and these take {self.needed / 1e9:.1f} GB of at most "
                 f"{self.cap_bytes / 1e9:.1f}: set MOESVD_CACHE_SIZE, or use one worker"
             )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..errors import MoesvdError
+
 PLAIN = (".txt", ".raw", ".tokens")
 TABULAR = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -49,7 +51,7 @@ DEMO_MODULES = (
 DEMO_CODE = ("dataclasses", "heapq", "json.decoder", "textwrap")
 
 
-class TextError(ValueError):
+class TextError(MoesvdError, ValueError):
     """Text that cannot be read or is too short; the message says what is there and what is needed."""
 
 

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from ..memory import Memory
-from ..model.folder import ModelError
+from ..model.folder import ModelError, load_tokenizer
 from .text import calibration_windows
 from .written import Progress, written_path, written_windows
 
@@ -36,7 +35,7 @@ def windows_of(
     calibration, folder: Path, digest: str, length: int, seed: int, device, memory: Memory, progress: Progress
 ) -> torch.Tensor:
     """(samples, length) int64 of a recipe's `calibration`: text of its dataset, and of the model itself, shuffled."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     written = _written(calibration)
     given = calibration.samples - written
     parts = []

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..errors import ModelError, MoesvdError
+
 # In the order in which safetensors writes them.
 NAMES = {
     torch.int64: "I64",
@@ -27,7 +29,7 @@ NAMES = {
 CHECKED = 2**24  # bytes that are compared at a time
 
 
-class WriteError(OSError):
+class WriteError(MoesvdError, OSError):
     """A file that could not be written; what was finished before stays."""
 
 
@@ -115,6 +117,17 @@ def advise(path: Path, names: list[str]) -> None:
         for name in names:
             start, end = header[name]["data_offsets"]
             os.posix_fadvise(file.fileno(), 8 + length + start, end - start, os.POSIX_FADV_WILLNEED)
+
+
+def read_json(file: Path) -> dict:
+    """A mapping from a JSON file; ModelError where the file is damaged."""
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, OSError) as error:  # no JSON, no UTF-8, not readable
+        raise ModelError(f"{file}: damaged or not readable ({error}); copy the file again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: holds no mapping but {type(content).__name__}; copy the file again")
+    return content
 
 
 def write_json(path: Path, content) -> None:

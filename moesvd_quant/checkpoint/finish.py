@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from ..model.modeling_moesvd import MANIFEST, finish_folder
-from .files import write_json, write_text
+from .files import read_json, write_json, write_text
 
 # Files of a model folder that travel with it; nothing that holds weights or code.
 CARRIED = (
@@ -86,7 +86,7 @@ def write_card(folder: Path, manifest: dict) -> None:
 def origin_of(folder: Path) -> dict:
     """{"base_model", "names"}: what a model folder was made from, and the labels of the stages behind it."""
     manifest = folder / MANIFEST
-    content = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    content = read_json(manifest) if manifest.is_file() else {}
     names = [content["name"]] if "name" in content else []
     return {"base_model": content.get("base_model", folder.name), "names": names}
 

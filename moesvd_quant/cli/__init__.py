@@ -1,23 +1,46 @@
 """The command line. Verbs are thin: they read arguments, call one function, print."""
 
+import errno
 import logging
 import sys
+import traceback
+from typing import Annotated
 
+import typer
+
+from ..errors import MoesvdError
 from . import compress, measure, probe  # noqa: F401 (they register their verbs)
 from .common import app
 
+DEFECT = "This is a defect of moesvd_quant. Please report it with the lines above."
+# Errors of the system that a user can mend: no such file, no permission, no room.
+MENDED_BY_USER = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
+    errno.EDQUOT,
+)  # fmt: skip
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error arose.")] = False,
+) -> None:
+    """Makes MoE models small."""
+
 
 def main() -> None:
-    """Runs a verb; errors that a user can mend are one message and exit code 1."""
+    """Runs a verb. Errors that a user can mend are one message and exit code 1; others end with a traceback."""
     for name in ("torchao", "torch.utils._pytree"):  # they complain of kernels that nothing here uses
         logging.getLogger(name).setLevel(logging.ERROR)
+    given = [argument for argument in sys.argv[1:] if argument != "--debug"]  # before or after the verb
+    debug = len(given) < len(sys.argv) - 1
     try:
-        app()
-    except (ValueError, OSError, RuntimeError) as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        app(["--debug"] * debug + given)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        mended = isinstance(error, MoesvdError) or (isinstance(error, OSError) and error.errno in MENDED_BY_USER)
+        if debug or not mended:
+            traceback.print_exc()
+        print(f"error: {error}" if mended else DEFECT, file=sys.stderr)
+        sys.exit(1)

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Makes MoE models small."
-)
+from ..errors import UsageError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Hugging Face folder, or `reference`.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
@@ -27,7 +27,7 @@ def resolve_model(name: str | None, recipe=None) -> Path:
     or can be downloaded (`name@revision`). ValueError where there is none."""
     name = name or (recipe.model if recipe else None)
     if not name:
-        raise ValueError("no model: give --model FOLDER, or `model:` in the recipe")
+        raise UsageError("no model: give --model FOLDER, or `model:` in the recipe")
     if name == "reference":
         from ..reference import path
 
@@ -35,7 +35,7 @@ def resolve_model(name: str | None, recipe=None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ValueError(f"{name}: no such folder")
+        raise UsageError(f"{name}: no such folder")
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
@@ -43,13 +43,20 @@ def resolve_model(name: str | None, recipe=None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub's many network errors
-        raise ValueError(f"{name}: no such folder, and it cannot be had from the hub: {error}") from error
+        raise UsageError(f"{name}: no such folder, and it cannot be had from the hub: {error}") from error
 
 
 def resolve_device(name: str) -> str:
+    """A device of torch; UsageError where this machine does not have it."""
     import torch
 
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: cannot be used here: {error}") from error
+    return name
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError
 from .common import (
     Device,
     Executor,
@@ -109,12 +110,10 @@ def validate(
 ) -> None:
     """Check a recipe, or a checkpoint against its digests."""
     if Path(target).is_dir():
-        from ..model.modeling_moesvd import check_digests
         from ..model.stream import StreamedModel
 
         if not (Path(target) / "moesvd.json").is_file():
-            raise ValueError(f"{target}: no moesvd.json; not one of our checkpoints")
-        check_digests(Path(target))
+            raise UsageError(f"{target}: no moesvd.json; not one of our checkpoints")
         StreamedModel(target)
         print(f"{target}: whole, and every file is the one its manifest names")
         return
@@ -146,7 +145,7 @@ def cp(
 
     target = file or Path(f"{Path(name).name}.yaml")
     if target.exists():
-        raise ValueError(f"{target}: exists; choose another name")
+        raise UsageError(f"{target}: exists; choose another name")
     target.write_text(read_shipped(name))
     print(target)
 

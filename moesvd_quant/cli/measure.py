@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError
 from .common import Device, Json, Model, Out, Overrides, app, print_table, progress_bars, resolve_device, resolve_model
 
 
@@ -72,7 +73,7 @@ def table(
     from ..evaluation.table import TABLES, render
 
     if number not in TABLES:
-        raise ValueError(f"table {number}: is none of {', '.join(TABLES)}")
+        raise UsageError(f"table {number}: is none of {', '.join(TABLES)}")
     records = collect(folders)
     print(render(TABLES[number](records), form), end="")
     if plot:
@@ -204,7 +205,7 @@ def _numbers(given: str | None) -> list[int]:
     try:
         return [int(part) for part in given.split(",")] if given else []
     except ValueError:
-        raise ValueError(f"{given}: is no list of whole numbers like 1,2,3") from None
+        raise UsageError(f"{given}: is no list of whole numbers like 1,2,3") from None
 
 
 def _print_comparison(records: list[dict], compared, out: Path, as_json: bool) -> None:

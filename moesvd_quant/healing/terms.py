@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 
+from ..errors import MoesvdError
 from ..layout import factor_part, layout_of, projections_of
 from ..model.experts import expert_count, find_experts, find_linears, split_projections
 from ..model.factorized_experts import FactorizedExperts
@@ -14,7 +15,7 @@ from ..model.stored import Stored, StoredLinear
 from ..model.stream import StreamedModel
 
 
-class TermError(ValueError):
+class TermError(MoesvdError, ValueError):
     """A checkpoint that cannot take a low-rank term; the message names the module."""
 
 

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback
 
 from ..checkpoint.files import write_text
+from ..errors import UsageError
 from .losses import divergence, next_token
 from .teacher import Predict
 
@@ -158,7 +159,7 @@ def train(
         prediction_loss_only=True,
     )
     if device.type == "cuda" and device.index:
-        raise ValueError(f"--device {device}: training uses the first GPU; choose it by CUDA_VISIBLE_DEVICES instead")
+        raise UsageError(f"--device {device}: training uses the first GPU; choose it by CUDA_VISIBLE_DEVICES instead")
     if args.n_gpu > 1:
         args._n_gpu = 1  # one device: on several the Trainer would copy the model to each
     healer = Healer(
@@ -180,7 +181,7 @@ def train(
     history = [start, *(entry for entry in state.log_history if {"loss", "eval_loss"} & entry.keys())]
     for entry in history:
         if not math.isfinite(entry.get("loss", 0.0)):
-            raise ValueError(f"step {entry['step']}: the training loss is {entry['loss']}; lower lora.lr")
+            raise UsageError(f"step {entry['step']}: the training loss is {entry['loss']}; lower lora.lr")
     best = min(validations(history), key=lambda pair: pair[1])[0]
     if best:
         put(tensors, folder / f"checkpoint-{best}")

@@ -1,28 +1,50 @@
 """What a folder with a model says before a weight is read: its config, class and weight files."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
-from .modeling_moesvd import native_class
+from ..checkpoint.files import read_json
+from ..errors import ModelError
+from .modeling_moesvd import check_digests, native_class
 
 
-class ModelError(ValueError):
-    """A model folder that cannot be used; the message says where and what to do."""
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """What the files of a folder make impossible is a ModelError that names the folder."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ModelError(f"{folder}: {error}") from error
+
+
+def require_whole(folder: Path) -> None:
+    """ModelError where a weight file of one of our checkpoints is missing or is not the one its manifest names."""
+    with _reading(folder):
+        check_digests(folder)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a model folder; ModelError where it has none that can be read without code of its own."""
+    with _reading(Path(folder)):
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def read_config(folder: Path):
     """The transformers config of a model folder; ModelError where there is none."""
     if not (Path(folder) / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; give a folder with a Hugging Face model")
+    kind = read_json(Path(folder) / "config.json").get("model_type")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:
-        kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{folder}: config.json cannot be read as model_type {kind!r} by transformers {transformers.__version__}, "
             f"and code that comes with a model is not run: {error}"
@@ -45,7 +67,9 @@ def weight_files(folder: Path) -> dict[str, str]:
     """{tensor name: file name} of a safetensors folder. Pickle files are not read."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text())["weight_map"]
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ModelError(f"{index}: has no weight_map of tensor and file names; copy the file again")
         return {key: Path(name).name for key, name in names.items()}
     single = folder / "model.safetensors"
     if not single.is_file():

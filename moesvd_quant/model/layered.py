@@ -14,8 +14,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from ..memory import return_freed
 from .experts import count_shared
-from .folder import ModelError, class_for, read_config
-from .modeling_moesvd import MoesvdConfig, check_digests, model_class
+from .folder import ModelError, class_for, read_config, require_whole
+from .modeling_moesvd import MoesvdConfig, model_class
 from .sources import take_dequantizer
 from .weights import WeightFiles, no_loading_bars, one_tensor_at_a_time
 
@@ -48,7 +48,7 @@ class LayeredModel:
     def __init__(self, folder: str | Path, dtype: torch.dtype | None = None, device="cpu", shared: bool = False):
         self.shared = shared
         config = read_config(Path(folder))
-        check_digests(Path(folder))
+        require_whole(Path(folder))
         try:
             self.quantizer = take_dequantizer(config)
         except ValueError as error:

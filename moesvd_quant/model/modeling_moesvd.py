@@ -126,12 +126,25 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_mapping(file: Path) -> dict:
+    """A mapping from a JSON file; ValueError where the file is damaged."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error}); copy the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds no mapping but {type(content).__name__}; copy the checkpoint again")
+    return content
+
+
 def check_digests(folder: Path) -> None:
     """Raises ValueError where a weight file of the folder is not the one its manifest names."""
     if not (folder / MANIFEST).is_file():
         return
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name, digest in manifest["digests"].items():
+    digests = read_mapping(folder / MANIFEST).get("digests")
+    if not isinstance(digests, dict):
+        raise ValueError(f"{folder / MANIFEST}: has no digests of weight files; copy the checkpoint again")
+    for name, digest in digests.items():
         path = folder / Path(name).name
         if not path.is_file():
             raise ValueError(f"{path}: missing; the checkpoint is incomplete, copy it again")
@@ -171,7 +184,7 @@ def finish_folder(folder: Path) -> None:
         source, target = Path(__file__).resolve().parent / name, folder.resolve() / name
         if source != target:
             shutil.copyfile(source, target)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_mapping(folder / "config.json")
     write_more_formats(folder, layout_from(config["moesvd"]))
     config["auto_map"] = {
         "AutoConfig": "modeling_moesvd.MoesvdConfig",
@@ -181,7 +194,7 @@ def finish_folder(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     digests = {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
     manifest = folder / MANIFEST
-    content = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    content = read_mapping(manifest) if manifest.is_file() else {}
     manifest.write_text(json.dumps(content | {"digests": digests}, indent=1, sort_keys=True) + "\n")
 
 

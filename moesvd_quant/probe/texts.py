@@ -4,12 +4,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from ..calibration.store import Statistics, fingerprint
 from ..calibration.text import joiner_of, load_documents, token_windows
 from ..calibration.windows import length_of, windows_of
 from ..memory import Memory
+from ..model.folder import load_tokenizer
 from ..model.stream import StreamedModel
 from .survey import Progress, Survey, survey
 
@@ -23,7 +23,7 @@ def probe_folder(folder: Path, recipe, texts: dict[str, str], device: str, repor
     """
     wanted, meta = recipe.calibration, StreamedModel(folder)
     length = length_of(meta.config, wanted.length, "calibration.length")
-    tokenizer, digest = AutoTokenizer.from_pretrained(folder), fingerprint(folder)
+    tokenizer, digest = load_tokenizer(folder), fingerprint(folder)
     progress = partial(report, "calibration text of the model itself")
     own = windows_of(wanted, folder, digest, length, recipe.seed, device, Memory(), progress)
     statistics = {"calibration": Statistics(folder, digest, own, device)}

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from ..errors import MoesvdError
 from ..model.formats import Format
 
 
-class QuantizeError(ValueError):
+class QuantizeError(MoesvdError, ValueError):
     """A matrix that cannot be quantized as asked; the message says why."""
 
 

@@ -12,6 +12,7 @@ from ..calibration.metric import Grams, blend, coverage
 from ..calibration.paired import PairedWalk
 from ..calibration.store import Statistics
 from ..decompose.whitening import whitened_error
+from ..errors import MoesvdError
 from ..model.experts import find_experts, unknown_experts
 from ..model.factorized_experts import FactorizedExperts
 from ..model.folder import ModelError
@@ -25,7 +26,7 @@ Progress = Callable[[int, int], None]
 LayerFunction = Callable[..., Any]  # of context, index, layer, its statistics
 
 
-class StageError(ValueError):
+class StageError(MoesvdError, ValueError):
     """A stage that cannot do what was asked; the message names layer, expert, tensor and remedy."""
 
 

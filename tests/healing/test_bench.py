@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moesvd_quant.healing.bench import recovery, spread
+from moesvd_quant.evaluation.benchmarks.healing import recovery, spread
 
 
 def test_recovery_is_measured_against_the_original_that_was_trained_too():

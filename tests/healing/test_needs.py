@@ -5,8 +5,8 @@ import json
 
 import pytest
 from safetensors.torch import load_file, save_file
-from synthetic import synthetic
 
+from moesvd_quant.evaluation.benchmarks.synthetic import synthetic
 from moesvd_quant.healing.needs import HealingNeeds
 from moesvd_quant.memory import MemoryLimitError, PeakMeter, return_freed
 from moesvd_quant.recipe import load_recipe

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 import yaml
 
-from .bench import compare
-from .cli.common import progress_bars, resolve_device, resolve_model
-from .evaluation.table import Table, render
-from .model.modeling_moesvd import MANIFEST
-from .planning import plan_stages
-from .recipe import load_recipe, named_texts
-from .runner import Run, sync_threads
+from moesvd_quant.bench import compare
+from moesvd_quant.cli.common import progress_bars, resolve_device, resolve_model
+from moesvd_quant.evaluation.table import Table, render
+from moesvd_quant.model.modeling_moesvd import MANIFEST
+from moesvd_quant.planning import plan_stages
+from moesvd_quant.recipe import load_recipe, named_texts
+from moesvd_quant.runner import Run, sync_threads
 
 OWN = {"shared_v": False}
 METRICS = ("f", "p", "a", "fp", "fa", "pa", "fpa")

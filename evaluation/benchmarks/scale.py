@@ -1,6 +1,8 @@
 """Memory of svd -> gptq4 on synthetic models of any depth, limited and not, and whether the files are the same.
 
-    python tests/bench_scale.py --layers 32 --half 16 --room 0.5 --folder FOLDER      (make bench-scale)
+    python -m moesvd_quant.evaluation.benchmarks.scale --layers 32 --half 16 --room 0.5 --folder FOLDER
+
+(make bench-scale).
 
 For each model: one of `layers` layers with --memory at imports + `room` GB (limited), without a limit (unlimited), and
 one of `half` layers with that limit (half). Figures are kept in FOLDER/rows.jsonl: an interrupted benchmark goes on.
@@ -17,8 +19,6 @@ import sys
 from pathlib import Path
 
 RUNS = ("limited", "unlimited", "half")
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def run_one(model: str, out: str, room: float, overrides: list[str]) -> None:
@@ -67,7 +67,7 @@ def measured(model: Path, work: Path, name: str, room: float, overrides: list[st
 
 def rows_of(given, overrides: list[str]) -> dict[tuple[str, str], dict]:
     """{(architecture, run): figures}; what FOLDER/rows.jsonl holds is not run again."""
-    from synthetic import synthetic
+    from moesvd_quant.evaluation.benchmarks.synthetic import synthetic
 
     kept = given.folder / "rows.jsonl"
     lines = kept.read_text().splitlines() if kept.is_file() else []

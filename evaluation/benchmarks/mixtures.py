@@ -1,6 +1,6 @@
 """Own factors beside factors that all experts of a layer share: which mixture loses least for the same parameters.
 
-python tests/bench_mixtures.py --model FOLDER --calibration TEXTS [--samples 96] [--length 256]
+python -m moesvd_quant.evaluation.benchmarks.mixtures --model FOLDER --calibration TEXTS [--samples 96] [--length 256]
 
 The hidden side of all experts of a layer is one space, which gate and up read and down writes. Of a basis of `share` of
 its dimensions, stored once, an expert may have full coefficients (shared), coefficients that are factors of its own
@@ -16,12 +16,12 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from moesvd_quant.evaluation.table import Table as Shown
-from moesvd_quant.evaluation.table import render
 
 from moesvd_quant.allocate import DENSE, NOTHING, Choice, Table, allocate
 from moesvd_quant.cli.common import resolve_model
 from moesvd_quant.decompose.whitening import energy, gram_root, whitened_spectrum
+from moesvd_quant.evaluation.table import Table as Shown
+from moesvd_quant.evaluation.table import render
 from moesvd_quant.model.experts import dense_weight, expert_count, find_experts
 from moesvd_quant.model.parts import JOINT
 from moesvd_quant.recipe import load_recipe

@@ -1,6 +1,8 @@
 """How much faster two workers with one thread each are than one, in the decomposition of a synthetic Mixtral.
 
-    python tests/bench_workers.py --folder FOLDER      (make bench-workers; minutes, on a machine with two free cores)
+    python -m moesvd_quant.evaluation.benchmarks.workers --folder FOLDER
+
+(make bench-workers; minutes, on a machine with two free cores).
 
 Workers are started, and have done a layer each, before the clock runs: what they cost once is not what is asked for.
 One and two take turns. Prints seconds and ratios (best and median) in Markdown; exit code 1 where one is below 1.6.
@@ -13,23 +15,25 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+from moesvd_quant.parallel import Pool
+from moesvd_quant.runner import Run
 
 BAR = 1.6
 
 
-def decomposition(job, pool):
+def decomposition(job: Run, pool: Pool) -> Callable[[int, Path], float]:
     """seconds(layers, folder): of stage `svd` of a run that has planned, its layers written into a new folder."""
     from moesvd_quant.stages.context import LayerWork
     from moesvd_quant.work import make_layer
 
     def seconds(layers: int, folder: Path) -> float:
         folder.mkdir()
-        context, _ = job.context(0)
-        work = LayerWork(context, partial(make_layer, folder, "svd", job.plan(0, context.parent)))
+        context = job.context(0)
+        work = LayerWork(context, partial(make_layer, folder, job.plan(0, context.parent)))
         started = time.perf_counter()
         for _ in pool.map(work, list(range(layers)), job.device):
             pass
@@ -41,11 +45,9 @@ def decomposition(job, pool):
 
 
 def main() -> int:
-    from synthetic import synthetic
-
-    from moesvd_quant.parallel import Pool
+    from moesvd_quant.evaluation.benchmarks.synthetic import synthetic
     from moesvd_quant.recipe import load_recipe
-    from moesvd_quant.runner import Run, locked
+    from moesvd_quant.runner import locked
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("bench-workers"))

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -22,7 +23,7 @@ _COMMON = dict(
     pad_token_id=0,
 )
 # 50 M float32 parameters a layer, as Mixtral divides them (few wide experts) and as Qwen3-MoE does (many narrow ones).
-SHAPES = {
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", dict(intermediate_size=1792, num_local_experts=8, num_experts_per_tok=2)),
     "qwen3_moe": (
         "Qwen3MoeConfig",
@@ -39,14 +40,15 @@ def synthetic(folder: Path, architecture: str, layers: int, **more) -> Path:
     name, options = SHAPES[architecture]
     make = getattr(transformers, name)
     torch.manual_seed(0)
-    kept = _COMMON | options | more
+    kept: dict[str, Any] = {**_COMMON, **options, **more}
     folder.mkdir(parents=True)
     one = AutoModelForCausalLM.from_config(make(**kept, num_hidden_layers=1), dtype=torch.float32)
     one.save_pretrained(folder / "one")
     del one
     with safe_open(folder / "one" / "model.safetensors", "pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    index, total = {}, 0
+    index: dict[str, str] = {}
+    total = 0
     for layer in [*range(layers), None]:
         wanted = {k: s for k, s in shapes.items() if (".layers.0." in k) == (layer is not None)}
         tensors = {k.replace(".layers.0.", f".layers.{layer}."): _random(k, shape) for k, shape in wanted.items()}

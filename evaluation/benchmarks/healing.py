@@ -20,15 +20,14 @@ import typer
 from transformers import AutoTokenizer
 
 import moesvd_quant
-
-from ..calibration.text import joiner_of, load_documents, token_windows
-from ..checkpoint.files import write_json
-from ..cli.common import progress_bars, resolve_model
-from ..evaluation.memory import disk_bytes
-from ..evaluation.perplexity import in_memory, perplexity
-from ..evaluation.table import Table, render
-from ..recipe import Evaluate, load_recipe, named_texts
-from ..runner import Run, sync_threads
+from moesvd_quant.calibration.text import joiner_of, load_documents, token_windows
+from moesvd_quant.checkpoint.files import read_json, write_json
+from moesvd_quant.cli.common import progress_bars, resolve_model
+from moesvd_quant.evaluation.memory import disk_bytes
+from moesvd_quant.evaluation.perplexity import in_memory, perplexity
+from moesvd_quant.evaluation.table import Table, render
+from moesvd_quant.recipe import Evaluate, load_recipe, named_texts
+from moesvd_quant.runner import Run, sync_threads
 
 LENGTH, BATCH = 256, 8
 COMMON = f"checkpointing: false, length: {LENGTH}, batch: {BATCH}, microbatch: 4, warmup: 0.1, validation: 32"
@@ -84,7 +83,7 @@ class Bench:
                 say = lambda done, total, text=text: self.report(f"{folder.name}: {text}", done, total)  # noqa: E731
                 found[text] = perplexity(in_memory(model), windows, progress=say).nll
             write_json(file, found | {"stride": self.stride})
-        return json.loads(file.read_text())
+        return read_json(file)
 
 
 def recovery(original: dict, compressed: dict, tuned: dict, healed: dict, text: str) -> float:

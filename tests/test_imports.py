@@ -1,0 +1,89 @@
+"""How the package's modules import each other, read from their source, and in fresh processes where that matters."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.sparse.csgraph import connected_components
+
+import moesvd_quant
+
+ROOT = Path(moesvd_quant.__file__).parent
+
+
+def sources() -> dict[str, Path]:
+    """{module: file} of the package, evaluation included."""
+    found = {}
+    for folder, _, files in os.walk(ROOT, followlinks=True):
+        for file in files:
+            if file.endswith(".py"):
+                path = Path(folder, file)
+                parts = path.relative_to(ROOT.parent).with_suffix("").parts
+                found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def top_level(body: list) -> Iterator[ast.stmt]:
+    """Statements that run at import: not those in functions, nor those for type checkers alone."""
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        yield node
+        for name in ("body", "orelse", "handlers", "finalbody"):
+            if isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
+                yield from top_level(getattr(node, name, []))
+
+
+def imports(module: str, path: Path, known: dict) -> set[str]:
+    """Modules of the package that `module` imports when it is imported."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    found: set[str] = set()
+    for node in top_level(ast.parse(path.read_text()).body):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            inner = {f"{base}.{alias.name}" for alias in node.names} & known.keys()
+            found |= inner or {base}
+    return found & known.keys() - {module}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = sources()
+    names = sorted(known)
+    graph = np.zeros((len(names), len(names)), dtype=bool)
+    for name in names:
+        for other in imports(name, known[name], known):
+            graph[names.index(name), names.index(other)] = True
+    _, label = connected_components(graph, directed=True, connection="strong")
+    circles = [[n for n, at in zip(names, label) if at == wanted] for wanted in set(label)]
+    assert not [circle for circle in circles if len(circle) > 1]
+
+
+def test_the_library_imports_neither_its_command_line_nor_its_benchmarks():
+    known = sources()
+    for name, path in known.items():
+        program = name.startswith(("moesvd_quant.cli", "moesvd_quant.evaluation.benchmarks"))
+        if not program:
+            assert not [other for other in imports(name, path, known) if "cli" in other or "benchmarks" in other], name
+
+
+def test_what_ships_into_checkpoints_imports_nothing_else_of_ours():
+    from moesvd_quant.model.modeling_moesvd import SHIPPED
+
+    known = sources()
+    ours = {f"moesvd_quant.model.{Path(name).stem}" for name in SHIPPED}
+    for name in ours:
+        assert imports(name, known[name], known) <= ours, name
+
+
+@pytest.mark.parametrize("module", ["model.modeling_deepseek", "model.parts", "stages.svd"])
+def test_a_module_can_be_imported_first(module):
+    done = subprocess.run([sys.executable, "-c", f"import moesvd_quant.{module}"], capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
