@@ -21,24 +21,37 @@ def flops_per_token(model: nn.Module, context: int) -> dict[str, float]:
     for path, experts in find_experts(model):
         inside += (f"{path}.",)
         count["experts"] += 2 * _expert_macs(experts, 1 if is_shared(experts) else top_k)
+    attention = _attention_paths(model)
+    count["attention"] += 2 * context * len(attention) * config.num_attention_heads * sum(_head_dims(config))
+    homes = tuple(f"{path}." for path in attention)
     for path, module in model.named_modules():
-        if path.startswith(inside):
+        is_router = bool(ROUTERS & set(path.split(".")))
+        if path.startswith(inside) and not is_router:
             continue
-        if path.endswith("self_attn"):
-            count["attention"] += 2 * context * config.num_attention_heads * sum(_head_dims(config))
         weight = module._parameters.get("weight")
+        kind = "router" if is_router else "attention" if path.startswith(homes) else "other"
         if isinstance(module, nn.Linear | StoredLinear):
-            kind = "attention" if ".self_attn." in f".{path}" else "other"
-            kind = "router" if ROUTERS & set(path.split(".")) else kind
             count[kind] += 2 * module.in_features * module.out_features
-        elif weight is not None and weight.dim() == 2 and ROUTERS & set(path.split(".")):
+        elif weight is not None and weight.dim() == 2 and is_router:
             count["router"] += 2 * weight.numel()
+        elif weight is not None and weight.dim() == 3:  # a mixture of projections (JetMoE): as many as are chosen
+            count[kind] += 2 * top_k * weight[0].numel()
     return count | {"total": sum(count.values())}
+
+
+def _attention_paths(model: nn.Module) -> list[str]:
+    """Paths of the attention modules, by the name of their class: `self_attn` is not what all models call them."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if "attention" in type(module).__name__.lower() and not path.startswith(tuple(f"{home}." for home in found)):
+            found.append(path)
+    return found
 
 
 def _head_dims(config) -> tuple[int, int]:
     """Dimensions of a head's query and of its value."""
-    plain = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None)
+    plain = plain or config.hidden_size // config.num_attention_heads
     if getattr(config, "qk_nope_head_dim", None):
         return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     return plain, plain

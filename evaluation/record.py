@@ -162,11 +162,21 @@ def _about(folder: Path, opened: _Opened) -> dict:
     return {"name": "original", "accounting": account}
 
 
-def same_protocol(record: dict, wanted: Wanted) -> bool:
-    """Whether the record has all that is wanted, measured the same way."""
+def dtype_on(folder: Path, device: str) -> str:
+    """The dtype that a model folder is evaluated in on a device, as records have it."""
+    from ..model.folder import read_config
+    from ..model.stream import precision_on
+
+    return str(precision_on(device) or read_config(folder).dtype or torch.float32)
+
+
+def is_record_of(record: dict, model: str, dtype: str, wanted: Wanted) -> bool:
+    """Whether a record has all that is wanted of the model with this fingerprint, measured in the same way."""
     protocol, tasks = record["protocol"], record.get("zero_shot", {})
     return (
-        all(protocol["texts"].get(name) == source for name, source in wanted.texts.items())
+        record["fingerprint"] == model
+        and protocol["dtype"] == dtype
+        and all(protocol["texts"].get(name) == source for name, source in wanted.texts.items())
         and set(wanted.protocols) <= set(protocol["perplexity"])
         and wanted.length in (None, protocol["length"])
         and (not wanted.tasks or tasks.get("protocol", {}).get("limit") == wanted.limit)

@@ -29,7 +29,7 @@ def open_model(folder: str | Path, device: str = "cpu", layout: Layout | None = 
     shape; so does `layout`, a layout of ours for the config."""
     import moesvd_quant
 
-    from ..model.folder import read_config
+    from ..model.folder import class_for, read_config
     from ..model.modeling_moesvd import config_class, model_class
 
     folder = Path(folder)
@@ -41,15 +41,9 @@ def open_model(folder: str | Path, device: str = "cpu", layout: Layout | None = 
         config = config_class(layout.native_type).from_dict(config.to_dict() | {"moesvd": layout.to_dict()})
     with init_empty_weights(include_buffers=False):
         described = getattr(config, "moesvd", None)
-        kind = model_class(described["native_type"]) if described else _native_class(config)
+        kind = model_class(described["native_type"]) if described else class_for(config)
         model = kind._from_config(config, dtype=dtype)
     return _filled(model, device).eval()
-
-
-def _native_class(config):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM._model_mapping[type(config)]
 
 
 def _filled(model: nn.Module, device: str) -> nn.Module:
@@ -81,12 +75,12 @@ def uniform_layout(folder: str | Path, ratio: float) -> Layout:
     from ..decompose.ranks import level_ranks
     from ..layout import factor_part
     from ..model.experts import shapes_of
-    from ..model.folder import read_config
+    from ..model.folder import class_for, read_config
     from ..model.parts import joined
 
     config = read_config(Path(folder))
     with init_empty_weights():
-        model = _native_class(config)._from_config(config)
+        model = class_for(config)._from_config(config)
     layout, items = Layout(config.model_type), []
     for path, experts in find_experts(model):
         items += [(path, name, shape, expert_count(experts)) for name, shape in joined(shapes_of(experts)).items()]

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -102,19 +103,23 @@ def table11(records: list[dict]) -> Table:
 def table12(records: list[dict]) -> Table:
     """The paper's Table 12: each method's figures over its seeds, as mean, spread (standard deviation), range.
 
-    A record's `sweep` {"method", "seed", "samples"} says what it belongs to.
+    A record's `sweep` says what it belongs to: runs of one recipe (`digest`, without the seed) are a row. Rows of one
+    method and size are told apart by the recipe's name.
     """
     groups: dict[tuple, list[dict]] = {}
     for record in records:
         sweep = record.get("sweep", {"method": record["name"], "samples": "-"})
-        groups.setdefault((sweep["method"], sweep["samples"]), []).append(record)
+        key = sweep["method"], sweep["samples"], sweep.get("digest"), sweep.get("recipe")
+        groups.setdefault(key, []).append(record)
+    alike = Counter((method, samples) for method, samples, *_ in groups)
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
     tasks = [task for task in SEVEN if any(task in _tasks(r) for r in records)]
     rows: list[list[str | float]] = []
-    for (method, samples), members in groups.items():
+    for (method, samples, _, recipe), members in groups.items():
+        label = f"{method} ({recipe})" if alike[method, samples] > 1 else method
         measured = [[r["perplexity"][t]["ppl"] for r in members if t in r["perplexity"]] for t in texts]
         measured += [[_tasks(r)[t]["acc"] for r in members if t in _tasks(r)] for t in tasks]
-        rows.append([method, samples, len(members), *map(_spread, measured)])
+        rows.append([label, samples, len(members), *map(_spread, measured)])
     columns = ["method", "calibration windows", "runs", *texts, *[SEVEN[task] for task in tasks]]
     return Table("Mean \u00b1 standard deviation over seeds (smallest to largest)", columns, rows)
 

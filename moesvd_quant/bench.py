@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .calibration.store import fingerprint
 from .checkpoint.files import read_json
+from .errors import UsageError
 from .evaluation.plot import plot_bytes
-from .evaluation.record import RECORD, Wanted, evaluate, same_protocol, write
+from .evaluation.record import RECORD, Wanted, dtype_on, evaluate, is_record_of, write
 from .evaluation.table import Table, save, table8
 from .recipe import Evaluate, load_recipe
 from .runner import Run
@@ -32,19 +34,36 @@ def compare(
     """
     measure = Wanted(texts, length=length)
     loaded = [load_recipe(name, [*overrides, "evaluate.perplexity=[]", "keep=last"]) for name in recipes]
+    require_distinct(recipes)
     evaluated = Evaluate(perplexity=texts, length=length or "auto")  # a stage that trains refuses these as its text
     wanted = [recipe.model_copy(update={"evaluate": evaluated}) for recipe in loaded]
-    records = [measured(model, out / "00-original", measure, device)]
+    records = [cached_evaluate(model, out / "00-original", measure, device)]
     for done, recipe in enumerate(wanted):
         report("recipes", done, len(wanted))
         folder = Run(recipe, model, out / recipe.name.replace("/", "-"), device, report).run()[-1]
-        records.append(measured(folder, folder, measure, device))
+        records.append(cached_evaluate(folder, folder, measure, device))
     report("recipes", len(wanted), len(wanted))
     records += more
     table = table8(records)
     save(table, out / "table8")
     plot_bytes(records, out / "perplexity-against-bytes.png")
     return records, table
+
+
+def folder_of(recipe: str | Path) -> str:
+    """Name of the folder that a recipe's results go to: a file's without its ending, a shipped one's without slash."""
+    path = Path(recipe)
+    return path.stem if path.suffix in (".yaml", ".yml") else str(recipe).replace("/", "-")
+
+
+def require_distinct(recipes: Sequence[str | Path]) -> None:
+    """UsageError where two recipes would write into one folder."""
+    seen: dict[str, str | Path] = {}
+    for given in recipes:
+        name = folder_of(given)
+        if name in seen:
+            raise UsageError(f"{seen[name]} and {given}: both would write into {name}; give one of them another name")
+        seen[name] = given
 
 
 def written(recipes: dict[str, tuple[str, list[str]]], folder: Path, overrides: Sequence[str] = ()) -> dict[str, Path]:
@@ -56,12 +75,15 @@ def written(recipes: dict[str, tuple[str, list[str]]], folder: Path, overrides: 
     return files
 
 
-def measured(source: Path, folder: Path, wanted: Wanted, device: str = "cpu", report: Report | None = None) -> dict:
-    """The record of a model in `folder`: the one that is there if it was made by the same protocol, else a new one."""
+def cached_evaluate(
+    source: Path, folder: Path, wanted: Wanted, device: str = "cpu", report: Report | None = None
+) -> dict:
+    """The record of a model, kept in `folder`: the one that is there if it is of the same model, by the same protocol,
+    else a new one."""
     file = folder / RECORD
     if file.is_file():
         found = read_json(file)
-        if same_protocol(found, wanted):
+        if is_record_of(found, fingerprint(source), dtype_on(source, device), wanted):
             return found
     record = evaluate(source, wanted, device, progress=report or (lambda what, done, total: None))
     write(record, file)

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from .bench import compare, written
+from .calibration.store import fingerprint
 from .checkpoint.files import read_json
 from .checkpoint.finish import carry_files
 from .errors import UsageError
-from .evaluation.record import RECORD, Wanted, evaluate, same_protocol, write
+from .evaluation.record import RECORD, Wanted, dtype_on, evaluate, is_record_of, write
 from .evaluation.table import Table
 from .model.experts import find_experts, find_linears, weight_parameters
 from .model.load import load
@@ -49,9 +50,12 @@ def nf4_record(model: Path, out: Path, wanted: Wanted, device: str = "cpu") -> d
     """The record of a model whose experts and linears are in bitsandbytes' NF4: evaluated as dense weights that hold
     its values, with the bytes that it would store (codes, and a float32 scale for each block). Needs the whole model
     in memory."""
-    file = out / RECORD
-    if file.is_file() and same_protocol(found := read_json(file), wanted):
-        return found
+    file, source = out / RECORD, fingerprint(model)
+    if file.is_file():
+        found = read_json(file)
+        of_source = found | {"fingerprint": found.get("source_fingerprint")}
+        if is_record_of(of_source, source, dtype_on(model, device), wanted):
+            return found
     made = load(model)
     layers = made.get_submodule(StreamedModel(model).layers_path)
     weights = sum(p.numel() for _, experts in find_experts(layers) for p in weight_parameters(experts))
@@ -62,7 +66,7 @@ def nf4_record(model: Path, out: Path, wanted: Wanted, device: str = "cpu") -> d
     with tempfile.TemporaryDirectory(dir=out) as folder:
         made.save_pretrained(folder)
         carry_files(model, Path(folder))
-        record = evaluate(folder, wanted, device, "nf4") | {"path": out.name}
+        record = evaluate(folder, wanted, device, "nf4") | {"path": out.name, "source_fingerprint": source}
     for key in ("disk_bytes", "resident_bytes"):
         record["memory"][key] -= saved
     item = next(layers.parameters()).element_size()

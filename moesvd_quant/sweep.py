@@ -1,13 +1,15 @@
 """Recipes over seeds and calibration sizes (Table 12 and Figure 6 of the paper): how much of a result is luck."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .bench import Report, measured
+from .bench import Report, cached_evaluate, folder_of, require_distinct
 from .evaluation.plot import plot_sweep
 from .evaluation.record import RECORD, Wanted, write
 from .evaluation.table import Table, save, table12
-from .recipe import load_recipe
+from .recipe import Recipe, load_recipe
 from .runner import Run
 
 
@@ -28,6 +30,7 @@ def sweep(
     Writes OUT/table12.md, .csv, .json and OUT/perplexity-against-samples.png. All recipes are loaded before any runs;
     finished runs and records by the same protocol stay. Returns the records and their table.
     """
+    require_distinct(recipes)
     runs = []
     for name in recipes:
         for count in samples or [load_recipe(name, overrides).calibration.samples]:
@@ -39,13 +42,19 @@ def sweep(
                     "evaluate.perplexity=[]",
                     "keep=last",
                 ]
-                runs.append((load_recipe(name, given), out / f"{name.replace('/', '-')}-samples{count}-seed{seed}"))
-    records = [measured(model, out / "00-original", wanted, device)]
+                runs.append((load_recipe(name, given), out / f"{folder_of(name)}-samples{count}-seed{seed}"))
+    records = [cached_evaluate(model, out / "00-original", wanted, device)]
     for done, (recipe, folder) in enumerate(runs):
         report("runs", done, len(runs))
         checkpoint = Run(recipe, model, folder, device, report).run()[-1]
-        record = measured(checkpoint, checkpoint, wanted, device)
-        swept = {"method": record["name"], "seed": recipe.seed, "samples": recipe.calibration.samples}
+        record = cached_evaluate(checkpoint, checkpoint, wanted, device)
+        swept = {
+            "method": record["name"],
+            "seed": recipe.seed,
+            "samples": recipe.calibration.samples,
+            "recipe": recipe.name,
+            "digest": _digest(recipe),
+        }
         records.append(record | {"sweep": swept})
         write(records[-1], checkpoint / RECORD)
     report("runs", len(runs), len(runs))
@@ -54,3 +63,10 @@ def sweep(
     if wanted.texts:
         plot_sweep(records, out / "perplexity-against-samples.png")
     return records, table
+
+
+def _digest(recipe: Recipe) -> str:
+    """sha256 of all that a recipe says of the result, but for the seed."""
+    content = recipe.model_dump(mode="json", exclude={"name", "seed", "evaluate", "keep", "stages"})
+    content["stages"] = [{stage.name: stage.model_dump(mode="json")} for stage in recipe.stages]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

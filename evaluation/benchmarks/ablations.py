@@ -11,8 +11,11 @@ import yaml
 
 from moesvd_quant.bench import compare
 from moesvd_quant.cli.common import progress_bars, resolve_device, resolve_model
+from moesvd_quant.errors import ModelError
 from moesvd_quant.evaluation.table import Table, render
+from moesvd_quant.model.experts import expert_count, find_experts
 from moesvd_quant.model.modeling_moesvd import MANIFEST
+from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import load_recipe, named_texts
 from moesvd_quant.runner import Run, sync_threads
@@ -94,6 +97,15 @@ def _decomposed(run: Path) -> str:
     return " ".join(found)
 
 
+def experts_of(folder: Path) -> int:
+    """How many routed experts each layer has. ModelError where there are none, or not as many in each layer."""
+    layers = StreamedModel(folder).layers
+    counts = {expert_count(experts) for layer in layers for _, experts in find_experts(layer)}
+    if len(counts) != 1:
+        raise ModelError(f"{folder}: layers have {sorted(counts) or 'no'} experts; these tables need one number")
+    return counts.pop()
+
+
 def main(
     table: Annotated[list[int] | None, typer.Option(help="4, 5, 6 or 7; all by default.")] = None,
     model: Annotated[str, typer.Option(help="Hugging Face folder, hub name, or `reference`.")] = "reference",
@@ -106,12 +118,9 @@ def main(
     device: str = "auto",
 ) -> None:
     """MoE-SVD's Tables 4 to 7 on a model; a table that was interrupted goes on."""
-    from transformers import AutoConfig
-
     sync_threads()
     folder, texts = resolve_model(model), named_texts(text or ["wikitext2", "ptb", "c4"])
-    config = AutoConfig.from_pretrained(folder).to_dict()
-    experts = next(config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key))
+    experts = experts_of(folder)
     for number in table or sorted(TITLES):
         if number not in TITLES:
             raise typer.BadParameter(f"table {number}: give {', '.join(map(str, TITLES))}")

@@ -9,6 +9,7 @@ tokens by next-token loss where that one is better. Healing before 3-bit GPTQ, a
 Prints tables and which bars are met.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import typer
 from transformers import AutoTokenizer
 
 import moesvd_quant
+from moesvd_quant.calibration.store import fingerprint
 from moesvd_quant.calibration.text import joiner_of, load_documents, token_windows
 from moesvd_quant.checkpoint.files import read_json, write_json
 from moesvd_quant.cli.common import progress_bars, resolve_model
@@ -54,6 +56,9 @@ class Bench:
             name: token_windows(load_documents(source), tokenizer, LENGTH, joiner_of(source))[::stride]
             for name, source in texts.items()
         }
+        self.digests = {
+            name: hashlib.sha256(windows.numpy().tobytes()).hexdigest() for name, windows in self.windows.items()
+        }
 
     def lora(self, tokens: int, options: str) -> str:
         """A stage that trains on this many tokens; validated, and saved, four times."""
@@ -73,16 +78,19 @@ class Bench:
         return Run(recipe, self.model, self.out / f"{name}-{seed}", report=self.report).run()
 
     def record(self, source: Path, folder: Path | None = None) -> dict:
-        """{"disk_bytes", text: nats per token} of a model; read from folder/healing-bench.json if it is there."""
+        """{"disk_bytes", text: nats per token} of a model; read from folder/healing-bench.json if that is of this
+        model, these texts and this stride."""
         folder = folder or source
         file = folder / "healing-bench.json"
-        if not file.is_file():
+        key = {"model": fingerprint(source), "texts": self.digests, "stride": self.stride}
+        if not file.is_file() or read_json(file).get("key") != key:
             folder.mkdir(parents=True, exist_ok=True)
-            model, found = moesvd_quant.load(source, dtype=torch.float32), {"disk_bytes": disk_bytes(source)["total"]}
+            found: dict = {"key": key, "disk_bytes": disk_bytes(source)["total"]}
+            model = moesvd_quant.load(source, dtype=torch.float32)
             for text, windows in self.windows.items():
                 say = lambda done, total, text=text: self.report(f"{folder.name}: {text}", done, total)  # noqa: E731
                 found[text] = perplexity(in_memory(model), windows, progress=say).nll
-            write_json(file, found | {"stride": self.stride})
+            write_json(file, found)
         return read_json(file)
 
 

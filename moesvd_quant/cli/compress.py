@@ -54,7 +54,7 @@ def run(
 
 def _evaluate_run(job, folders: list[Path], device: str, report: Callable) -> list[dict]:
     """Evaluates the original and every checkpoint of a run on the recipe's texts."""
-    from ..bench import measured
+    from ..bench import cached_evaluate
     from ..evaluation.record import Wanted
 
     asked, records = job.recipe.evaluate, []
@@ -63,7 +63,7 @@ def _evaluate_run(job, folders: list[Path], device: str, report: Callable) -> li
     wanted = Wanted(asked.texts(), length=None if asked.length == "auto" else asked.length)
     for source, folder in [(job.model, job.out / "00-original"), *((f, f) for f in folders)]:
         say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
-        records.append(measured(source, folder, wanted, device, say))
+        records.append(cached_evaluate(source, folder, wanted, device, say))
     return records
 
 

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import shutil
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,13 @@ class MoesvdForCausalLM:
 
 
 def file_digest(path: Path) -> str:
+    """sha256 of a file; read once in a process, unless it changes."""
+    stat = path.stat()
+    return _digest(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@cache
+def _digest(path: Path, size: int, changed: int, inode: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from moesvd_quant.evaluation.memory import disk_bytes, peak_bytes, resident_bytes
-from moesvd_quant.evaluation.perplexity import document_perplexity, in_memory, perplexity, relative_change
-from moesvd_quant.evaluation.plot import family, plot_bytes
-from moesvd_quant.evaluation.record import Wanted, collect, evaluate, same_protocol, streamed, write
-from moesvd_quant.evaluation.table import render, table8
 from tiny import tiny_model
 
 from moesvd_quant import load
+from moesvd_quant.errors import MoesvdError
+from moesvd_quant.evaluation.memory import disk_bytes, peak_bytes, resident_bytes
+from moesvd_quant.evaluation.perplexity import document_perplexity, in_memory, perplexity, relative_change
+from moesvd_quant.evaluation.plot import family, plot_bytes
+from moesvd_quant.evaluation.record import Wanted, collect, evaluate, is_record_of, streamed, write
+from moesvd_quant.evaluation.table import render, table8
 
 WINDOWS = torch.randint(1, 250, (5, 32), generator=torch.Generator().manual_seed(3))
 
@@ -117,7 +118,7 @@ def test_memory_counts_every_tensor_once(make_model):
 def test_peak_is_measured_in_a_process_of_its_own(make_model):
     figures = peak_bytes(make_model("mixtral"))
     assert figures["peak_rss_bytes"] >= figures["import_rss_bytes"] > 10**8
-    with pytest.raises(RuntimeError, match="measuring memory failed"):
+    with pytest.raises(MoesvdError, match="measuring memory failed"):
         peak_bytes("nowhere")
 
 
@@ -158,10 +159,12 @@ def test_a_record_keeps_what_was_measured_before_of_the_same_weights(tmp_path):
     zero_shot = {"tasks": {"piqa": {}}, "protocol": {"limit": None}}
     joined = after(record(["x"]), record(["y"]), record([], zero_shot=zero_shot))
     assert set(joined["perplexity"]) == set(joined["protocol"]["texts"]) == {"x", "y"} and "zero_shot" in joined
-    assert same_protocol(joined, Wanted({"x": "x"}, tasks=("piqa",))) and same_protocol(joined, Wanted({}, length=64))
+    assert is_record_of(joined, "a", "f", Wanted({"x": "x"}, tasks=("piqa",)))
+    assert is_record_of(joined, "a", "f", Wanted({}, length=64))
+    assert not is_record_of(joined, "b", "f", Wanted()) and not is_record_of(joined, "a", "g", Wanted())
     for other in (Wanted({"z": "z"}), Wanted({"x": "x"}, length=32), Wanted(tasks=("zero-shot",)), Wanted(peak=True),
                   Wanted(tasks=("piqa",), limit=3), Wanted({"x": "x"}, ("lm-eval",))):  # fmt: skip
-        assert not same_protocol(joined, other)
+        assert not is_record_of(joined, "a", "f", other)
     assert set(after(record(["z"], 32))["perplexity"]) == {"z"}  # figures by two protocols do not mix
     assert "zero_shot" not in after(record(["z"], 32, "other weights"))
 

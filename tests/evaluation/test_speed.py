@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, JetMoeConfig
 
 from moesvd_quant.evaluation.flops import flops_per_token
 from moesvd_quant.evaluation.plot import plot_speed
@@ -52,6 +53,20 @@ def test_operations_are_those_that_torch_counts(architecture):
     model = tiny_model(architecture)
     model.set_experts_implementation("eager")
     assert flops_per_token(model, LENGTH)["total"] == pytest.approx(counted(model), rel=1e-6)
+
+
+def test_operations_of_a_model_whose_attention_is_a_mixture():
+    """JetMoE: attention is called otherwise, and its query and output projections are experts, of which two are met."""
+    config = JetMoeConfig(
+        vocab_size=256, hidden_size=64, num_hidden_layers=2, num_key_value_heads=2, kv_channels=16,
+        intermediate_size=96, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256,
+    )  # fmt: skip
+    found = flops_per_token(AutoModelForCausalLM.from_config(config), LENGTH)
+    scores, projections = 2 * LENGTH * 4 * (16 + 16), 2 * (64 * 64 + 2 * 2 * 32 * 64)
+    assert found["attention"] == 2 * (scores + projections)
+    assert found["experts"] == 2 * 2 * 2 * 3 * 64 * 96
+    assert found["router"] == 2 * 2 * 2 * 4 * 64  # of attention and of the experts
+    assert found["other"] == 2 * 64 * 256
 
 
 @pytest.mark.parametrize("kind", ["own", "shared right", "base", "mixed"])

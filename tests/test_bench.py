@@ -1,0 +1,60 @@
+"""What is kept of a measurement is of the model, the texts and the dtype that are asked for, or it is made anew."""
+
+import hashlib
+
+import pytest
+import torch
+
+from moesvd_quant.bench import cached_evaluate, compare
+from moesvd_quant.evaluation import record
+from moesvd_quant.evaluation.record import Wanted
+from moesvd_quant.model import modeling_moesvd
+from moesvd_quant.model.modeling_moesvd import check_digests, file_digest
+
+
+def test_the_baseline_of_another_model_is_not_taken(make_model, text, tmp_path, small):
+    first, second = make_model("mixtral"), make_model("mixtral", torch.bfloat16, seed=1)
+    texts = {"words": str(text)}
+    one = compare(first, ["gptq4"], tmp_path, texts, 64, small)[0][0]["perplexity"]["words"]["ppl"]
+    two = compare(second, ["gptq3"], tmp_path, texts, 64, small)[0][0]["perplexity"]["words"]["ppl"]
+    alone = cached_evaluate(second, tmp_path / "alone", Wanted(texts, length=64))["perplexity"]["words"]["ppl"]
+    assert two == alone != one
+
+
+@pytest.mark.parametrize("change", ["nothing", "dtype", "texts", "length"])
+def test_a_record_is_used_again_where_nothing_changed(make_model, text, tmp_path, monkeypatch, change):
+    folder, calls = make_model("mixtral"), []
+    wanted = Wanted({"words": str(text)}, length=64)
+    cached_evaluate(folder, tmp_path, wanted)
+    real = record.evaluate
+
+    def counted(*given, **more):
+        calls.append(given)
+        return real(*given, **more)
+
+    monkeypatch.setattr("moesvd_quant.bench.evaluate", counted)
+    if change == "dtype":
+        monkeypatch.setattr("moesvd_quant.bench.dtype_on", lambda folder, device: "torch.bfloat16")
+    if change == "texts":
+        wanted = Wanted({"other": "demo"}, length=64)
+    if change == "length":
+        wanted = Wanted({"words": str(text)}, length=32)
+    cached_evaluate(folder, tmp_path, wanted)
+    assert len(calls) == (change != "nothing")
+
+
+def test_a_file_is_hashed_once_in_a_process_unless_it_changes(tmp_path, monkeypatch):
+    file, calls, real = tmp_path / "x.safetensors", [], hashlib.file_digest
+
+    def counted(*given):
+        calls.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(modeling_moesvd.hashlib, "file_digest", counted)
+    file.write_bytes(b"one")
+    assert file_digest(file) == file_digest(file) == hashlib.sha256(b"one").hexdigest() and len(calls) == 1
+    file.write_bytes(b"others")
+    assert file_digest(file) == hashlib.sha256(b"others").hexdigest() and len(calls) == 2
+    (tmp_path / "moesvd.json").write_text(f'{{"digests": {{"x.safetensors": "{file_digest(file)}"}}}}')
+    check_digests(tmp_path)
+    assert len(calls) == 2
