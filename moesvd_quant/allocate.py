@@ -10,8 +10,9 @@ Key = TypeVar("Key", bound=Hashable)
 RANK_STEP = 16
 DENSE = -1  # in place of a rank: the matrix stays whole
 MAX_RANKS = 4  # distinct choices per layer and projection: each is one tensor and one grouped product
-# Between which the price of a unit of cost is sought (error per unit; at the upper one nothing is worth having).
-PRICES, BISECTIONS = (1e-16, 1.0), 60
+# Below this share of the least slope of any table, a price makes no difference, even to sums over experts.
+NEGLIGIBLE = 1e-3
+OFF = 1e-9  # how far from a price at which a choice changes
 # Which few choices of a group are best depends on the price, and the price on them: tried from around the free price.
 STARTS, ROUNDS = (0.7, 0.85, 1.0, 1.2, 1.5), 2
 
@@ -61,7 +62,7 @@ class Allocation(Generic[Key]):
     @property
     def gap(self) -> float:
         """How much more error than the bound, as a share of the error."""
-        return max(0.0, 1 - self.bound / self.error) if self.error > 0 else 0.0
+        return min(1.0, max(0.0, 1 - self.bound / self.error)) if self.error > 0 else 0.0
 
 
 def useful_ranks(shape: tuple[int, int]) -> list[int]:
@@ -109,10 +110,9 @@ def least_cost(tables: dict[Key, Table]) -> float:
 def _price(tables, few, budget: float) -> tuple[float, float, float]:
     """The prices around which the choice from the columns `few` stops and begins to fit the budget, and the Lagrangian
     bound: no choice within the budget from these columns has a smaller error."""
-    low, high = PRICES
+    low, high = _price_range(tables, few)
     bound = -np.inf
-    for _ in range(BISECTIONS):
-        middle = (low * high) ** 0.5
+    while low < (middle := low * (high / low) ** 0.5) < high:  # until no number lies between them
         spent = error = 0.0
         for name, table in tables.items():
             errors, costs = table.errors[:, few[name]], table.costs[few[name]]
@@ -121,7 +121,31 @@ def _price(tables, few, budget: float) -> tuple[float, float, float]:
             error += errors[np.arange(len(at)), at].sum()
         bound = max(bound, error + middle * (spent - budget))
         low, high = (middle, high) if spent > budget else (low, middle)
-    return low, high, float(bound)
+    # At a price where two choices are worth the same, rounding would decide: a little off it, the figures do.
+    return low * (1 - OFF), high * (1 + OFF), float(bound)
+
+
+def _price_range(tables, few) -> tuple[float, float]:
+    """Prices (error per unit of cost) at which nothing is too dear, and at which nothing is worth having: from the
+    tables' own slopes, so that no unit of error or cost matters."""
+    steep, flat = [], []
+    for name, table in tables.items():
+        errors, costs = table.errors[:, few[name]], table.costs[few[name]]
+        cheap, best = costs.argmin(), errors.argmin(1)
+        steep.append(_slopes(errors[:, [cheap]] - errors, costs - costs[cheap]))
+        least = errors[np.arange(len(best)), best][:, None]
+        flat.append(_slopes(errors - least, costs[best][:, None] - costs))
+    slopes = np.concatenate(steep), np.concatenate(flat)
+    if not all(map(len, slopes)):  # nothing to choose
+        return 1.0, 2.0
+    return float(NEGLIGIBLE * slopes[1].min()), float(2 * slopes[0].max())
+
+
+def _slopes(gain: np.ndarray, extra: np.ndarray) -> np.ndarray:
+    """Gain per extra cost, of those that gain and cost something."""
+    gain, extra = np.broadcast_arrays(gain, extra)
+    real = (gain > 0) & (extra > 0)
+    return gain[real] / extra[real]
 
 
 def _choose(tables, few, price: float) -> dict:
@@ -210,7 +234,8 @@ def _spend_rest(chosen, tables, few, rest: float, ties, distinct: int) -> None:
         columns = few[name] if name in ties or len(used) >= distinct else np.arange(len(table.choices))
         extra = table.costs[columns] - table.costs[now][:, None]
         gain = table.errors[np.arange(len(now)), now][:, None] - table.errors[:, columns]
-        rate = np.where((extra > 0) & (extra <= rest), gain / np.maximum(extra, 1), 0)
+        affordable = (extra > 0) & (extra <= rest)
+        rate = np.divide(gain, extra, out=np.zeros_like(gain), where=affordable)
         expert, at = np.unravel_index(rate.argmax(), rate.shape)
         return rate[expert, at], int(expert), columns[at], extra[expert, at]
 

@@ -5,6 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from moesvd_quant.allocate import DENSE, MAX_RANKS, NOTHING, RANK_STEP, Choice, Storage, Table, allocate, useful_ranks
 
@@ -156,3 +157,56 @@ def test_a_budget_below_nothing_is_an_error_and_zero_is_legal():
     with pytest.raises(ValueError, match="cannot be met"):
         ranks_of(groups, -1)
     assert ranks_of(groups, 0) == {"a": [0, 0]}
+
+
+def tables_of_ranks(seed, groups=3, experts=6):
+    """Errors that fall with rank and width, as experts have them; costs in bytes."""
+    generator = np.random.default_rng(seed)
+    kinds = [(rank, bits) for bits in (2, 3, 4, 8) for rank in (DENSE, *range(16, 200, 16))]
+    choices = [NOTHING, *(Choice(rank, Storage(bits, "grid")) for rank, bits in kinds)]
+    sizes = np.array([0, *(bits / 8 * (1 if rank == DENSE else rank / 210) for rank, bits in kinds)])
+    found = {}
+    for group in range(groups):
+        decay = np.exp(-generator.gamma(2, 2, (experts, 1)) * sizes) * generator.gamma(1, 1, (experts, 1))
+        found[group] = Table(choices, np.round(sizes * 262144), decay)
+    return found
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e-13, 1e13])
+@pytest.mark.parametrize("bits", [0.5, 2.3, 5, 8.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_unit_of_errors_does_not_matter(seed, bits, factor):
+    tables = tables_of_ranks(seed)
+    scaled = {key: Table(table.choices, table.costs, table.errors * factor) for key, table in tables.items()}
+    budget = 18 * 262144 * bits / 8
+    plain, other = allocate(tables, budget), allocate(scaled, budget)
+    assert other.error == pytest.approx(plain.error * factor)
+    assert 0 <= other.gap <= 1 and other.gap == pytest.approx(plain.gap, abs=1e-6)
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_the_unit_of_costs_does_not_matter(unit):
+    tables, budget = tables_of_ranks(0), 18 * 262144 * 2.3 / 8
+    scaled = {key: Table(table.choices, table.costs * unit, table.errors) for key, table in tables.items()}
+    plain, other = allocate(tables, budget), allocate(scaled, budget * unit * (1 + 1e-12))
+    assert other.error == pytest.approx(plain.error)
+
+
+@pytest.mark.parametrize("bits", [0.5, 1.5, 3, 6])
+@pytest.mark.parametrize("seed", range(3))
+def test_against_an_integer_program(seed, bits):
+    """scipy's branch and bound finds the best of all; ours is within the gap that it proves of itself."""
+    tables, budget = tables_of_ranks(seed, groups=2, experts=3), 6 * 262144 * bits / 8
+    errors = np.concatenate([row for table in tables.values() for row in table.errors])
+    costs = np.concatenate([table.costs for table in tables.values() for _ in table.errors])
+    each = len(next(iter(tables.values())).costs)
+    one_each = np.kron(np.eye(6), np.ones(each))
+    found = milp(
+        errors,
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs[None], ub=budget)],
+        integrality=np.ones(len(errors)),
+        bounds=Bounds(0, 1),
+    )
+    made = allocate(tables, budget, distinct=each)
+    assert made.bound <= found.fun * (1 + 1e-6)
+    assert found.fun * (1 - 1e-6) <= made.error <= found.fun * 1.02
