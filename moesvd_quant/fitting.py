@@ -20,6 +20,11 @@ EFFECT, MIN_EFFECT = 0.7, 1e-7
 FormatOf = Callable[[Storage, int, bool], Format]
 
 
+def settings() -> dict[str, float]:
+    """What prices depend on beside effects."""
+    return {"power": EFFECT, "least effect": MIN_EFFECT}
+
+
 @dataclass(frozen=True)
 class Profile:
     """What the forecast needs of one matrix; see `quantize.noise`. Errors are in the unit of `error_price`."""

@@ -92,7 +92,7 @@ class Run:
             self.needs().require(self.statistics.store)
             return make()
 
-        later = must_write(wanted, self.model_digest, length, seed, self.device)
+        later = must_write(wanted, self.model, self.model_digest, length, seed, self.device)
         windows, shape = make_if_it_fits if later else make(), (wanted.samples, length)
         more = {"memory": memory, "shape": shape, "shared": self.meta.shared}
         return Statistics(self.model, self.model_digest, windows, self.device, **more)

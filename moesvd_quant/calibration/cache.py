@@ -1,5 +1,7 @@
 """The folder of all statistics on disk: where it is, its size cap, and folders in it that are gone after their use."""
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -15,6 +17,13 @@ WALK = ".walk-"  # of folders that live as long as their process
 def cache_root() -> Path:
     """Where statistics are kept: $MOESVD_CACHE, or .cache/moesvd_quant in the home folder."""
     return Path(os.environ.get("MOESVD_CACHE") or Path.home() / ".cache" / "moesvd_quant")
+
+
+def name_of(what: str, **depends) -> str:
+    """Name of a thing that is kept: what it is, and a digest of all that it depends on. Whatever a stored value depends
+    on, constants of the code included, goes through here, so that a change of any is noticed."""
+    content = json.dumps(depends, sort_keys=True, default=str)
+    return f"{what}-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
 
 def cache_cap() -> int:

@@ -24,6 +24,11 @@ TOKENS, LENGTH = 4096, 256  # of calibration text
 LAYERS = 16  # groups of layers at most
 
 
+def settings() -> dict[str, int]:
+    """What effects depend on beside model and text."""
+    return {"perturbation": PERTURBATION, "tokens": TOKENS, "length": LENGTH, "layers": LAYERS}
+
+
 def perturbed(weights: torch.Tensor) -> torch.Tensor:
     """Weights (..., out, in) rounded to PERTURBATION bits, in their dtype."""
     form = Grid(PERTURBATION, resolve_group_size("auto", weights.shape[-1]), sym=False)

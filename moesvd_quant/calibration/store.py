@@ -19,7 +19,8 @@ from ..memory import Memory, Sizes
 from ..model.experts import find_experts
 from ..model.modeling_moesvd import file_digest
 from ..model.stream import StreamedModel, precision_on
-from .cache import cache_cap, cache_root, make_room, walk_folder
+from . import effect
+from .cache import cache_cap, cache_root, make_room, name_of, walk_folder
 from .effect import measure_effects
 from .fisher import fisher_bases
 from .recording import (
@@ -184,18 +185,23 @@ class Statistics:
             return load_file(self.path("outer"))["gram"]
         return self.outer_gram
 
-    def kept(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """make(), computed once and stored beside the statistics as `name`, which tells all else that it depends on."""
-        path = self.path(name)
+    def kept(self, what: str, make: Callable[[], dict[str, torch.Tensor]], **depends) -> dict[str, torch.Tensor]:
+        """make(), computed once and stored beside the statistics. depends: all else that it depends on."""
+        path = self.path(name_of(what, **depends))
         if self.stored and path.is_file():
             return load_file(path)
         made = make()
         self._write(path, made)
         return made
 
+    @staticmethod
+    def effect_settings() -> dict[str, int]:
+        """What `effects` depend on beside these statistics."""
+        return effect.settings() | {"batch": EFFECT_BATCH}
+
     def effects(self, progress: Callable[[int, int], None] = lambda done, total: None) -> dict:
         """`measure_effects` of the model on these windows, computed once."""
-        path = self.root / "effects.json"
+        path = self.root / f"{name_of('effects', **self.effect_settings())}.json"
         if path.is_file():
             return {(full, name): value for full, name, value in json.loads(path.read_text())}
         streamed = self.model()
@@ -212,7 +218,9 @@ class Statistics:
     def _base_file(self, full: str) -> Path:
         if not self.stored and self._own is None:
             self._own = walk_folder(self.store)
-        return (self.root if self._own is None else Path(self._own.name)) / f"fisher-{full}.safetensors"
+        return (
+            self.root if self._own is None else Path(self._own.name)
+        ) / f"{name_of(f'fisher-{full}', sequences=FISHER_SEQUENCES)}.safetensors"
 
     def merge_bases(self, progress: Callable[[int, int], None]) -> None:
         """One base for each projection of each layer, computed once."""

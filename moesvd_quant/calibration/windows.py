@@ -21,10 +21,10 @@ def length_of(config, wanted: str | int, key: str) -> int:
     return length
 
 
-def must_write(calibration, digest: str, length: int, seed: int, device) -> bool:
+def must_write(calibration, folder: Path, digest: str, length: int, seed: int, device) -> bool:
     """Whether the model has text to write before the windows of a recipe's `calibration` are there: several walks."""
     shape = (_written(calibration), length)
-    return shape[0] > 0 and not written_path(digest, shape, seed, device).is_file()
+    return shape[0] > 0 and not written_path(folder, digest, shape, seed, device).is_file()
 
 
 def _written(calibration) -> int:

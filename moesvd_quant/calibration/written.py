@@ -7,8 +7,6 @@ round before (Jacobi's iteration), from random ones on. The first tokens are the
 not yet sentences, which did not matter where it was measured: docs/results.md.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,21 +16,25 @@ from safetensors.torch import load_file
 
 from ..checkpoint.files import write_tensors
 from ..memory import Memory, Sizes
+from ..model.modeling_moesvd import file_digest
 from ..model.stream import StreamedModel, precision_on
-from .cache import cache_root
+from .cache import cache_root, name_of
 from .recording import BATCH_TOKENS, windows_at_once
 
 ROUNDS = 8
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")  # its files
 
 Progress = Callable[[int, int], None]
 
 
-def written_path(digest: str, shape: tuple[int, int], seed: int, device) -> Path:
-    """Where the cache keeps windows of this shape that a model wrote, or will."""
-    versions = [ROUNDS, BATCH_TOKENS, str(precision_on(device)), torch.get_num_threads()]
-    described = [digest, list(shape), seed, *versions, torch.__version__, transformers.__version__]
-    key = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-    return cache_root() / "written" / f"{key[:32]}.safetensors"
+def written_path(folder: Path, digest: str, shape: tuple[int, int], seed: int, device) -> Path:
+    """Where the cache keeps windows of this shape that a model wrote, or will. digest: of the model's config and
+    weights; its tokenizer, which says what tokens may be written, counts as well."""
+    tokenizer = {path.name: file_digest(path) for name in TOKENIZER for path in folder.glob(name)}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    computed = {"precision": precision_on(device), "threads": torch.get_num_threads(), "batch": BATCH_TOKENS}
+    depends = {"model": digest, "tokenizer": tokenizer, "shape": shape, "seed": seed, "rounds": ROUNDS}
+    return cache_root() / "written" / f"{name_of('windows', **depends, **computed, **versions)}.safetensors"
 
 
 def written_windows(
@@ -42,7 +44,7 @@ def written_windows(
 
     digest: of the model's files. The tokens are never the tokenizer's special ones, except for the end of a text.
     """
-    path, dtype = written_path(digest, shape, seed, device), precision_on(device)
+    path, dtype = written_path(folder, digest, shape, seed, device), precision_on(device)
     if path.is_file():
         return load_file(path)["windows"]
     streamed = StreamedModel(folder, dtype, device)

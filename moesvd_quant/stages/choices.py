@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import fitting
 from ..allocate import FLOAT, Storage, Table
 from ..calibration.metric import METRIC
 from ..fitting import Profile, error_price, fit_table, profile
@@ -74,7 +75,9 @@ def _layer_choices(effects, storages, ranks, context: Context, index: int, layer
         made.weak[full] = weak_experts(statistics, path)
         shapes = joined(shapes_of(experts)) if ranks else shapes_of(experts)
         make = partial(_profiles, context, experts, statistics, path, full, effects, damp, list(shapes))
-        kept = context.statistics.kept(f"profiles-{METRIC}-{NOISE}-{damp}-{'joint' if ranks else 'apart'}-{full}", make)
+        depends = {"metric": METRIC, "noise": NOISE, "damp": damp, "joint": ranks, "least": LEAST_PRICE}
+        depends |= fitting.settings() | {"effects": context.statistics.effect_settings()}
+        kept = context.statistics.kept(f"profiles-{full}", make, **depends)
         made.prices[full] = {key.removesuffix("/price"): float(kept[key]) for key in kept if key.endswith("/price")}
         for projection, shape in shapes.items():
             values = (kept[f"{projection}/{key}"] for key in ("spectrum", "dense", "factors"))

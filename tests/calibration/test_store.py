@@ -1,12 +1,17 @@
 """Statistics are computed once, reused, and bounded in size."""
 
+import shutil
+
 import pytest
 import torch
 
+from moesvd_quant.calibration import store
 from moesvd_quant.calibration.recording import experts_at_once
 from moesvd_quant.calibration.store import Statistics, fingerprint
+from moesvd_quant.calibration.written import written_path
 from moesvd_quant.memory import Batches, Memory
 from moesvd_quant.model.stream import StreamedModel
+from moesvd_quant.planning import plan_stages
 from moesvd_quant.recipe import load_recipe
 from moesvd_quant.runner import Run
 from moesvd_quant.stages import choices
@@ -115,3 +120,46 @@ def test_three_ratios_need_one_walk(make_model, small, tmp_path, monkeypatch):
     whole = job.windows.numel()
     # Once for the statistics and once for the effects; the others verify with a few tokens.
     assert [size for size in walks if size == whole] == [whole, whole]
+
+
+@pytest.mark.parametrize(
+    "constant", ["effect.PERTURBATION", "effect.TOKENS", "effect.LENGTH", "effect.LAYERS", "store.EFFECT_BATCH"]
+)
+def test_effects_are_measured_anew_when_what_they_depend_on_changes(folder, tmp_path, monkeypatch, constant):
+    measured = []
+    monkeypatch.setattr(store, "measure_effects", lambda *given: measured.append(1) or {("a", "up"): 1.0})
+    make(folder, tmp_path).effects()
+    assert make(folder, tmp_path).effects() == {("a", "up"): 1.0} and len(measured) == 1
+    monkeypatch.setattr(f"moesvd_quant.calibration.{constant}", 2)
+    make(folder, tmp_path).effects()
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize(
+    "constant",
+    ["fitting.EFFECT", "fitting.MIN_EFFECT", "stages.choices.METRIC", "stages.choices.NOISE",
+     "stages.choices.LEAST_PRICE", "calibration.effect.PERTURBATION"],
+)  # fmt: skip
+def test_profiles_are_made_anew_when_what_they_depend_on_changes(make_model, small, tmp_path, monkeypatch, constant):
+    made, profile = [], choices.profile
+    monkeypatch.setattr(choices, "profile", lambda *given: made.append(1) or profile(*given))
+    recipe = load_recipe("svd", [*small, f"seed={len(constant)}"])
+    plan = lambda: plan_stages(Run(recipe, make_model("mixtral"), tmp_path))  # noqa: E731
+    plan()
+    first = len(made)
+    plan()
+    assert len(made) == first
+    value = "other" if constant.endswith(("METRIC", "NOISE")) else 4 if constant.endswith("PERTURBATION") else 0.5
+    monkeypatch.setattr(f"moesvd_quant.{constant}", value)
+    plan()
+    assert len(made) == 2 * first
+
+
+def test_what_the_model_wrote_depends_on_its_tokenizer(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    given = "digest", (4, 16), 0, "cpu"
+    before = written_path(copy, *given)
+    assert before == written_path(folder, *given)
+    (copy / "tokenizer_config.json").write_text('{"eos_token": "x"}')
+    assert written_path(copy, *given) != before
