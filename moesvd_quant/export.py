@@ -141,7 +141,7 @@ def _packed_modules(modules: dict):
             packed = PackedMatrix(module.bank_tensors("weight"), module.layout.form, module.in_features)
             yield path, packed, module.bias
         if isinstance(module, FactorizedExperts):
-            if module.has_bias:
+            if module.flags.has_bias:
                 raise ModelError(f"{path}: experts with biases have no standard GPTQ form")
             for name, parts in module.layout.items():
                 for i, part in enumerate(parts):

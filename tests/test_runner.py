@@ -10,7 +10,7 @@ from killing import kill_until_done
 from tiny import ARCHITECTURES
 
 import moesvd_quant
-from moesvd_quant.model.experts import find_experts
+from moesvd_quant.model.experts import find_experts, flags_of
 from moesvd_quant.model.factorized_experts import FactorizedExperts
 from moesvd_quant.model.stored import StoredLinear
 from moesvd_quant.planning import plan_stages
@@ -43,7 +43,7 @@ def logits_without_experts(folder, ids):
     with torch.no_grad():
         for _, experts in find_experts(model):
             experts.down_proj.zero_()
-            if experts.has_bias:
+            if flags_of(experts).has_bias:
                 experts.down_proj_bias.zero_()
         return model(ids).logits
 

@@ -16,6 +16,7 @@ from ..model.experts import (
     expert_count,
     find_experts,
     find_linears,
+    flags_of,
     gather,
     intermediate,
     pairs_of,
@@ -90,7 +91,7 @@ class ExpertsRecorder:
                 f"{path}: each token chooses channels of the base (d2.dynamic): what its experts see cannot be "
                 "recorded; run all stages in one recipe on the original model"
             )
-        self.module, self.count = module, expert_count(module)
+        self.module, self.count, self.flags = module, expert_count(module), flags_of(module)
         self.hidden, self.inner = shapes_of(module)["down"]
         self.at_once = self.count if at_once is None else min(at_once, self.count)
         self.device = next(module.parameters()).device
@@ -151,9 +152,9 @@ class ExpertsRecorder:
             if expert in self.group:
                 self._observe(expert, x, inner)
             out = inner @ dense_weight(self.module, "down", expert, x.dtype).T
-            if self.module.has_bias:
+            if self.flags.has_bias:
                 out = out + self.module.down_proj_bias[expert]
-            y[rows] = self.module.post_expert_norm(out) if self.module.has_post_expert_norm else out
+            y[rows] = self.module.post_expert_norm(out) if self.flags.has_post_expert_norm else out
         return gather(self.module, y, routed, *inputs)
 
     def _observe(self, expert: int, x: torch.Tensor, inner: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .factorized_experts import FactorizedExperts
-from .native_experts import EveryToken, Routed, apply_gate, arguments, form_of
+from .native_experts import EveryToken, Flags, Routed, add_bias, apply_gate, arguments, form_of
 from .parts import JOINT, joined, separate
 from .stored import StoredLinear
 
@@ -59,6 +59,11 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _form(experts: nn.Module):
     return experts.form if isinstance(experts, FactorizedExperts) else form_of(experts)
+
+
+def flags_of(experts: nn.Module) -> Flags:
+    """What an experts module is like, native or ours."""
+    return experts.flags if isinstance(experts, FactorizedExperts) else form_of(experts).flags(experts)
 
 
 def split_projections(native: nn.Module) -> dict[str, torch.Tensor]:
@@ -116,16 +121,15 @@ def gather(experts: nn.Module, y: torch.Tensor, routed: Routed, *inputs) -> torc
 
 def activate(experts: nn.Module, pairs: dict[str, torch.Tensor], expert: int) -> torch.Tensor:
     """Input of down (n, intermediate) from the outputs of gate and up, biases added, by the native gate."""
-    if experts.has_bias:
-        ids = torch.full((len(pairs["up"]),), expert, device=pairs["up"].device)
-        FactorizedExperts.add_bias(experts, pairs, ids)
+    flags = flags_of(experts)
+    add_bias(experts, flags, pairs, torch.full((len(pairs["up"]),), expert, device=pairs["up"].device))
     if isinstance(experts, FactorizedExperts):
         return experts.activate(pairs)
-    if not experts.has_gate:
-        return experts.act_fn(pairs["up"])
+    if not flags.has_gate:
+        return flags.act_fn(pairs["up"])
     both = pairs["gate"], pairs["up"]
-    joint = torch.cat(both, -1) if experts.is_concatenated else torch.stack(both, -1).flatten(-2)
-    return apply_gate(experts, type(experts), joint)
+    joint = torch.cat(both, -1) if flags.is_concatenated else torch.stack(both, -1).flatten(-2)
+    return apply_gate(experts, type(experts), joint, flags.act_fn)
 
 
 def intermediate(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .native_experts import apply_gate, form_of
+from .native_experts import add_bias, apply_gate, form_of
 from .parts import JOINT, Projections, joined, projection_shapes, separate
 from .pruned_base import PrunedBase
 
@@ -25,6 +25,8 @@ class FactorizedExperts(PrunedBase):
             self.shapes = joined(shapes) if JOINT in layout else shapes
             self.native_class, self.form = type(native), form_of(native)
             self.experts = len(self.form.weights(native)["down"])
+            # Weights are banks (rows, out, in), whatever they were in the native module.
+            self.flags = self.form.flags(native)._replace(is_transposed=False)
         own = ("formats", "kinds")
         state = {k: v for k, v in vars(native).items() if not k.startswith("_") and k not in own}
         self.__dict__.update(state)  # alpha, limit, flags, config: all that is not a weight
@@ -36,7 +38,7 @@ class FactorizedExperts(PrunedBase):
         for name, other in native.named_parameters(recurse=False):  # biases
             if name not in weights:
                 self.register_parameter(name, other)
-        self.is_transposed = False  # banks are (rows, out, in), whatever the native weights were; peft asks
+        self.is_transposed = False  # peft asks
         self.layout = layout
         self._maps: dict[tuple, Any] = {}
         kind = next((p for p in native.parameters() if p.is_floating_point()), torch.empty(0))
@@ -139,7 +141,7 @@ class FactorizedExperts(PrunedBase):
             if len(at):
                 hidden = x[at]
                 pairs = separate({k: self.multiply(hidden, k, steps[k][expert]) for k in steps if k != "down"})
-                self.add_bias(pairs, own)
+                add_bias(self, self.flags, pairs, own)
                 done.append(self.multiply(self.activate(pairs), "down", steps["down"][expert]))
         return torch.cat(done) if done else x.new_zeros(0, self.shapes["down"][0])
 
@@ -189,32 +191,20 @@ class FactorizedExperts(PrunedBase):
 
     def activate(self, pairs):
         """Gate and up (or up alone) -> the input of down, by the native class's own gate."""
-        if not self.has_gate:
-            up = pairs["up"]
-            return self.act_fn(up)
+        if not self.flags.has_gate:
+            return self.flags.act_fn(pairs["up"])
         both = (pairs["gate"], pairs["up"])
         gate = getattr(self.native_class, "_apply_gate", None)
         if gate is None or gate.__name__ == "_default_apply_gate":  # it would chunk what is joined here
-            return self.act_fn(pairs["gate"]) * pairs["up"]
-        joint = torch.cat(both, -1) if self.is_concatenated else torch.stack(both, -1).flatten(-2)
-        return apply_gate(self, self.native_class, joint)
-
-    def add_bias(self, pairs, ids):
-        if not self.has_bias:
-            return
-        name = "gate_up_proj_bias" if self.has_gate else "up_proj_bias"
-        bias = getattr(self, name)[ids]
-        if not self.has_gate:
-            pairs["up"] = pairs["up"] + bias
-            return
-        gate, up = bias.chunk(2, -1) if self.is_concatenated else (bias[..., ::2], bias[..., 1::2])
-        pairs["gate"], pairs["up"] = pairs["gate"] + gate, pairs["up"] + up
+            return self.flags.act_fn(pairs["gate"]) * pairs["up"]
+        joint = torch.cat(both, -1) if self.flags.is_concatenated else torch.stack(both, -1).flatten(-2)
+        return apply_gate(self, self.native_class, joint, self.flags.act_fn)
 
     def forward(self, *inputs):
         """As the native module is called, for example hidden (T, H), index (T, k), weights (T, k) -> (T, H)."""
         routed = self.form.route(self, *inputs)
         bases = [i for i, part in enumerate(self.layout["down"]) if self.shared_input(part) == "dense"]
-        plain = not (self.has_post_expert_norm or hasattr(self, "identity_expert"))
+        plain = not (self.flags.has_post_expert_norm or hasattr(self, "identity_expert"))
         if bases and plain and hasattr(self.form, "combine"):
             y = self._with_base_last(routed, bases)
             return y.to(inputs[0].dtype).view(inputs[0].shape)
@@ -226,7 +216,7 @@ class FactorizedExperts(PrunedBase):
         inner = self._inner(routed.x, routed.token, routed.expert, masks)
         each = torch.arange(len(inner), device=inner.device)
         y = self.project(inner, each, routed.expert, "down", masks, with_base=False)
-        if self.has_bias:
+        if self.flags.has_bias:
             y = y + self.down_proj_bias[routed.expert]
         x = self.form.combine(inner, routed).to(inner.dtype)
         return self.form.combine(y, routed) + sum(self.apply_base(x, "down", i, masks) for i in bases)
@@ -246,13 +236,13 @@ class FactorizedExperts(PrunedBase):
             inner = self._inner(x, token, ids, masks)
             expanded = {"tokens": masks["tokens"][token]} if masks else {}
             y = self.project(inner, torch.arange(len(ids), device=ids.device), ids, "down", expanded)
-        if self.has_bias:
+        if self.flags.has_bias:
             y = y + self.down_proj_bias[ids]
-        return self.post_expert_norm(y) if self.has_post_expert_norm else y
+        return self.post_expert_norm(y) if self.flags.has_post_expert_norm else y
 
     def _inner(self, x, token, ids, masks):
         """Input of down (pairs, inner); masks: see `project`."""
         names = [name for name in self.shapes if name != "down"]
         pairs = separate({name: self.project(x, token, ids, name, masks) for name in names})
-        self.add_bias(pairs, ids)
+        add_bias(self, self.flags, pairs, ids)
         return self.activate(pairs)

@@ -21,9 +21,20 @@ class Routed(NamedTuple):
     row: Any = None  # (pairs,) where the output goes
 
 
+class Flags(NamedTuple):
+    """What an experts module is like, whatever names its class has for it."""
+
+    act_fn: Any = None  # none where the class has a gate of its own
+    has_gate: bool = True
+    has_bias: bool = False
+    has_post_expert_norm: bool = False
+    is_concatenated: bool = True  # gate above up in one matrix; else their rows alternate
+    is_transposed: bool = False  # weights are (in, out)
+
+
 class Convention:
     """`use_experts_implementation`: experts(hidden (T, H), index (T, k), weights (T, k)); weights are gate_up_proj
-    (E, 2I, H) and down_proj (E, H, I), or transposed, or without gate. Undecorated modules get its flags here.
+    (E, 2I, H) and down_proj (E, H, I), or transposed, or without gate.
     """
 
     @staticmethod
@@ -31,21 +42,24 @@ class Convention:
         return _holds_pair(module) and len(arguments(module)) == 3
 
     @staticmethod
-    def flags(module: nn.Module) -> dict:
-        return {} if hasattr(module, "is_transposed") else _plain_flags(module)
+    def flags(module: nn.Module) -> Flags:
+        if not hasattr(module, "is_transposed"):
+            return _plain_flags(module)
+        return Flags(**{name: getattr(module, name) for name in Flags._fields if hasattr(module, name)})
 
     @staticmethod
     def parameters(module: nn.Module) -> list[str]:
-        return ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+        return ["gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj", "down_proj"]
 
     @staticmethod
     def weights(module: nn.Module) -> dict[str, torch.Tensor]:
-        turn = (lambda w: w.transpose(1, 2)) if module.is_transposed else (lambda w: w)
+        flags = Convention.flags(module)
+        turn = (lambda w: w.transpose(1, 2)) if flags.is_transposed else (lambda w: w)
         down = turn(module.down_proj)
-        if not module.has_gate:
+        if not flags.has_gate:
             return {"up": turn(module.up_proj), "down": down}
         joint = turn(module.gate_up_proj)[: len(down)]  # LongCat-Flash has unused rows for its identity experts
-        gate, up = joint.chunk(2, dim=1) if module.is_concatenated else (joint[:, ::2], joint[:, 1::2])
+        gate, up = joint.chunk(2, dim=1) if flags.is_concatenated else (joint[:, ::2], joint[:, 1::2])
         return {"gate": gate, "up": up, "down": down}
 
     @staticmethod
@@ -74,7 +88,7 @@ class EveryExpert:
         return _holds_pair(module) and len(arguments(module)) == 1
 
     @staticmethod
-    def flags(module: nn.Module) -> dict:
+    def flags(module: nn.Module) -> Flags:
         return _plain_flags(module)
 
     parameters, weights = staticmethod(Convention.parameters), staticmethod(Convention.weights)
@@ -100,8 +114,8 @@ class Flat:
         return held and hasattr(module, "num_experts") and len(arguments(module)) == 3
 
     @staticmethod
-    def flags(module: nn.Module) -> dict:
-        return FLAGS | {"act_fn": module.mlp.activation_fn}
+    def flags(module: nn.Module) -> Flags:
+        return Flags(module.mlp.activation_fn)
 
     @staticmethod
     def parameters(module: nn.Module) -> list[str]:
@@ -132,8 +146,8 @@ class Block:
         )
 
     @staticmethod
-    def flags(module: nn.Module) -> dict:
-        return FLAGS | {"act_fn": module.activation}
+    def flags(module: nn.Module) -> Flags:
+        return Flags(module.activation)
 
     @staticmethod
     def parameters(module: nn.Module) -> list[str]:
@@ -176,8 +190,8 @@ class EveryToken:
         return vars(module).get("is_expert", False)
 
     @staticmethod
-    def flags(module: nn.Module) -> dict:
-        return FLAGS | {"act_fn": _activation(module), "has_gate": "gate_proj" in module._modules}
+    def flags(module: nn.Module) -> Flags:
+        return Flags(_activation(module), has_gate="gate_proj" in module._modules)
 
     @staticmethod
     def parameters(module: nn.Module) -> list[str]:
@@ -200,39 +214,49 @@ class EveryToken:
 
 
 FORMS = (Convention, EveryExpert, Flat, Block, EveryToken)
-FLAGS = dict(has_gate=True, has_bias=False, has_post_expert_norm=False, is_concatenated=True, is_transposed=False)
 
 
 def form_of(module: nn.Module):
-    """The form of a native experts module, whose missing flags are set; None where it is none."""
+    """The form of a native experts module; None where it is none."""
     if not any(p.ndim > 1 for p in module.parameters(recurse=False)) and not module._modules:
         return None
-    form = next((form for form in FORMS if form.matches(module)), None)
-    if form is not None:
-        for name, value in form.flags(module).items():
-            setattr(module, name, value)
-    return form
+    return next((form for form in FORMS if form.matches(module)), None)
 
 
-def apply_gate(module: nn.Module, native_class: type, joint: torch.Tensor) -> torch.Tensor:
+def apply_gate(module: nn.Module, native_class: type, joint: torch.Tensor, act_fn) -> torch.Tensor:
     """Input of down from the joint output of gate and up, by the native class's own gate where it has one."""
     if hasattr(native_class, "_apply_gate"):
         return native_class._apply_gate(module, joint)
     gate, up = joint.chunk(2, -1)
-    return module.act_fn(gate) * up
+    return act_fn(gate) * up
+
+
+def add_bias(module: nn.Module, flags: Flags, pairs: dict, ids: torch.Tensor) -> None:
+    """Adds the biases of gate and up, of the experts `ids` (n), to their outputs (n, out)."""
+    if not flags.has_bias:
+        return
+    bias = getattr(module, "gate_up_proj_bias" if flags.has_gate else "up_proj_bias")[ids]
+    if not flags.has_gate:
+        pairs["up"] = pairs["up"] + bias
+        return
+    gate, up = bias.chunk(2, -1) if flags.is_concatenated else (bias[..., ::2], bias[..., 1::2])
+    pairs["gate"], pairs["up"] = pairs["gate"] + gate, pairs["up"] + up
 
 
 def _holds_pair(module: nn.Module) -> bool:
     own = module._parameters
-    first = own.get("gate_up_proj") if own.get("gate_up_proj") is not None else own.get("up_proj")
-    down = own.get("down_proj")
+    first, down = own.get("gate_up_proj"), own.get("down_proj")
+    if first is None and hasattr(module, "is_transposed"):  # else nobody could tell (E, I, H) from (E, H, I)
+        first = own.get("up_proj")
     return first is not None and down is not None and first.dim() == 3 and down.dim() == 3
 
 
-def _plain_flags(module: nn.Module) -> dict:
+def _plain_flags(module: nn.Module) -> Flags:
     """Flags by the shapes: (E, 2I, H) and (E, H, I), or both transposed."""
     first, down = module.gate_up_proj.shape, module.down_proj.shape
-    return FLAGS | {"is_transposed": not (first[1] == 2 * down[2] and first[2] == down[1])}
+    plain = first[1] == 2 * down[2] and first[2] == down[1]
+    has_bias = module._parameters.get("down_proj_bias") is not None
+    return Flags(_activation(module), has_bias=has_bias, is_transposed=not plain)
 
 
 def arguments(module: nn.Module) -> list[str]:

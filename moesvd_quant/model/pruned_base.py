@@ -32,7 +32,7 @@ class PrunedBase(Stored):
         the first projection of the base puts out. A token decides for itself, whatever it is batched with: by its
         share of the activations' energy, added to the calibrated share."""
         count = min(part.dynamic for part in self.layout["down"] if part.dynamic is not None)
-        given = {"gate": probe, "up": torch.ones_like(probe)} if self.has_gate else {"up": probe}
+        given = {"gate": probe, "up": torch.ones_like(probe)} if self.flags.has_gate else {"up": probe}
         prior, weight = (self._parameters[f"channel_{k}"].view(torch.float32) for k in ("prior", "weight"))
         energy = self.activate(given).float().square() * weight
         score = prior + energy / energy.sum(-1, keepdim=True).clamp(min=1e-30)
