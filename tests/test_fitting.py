@@ -151,3 +151,18 @@ def test_keys_and_values_take_what_transformers_caches(architecture, make_model)
     cache = model(torch.zeros(2, 100, dtype=torch.long), use_cache=True).past_key_values
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     assert kv_cache_bytes(model.config, 100, 2, 4) == pytest.approx(held, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["global", "uniform"])
+def test_a_ratio_counts_experts_that_no_token_reaches(make_model, tmp_path, small, monkeypatch, method):
+    """Two layers, of which the second sees no token: the first one alone has to give what the ratio asks of both."""
+    calls = []
+    for module in ("choices", "svd_work"):
+        monkeypatch.setattr(f"moesvd_quant.stages.{module}.reached", lambda *_: calls.append(1) or len(calls) % 2 == 1)
+    overrides = [f"svd.method={method}", f"seed={len(method)}"]
+    folder = make_model("mixtral")
+    (planned,) = plan_stages(make("svd", folder, tmp_path, small, "svd.ratio=0.3", *overrides))
+    assert planned["accounting"]["expert_ratio"] == pytest.approx(0.3, abs=0.02)
+    calls.clear()
+    with pytest.raises(StageError, match=r"no calibration token reaches 50\.0% of the expert parameters"):
+        plan_stages(make("svd", folder, tmp_path / "b", small, "svd.ratio=0.6", *overrides))

@@ -15,7 +15,7 @@ from ..model.experts import all_shapes, find_experts
 from ..model.parts import JOINT
 from ..recipe import Limits
 from .choices import Choices, choices_of
-from .context import UNREACHED, Context, Plan, StageError
+from .context import UNREACHED, Context, Plan, StageError, kept_share
 
 
 def plan_ratio(context: Context, ratio: float) -> Plan:
@@ -23,8 +23,8 @@ def plan_ratio(context: Context, ratio: float) -> Plan:
     found = choices_of(context, [FLOAT], ranks=True)
     if not found.tables:
         raise StageError("no calibration token reached any expert; give other calibration text")
-    dense = sum(len(t.errors) * t.costs[t.choices.index(Choice(DENSE))] for t in found.tables.values())
-    made = allocate(found.tables, dense * (1 - ratio))
+    left = kept_share(context.parent, ratio, {path for path, _ in found.tables})
+    made = allocate(found.tables, left * context.parent.stored_dtype.itemsize)
     plan = _explained(plan_of(context, found, made.choices), context, found.tables, made)
     return replace(plan, storages={})  # the stage that quantizes has its own
 

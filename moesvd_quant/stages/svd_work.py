@@ -23,6 +23,7 @@ from .context import (
     StageError,
     expert_grams,
     fill,
+    kept_share,
     reached,
     require_experts,
     weak_experts,
@@ -40,8 +41,7 @@ def plan(context: Context, options: Svd) -> Plan:
     if options.method == "global":
         return plan_ratio(context, options.ratio)
     survey, kept = _survey(context, options)
-    total = sum(entry["experts"] * out * i for entry in survey.values() for out, i in entry["shapes"].values())
-    budget = int(total * (1 - options.ratio))
+    budget = kept_share(context.parent, options.ratio, survey)
     decide = plan_paper if options.method == "paper" else _plan_uniform
     layout = layout_of(context.parent)
     layout.experts, decisions = decide(survey, budget, options)
@@ -62,7 +62,7 @@ def _survey(context: Context, options: Svd) -> tuple[dict[str, dict], dict[str, 
 
 
 def _survey_layer(options: Svd, context: Context, index: int, layer, statistics: dict) -> dict[str, dict | None]:
-    """The same of the experts modules of one layer; None for those that no token reached."""
+    """What the method needs of the experts modules of one layer; None for those that no token reached."""
     name = context.parent.layer_names[index]
     found: dict[str, dict | None] = {}
     for path, experts in find_experts(layer):
