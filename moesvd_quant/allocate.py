@@ -12,7 +12,6 @@ DENSE = -1  # in place of a rank: the matrix stays whole
 MAX_RANKS = 4  # distinct choices per layer and projection: each is one tensor and one grouped product
 # Below this share of the least slope of any table, a price makes no difference, even to sums over experts.
 NEGLIGIBLE = 1e-3
-OFF = 1e-9  # how far from a price at which a choice changes
 # Which few choices of a group are best depends on the price, and the price on them: tried from around the free price.
 STARTS, ROUNDS = (0.7, 0.85, 1.0, 1.2, 1.5), 2
 
@@ -121,8 +120,7 @@ def _price(tables, few, budget: float) -> tuple[float, float, float]:
             error += errors[np.arange(len(at)), at].sum()
         bound = max(bound, error + middle * (spent - budget))
         low, high = (middle, high) if spent > budget else (low, middle)
-    # At a price where two choices are worth the same, rounding would decide: a little off it, the figures do.
-    return low * (1 - OFF), high * (1 + OFF), float(bound)
+    return low, high, float(bound)
 
 
 def _price_range(tables, few) -> tuple[float, float]:

@@ -151,7 +151,7 @@ def reached(statistics: dict, path: str) -> bool:
     return bool(statistics[f"{path}/tokens"].sum())
 
 
-def kept_share(parent: StreamedModel, ratio: float, changed: Collection[str]) -> int:
+def kept_share(parent: StreamedModel, ratio: float, changed: Collection[str]) -> float:
     """Parameters that `ratio` leaves to the experts modules at the paths `changed`, where all others stay as they are.
 
     StageError where the others alone are more than the ratio leaves to all.
@@ -163,7 +163,7 @@ def kept_share(parent: StreamedModel, ratio: float, changed: Collection[str]) ->
             sizes[f"{name}.{path}"] = expert_count(experts) * each
     whole = sum(sizes.values())
     rest = sum(size for path, size in sizes.items() if path not in changed)
-    left = int(whole * (1 - ratio)) - rest
+    left = whole * (1 - ratio) - rest
     if left <= 0:
         raise StageError(
             f"ratio {ratio}: no calibration token reaches {rest / whole:.1%} of the expert parameters, which stay as "

@@ -41,7 +41,7 @@ def plan(context: Context, options: Svd) -> Plan:
     if options.method == "global":
         return plan_ratio(context, options.ratio)
     survey, kept = _survey(context, options)
-    budget = kept_share(context.parent, options.ratio, survey)
+    budget = int(kept_share(context.parent, options.ratio, survey))
     decide = plan_paper if options.method == "paper" else _plan_uniform
     layout = layout_of(context.parent)
     layout.experts, decisions = decide(survey, budget, options)
