@@ -13,6 +13,7 @@ from ..checkpoint.files import read_json
 from ..errors import UsageError
 from ..model.modeling_moesvd import MANIFEST
 from ..model.parts import Layout, Part, layout_from
+from ..model.routers import Sources
 from .memory import KINDS, disk_bytes
 from .plot import figure_bytes
 from .record import RECORD, collect
@@ -94,14 +95,20 @@ def _shapes(folder: Path) -> tuple[dict, dict, int]:
     return shapes, {p: expert_count(experts) for p, experts in found.items()}, 8 * parent.stored_dtype.itemsize
 
 
-def expert_bits(parts: list[Part], shape: tuple[int, int], experts: int, bits: int) -> np.ndarray:
-    """(experts,) stored bits per original weight of a projection; a shared bank is shared out among its users."""
+def expert_bits(
+    parts: list[Part], shape: tuple[int, int], experts: int, bits: int, sources: Sources | None = None
+) -> np.ndarray:
+    """(experts,) stored bits per original weight of a projection; a shared bank is shared out among its users, and what
+    stands for several original experts among these."""
     total = np.zeros(experts)
+    sources = sources or [[expert] for expert in range(experts)]
     for part in parts:
         for bank in part.banks(*shape).values():
             stored = 8 * bank.form.bank_bytes(bank.shape[1:], _plain(bits))
             for expert, row in zip(part.experts, bank.rows):
-                total[expert] += stored / bank.rows.count(row)
+                share = stored / bank.rows.count(row) / len(sources[expert])
+                for original in sources[expert]:
+                    total[original] += share
     return total / (shape[0] * shape[1])
 
 
@@ -119,7 +126,7 @@ def _layer_table(stage: Stage) -> Table:
         for name in sorted(projections, key=PROJECTIONS.index):
             parts, shape = projections[name], stage.shapes[path][name]
             errors = _mean_error(stage.manifest["errors"].get(path, {}).get(name))
-            bits = expert_bits(parts, shape, stage.experts[path], stage.bits)
+            bits = expert_bits(parts, shape, stage.experts[path], stage.bits, stage.layout.sources.get(path))
             rows.append([
                 path.removesuffix(".experts"), name, _describe(parts),
                 round(float(bits.mean()), 3),
@@ -240,7 +247,8 @@ def _draw_bits(stage: Stage):
     for name, grid in zip(names, grids):
         for row, (path, parts) in zip(grid, layers.items()):
             count = stage.experts[path]
-            row[:count] = expert_bits(parts[name], stage.shapes[path][name], count, stage.bits)
+            sources = stage.layout.sources.get(path)
+            row[:count] = expert_bits(parts[name], stage.shapes[path][name], count, stage.bits, sources)
     for axis, name, grid in zip(axes[0], names, grids):
         top = max(map(np.nanmax, grids))
         shown = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")

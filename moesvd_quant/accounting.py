@@ -1,5 +1,6 @@
 """Exact bytes of a checkpoint from its layout, before a weight is read; every tensor counts."""
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from math import prod
@@ -13,6 +14,7 @@ from .model.experts import count_shared, expert_count, find_experts, is_shared, 
 from .model.factorized_experts import FactorizedExperts
 from .model.modeling_moesvd import config_class, model_class, native_class
 from .model.parts import Layout
+from .model.routers import router_of, rows_of
 from .model.stream import StreamedModel
 
 
@@ -45,13 +47,24 @@ def planned_model(parent: StreamedModel, layout: Layout):
         return model_class(layout.native_type)._from_config(config, dtype=parent.stored_dtype)
 
 
-def original_model(parent: StreamedModel):
-    """The native architecture on the meta device; shared experts count as experts where they do in `parent`."""
+# What configs call the number of routed experts of a layer.
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def original_model(parent: StreamedModel, experts: int | None = None):
+    """The native architecture on the meta device; shared experts count as experts where they do in `parent`. experts:
+    how many routed ones each layer has, where that is another number than the original's."""
     config = parent.config
     if hasattr(config, "moesvd"):
         native = CONFIG_MAPPING[config.moesvd["native_type"]]
         ours = ("moesvd", "auto_map", "architectures", "model_type")
         config = native.from_dict({key: value for key, value in config.to_dict().items() if key not in ours})
+    if experts is not None:
+        config = copy.deepcopy(config)
+        for part in (config, config.get_text_config(decoder=True)):
+            for name in EXPERT_COUNTS:
+                if getattr(part, name, None):
+                    setattr(part, name, experts)
     with init_empty_weights(include_buffers=False):
         made = native_class(type(config))._from_config(config, dtype=parent.stored_dtype)
     if any(is_shared(experts) for _, experts in find_experts(parent.model)):
@@ -108,7 +121,8 @@ def account(parent: StreamedModel, layout: Layout) -> Accounting:
     original_weights, _ = expert_parameters(original)
     everything = stored_tensors(original)
     original_params = sum(t.numel() for t in everything.values())
-    params = original_params - original_weights + weights
+    dropped = sum(_beside_weights(original, path) - _beside_weights(planned, path) for path in layout.sources)
+    params = original_params - original_weights + weights - dropped
     files = by_file(planned, parent.layer_names)
     tensor_bytes = sum(t.numel() * t.element_size() for ts in files.values() for t in ts.values())
     stored = stored_tensors(planned)
@@ -127,3 +141,12 @@ def account(parent: StreamedModel, layout: Layout) -> Accounting:
         expert_ratio=1 - weights / original_weights,
         model_ratio=1 - params / original_params,
     )
+
+
+def _beside_weights(model, path: str) -> int:
+    """Numbers of an experts module that are no weights, and of the router beside it: biases, a row for each expert."""
+    experts = model.get_submodule(path)
+    router = router_of(model.get_submodule(path.rpartition(".")[0]), expert_count(experts))
+    own = [p for name, p in experts.named_parameters() if "bias" in name]
+    rows = [t for module in router.modules for t in rows_of(module, router.experts).values()] if router else []
+    return sum(t.numel() for t in [*own, *rows])

@@ -38,7 +38,7 @@ def export_checkpoint(folder: Path, out: Path, to: str) -> None:
     if to == "dense":
         _require_dense_form(parent.model)
     out.mkdir(parents=True, exist_ok=True)
-    native = original_model(parent)
+    native = original_model(parent, _experts_left(parent))
     quants: dict[str, dict] = {}
     names: dict[str, str] = {}
     total = 0
@@ -60,6 +60,21 @@ def export_checkpoint(folder: Path, out: Path, to: str) -> None:
         write_json(out / "config.json", native.config.to_dict() | {"quantization_config": quantization})
         write_json(out / "quantize_config.json", quantization)
     carry_files(folder, out)
+
+
+def _experts_left(parent: StreamedModel) -> int | None:
+    """How many routed experts each layer has, where some were dropped or merged; None where all are there. ModelError
+    where layers have different numbers: no class of transformers can hold them."""
+    found = [m for _, m in parent.model.named_modules() if isinstance(m, FactorizedExperts) and not is_shared(m)]
+    if all(module.sources is None for module in found):
+        return None
+    counts = sorted({module.experts for module in found})
+    if len(counts) > 1:
+        raise ModelError(
+            f"{parent.folder}: layers have {', '.join(map(str, counts))} experts, and plain checkpoints have the same "
+            "number in each; load it with moesvd_quant, or keep as many experts in each layer"
+        )
+    return counts[0]
 
 
 def _parts(parent: StreamedModel) -> Iterator[tuple[str, str | None]]:

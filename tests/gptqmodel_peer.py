@@ -7,7 +7,7 @@ import sys
 
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-from moesvd_quant.evaluation.perplexity import perplexity
+from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 
 
 def dense(model):
@@ -36,7 +36,7 @@ def main(folder, windows, test, bits, group_size, out):
     model.save(out)
     loaded = GPTQModel.load(out, device="cpu", dtype=torch.float16, backend=BACKEND.GPTQ_TORCH)
     packed = sum(hasattr(m, "dequantize_weight") for m in loaded.model.modules())
-    print("RESULT", packed, perplexity(dense(loaded.model), torch.load(test)).ppl)
+    print("RESULT", packed, perplexity(in_memory(dense(loaded.model)), torch.load(test)).ppl)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,14 @@ ARCHITECTURES = {
             layer_types=["sliding_attention", "full_attention"],
         ),
     ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        dict(
+            intermediate_size=96, moe_intermediate_size=32, n_routed_experts=9, n_shared_experts=1,
+            num_experts_per_tok=2, first_k_dense_replace=1, kv_lora_rank=32, q_lora_rank=None, qk_nope_head_dim=16,
+            qk_rope_head_dim=16, v_head_dim=16, num_key_value_heads=4, n_group=3, topk_group=2,
+        ),
+    ),
     "deepseek_v2": (
         "DeepseekV2Config",
         dict(

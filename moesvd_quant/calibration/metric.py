@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..lazy import Lazily
+from ..model.routers import Sources
 
 # Shares of the expert's own inputs, of all inputs of its layer, and of those without their correlations; together 1.
 OWN, POOLED, DIAGONAL = 0.125, 0.125, 0.75
@@ -58,7 +59,10 @@ class Grams(Lazily):
     `shrink` or `unknown`. ValueError where no expert saw a token, but for the last.
     """
 
-    def __init__(self, gram: torch.Tensor, tokens: torch.Tensor, metric: Callable, device="cpu"):
+    def __init__(
+        self, gram: torch.Tensor, tokens: torch.Tensor, metric: Callable, device="cpu", sources: Sources | None = None
+    ):
+        """sources: the experts of the statistics that each expert here stands for; None: the same ones."""
         total = int(tokens.sum())
         if total == 0 and metric is not unknown:
             raise ValueError("no calibration token reached any expert of this layer")
@@ -69,9 +73,13 @@ class Grams(Lazily):
 
         # No method of this object, which would then hold itself, and the layer's matrices with it.
         def made(expert: int) -> torch.Tensor:
-            return metric(gram[expert].to(device), tokens[expert].to(device), layer)
+            first, *more = sources[expert] if sources else [expert]
+            own, count = gram[first].to(device), tokens[first].to(device)
+            for other in more:
+                own, count = own + gram[other].to(device), count + tokens[other].to(device)
+            return metric(own, count, layer)
 
-        super().__init__(len(gram), made)
+        super().__init__(len(sources or gram), made)
 
 
 def coverage(tokens: torch.Tensor, features: int) -> dict[str, list[int]]:

@@ -19,6 +19,7 @@ from ..lazy import Lazily
 from ..memory import Batches
 from ..model.experts import dense_weight, expert_count, find_experts, intermediate, pairs_of, route, shapes_of
 from ..model.native_experts import Routed
+from ..model.routers import Sources
 from .cache import walk_folder
 from .store import Statistics
 
@@ -64,11 +65,12 @@ class PairedExperts:
 
     pairs: per batch the original's routing and the compressed inputs, again and again; at_once(n): how many experts'
     sums of (n, n) are made at a time; folder: for the files of sums. `gate_up`: sums of the inputs of gate and up.
+    sources: the original experts of those that are compressed, one each, by which pairs are numbered.
     """
 
-    def __init__(self, native: nn.Module, pairs: Pairs, at_once: Callable[[int], int], folder: Path):
+    def __init__(self, native: nn.Module, sources: Sources, pairs: Pairs, at_once: Callable[[int], int], folder: Path):
         self.native, self.pairs, self.at_once, self.folder = native, pairs, at_once, folder
-        self.count = expert_count(native)
+        self.sources, self.count = sources, len(sources)
         self.device = next(native.parameters()).device
         hidden, self._inner = shapes_of(native)["down"]
         self.tokens = sum(torch.bincount(routed.expert, minlength=self.count)[: self.count] for routed, _ in pairs())
@@ -77,13 +79,13 @@ class PairedExperts:
 
     def weights(self, name: str) -> Lazily:
         """The original's weights (out, in) by expert, float32."""
-        return Lazily(self.count, lambda expert: dense_weight(self.native, name, expert))
+        return Lazily(self.count, lambda expert: dense_weight(self.native, name, self.sources[expert][0]))
 
     def down(self, made: nn.Module) -> Sums:
         """Sums of down's inputs as gate and up of `made` give them."""
 
         def inner(expert, x, z):
-            return intermediate(self.native, expert, x), intermediate(made, expert, z)
+            return intermediate(self.native, self.sources[expert][0], x), intermediate(made, expert, z)
 
         return self._sums(self._inner, inner)
 
@@ -148,22 +150,33 @@ class PairedWalk:
         """Puts a copy of what a stage made into the compressed layer."""
         self.compressed.put_copy(path, made, self.known.dtype)
 
-    def experts(self, path: str) -> PairedExperts:
-        """The module at a path of the layer, with the inputs it has now."""
+    def experts(self, path: str, sources: Sources) -> PairedExperts:
+        """The module at a path of the layer, with the inputs it has now, for experts of these sources."""
         with torch.no_grad():
             given = self._observe(self.compressed, lambda: self.compressed.run(self.compressed.hidden))[path]
         mine = self._seen[path]
 
         def pairs():
             for x, token, expert, z in zip(*mine, given[0]):
-                yield Routed(x, token, expert), z
+                if same:
+                    yield Routed(x, token, expert), z
+                    continue
+                mapped = own[expert.cpu()]
+                chosen = (mapped >= 0).nonzero()[:, 0]
+                ordered = chosen[mapped[chosen].argsort(stable=True)]
+                yield Routed(x, token[ordered.to(token.device)], mapped[ordered].to(expert.device)), z
 
         native = self.original.layer.get_submodule(path)
+        count = expert_count(native)
+        same = sources == [[expert] for expert in range(count)]
+        own = torch.full((count + 1,), -1)  # what an expert is called here; one past the last hands its input on
+        for at, (expert, *_) in enumerate(sources):
+            own[expert] = at
 
         def at_once(size: int) -> int:
             return self.known.memory.at_once(expert_count(native), 2 * 4 * size**2, self.known.sizes.activations)
 
-        return PairedExperts(native, pairs, at_once, Path(self._own.name))
+        return PairedExperts(native, sources, pairs, at_once, Path(self._own.name))
 
     def _observe(self, visit, run: Callable[[], object]) -> dict[str, list[Batches]]:
         """{path: [inputs, token, expert of each pair]} per batch, of each experts module while `run` runs the layer."""

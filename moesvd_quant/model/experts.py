@@ -9,10 +9,9 @@ from torch import nn
 from .factorized_experts import FactorizedExperts
 from .native_experts import EveryToken, Flags, Routed, add_bias, apply_gate, arguments, form_of
 from .parts import JOINT, joined, separate
+from .routers import ROUTERS as ROUTERS
+from .routers import Sources
 from .stored import StoredLinear
-
-# Names under which routers and the gate of a shared expert stand: they choose, and stay as they are.
-ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
 def find_experts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -78,6 +77,12 @@ def weight_parameters(native: nn.Module) -> list[nn.Parameter]:
 
 def expert_count(experts: nn.Module) -> int:
     return experts.experts if isinstance(experts, FactorizedExperts) else len(split_projections(experts)["down"])
+
+
+def sources_of(experts: nn.Module) -> Sources:
+    """From which original experts each expert of a module comes."""
+    own = experts.sources if isinstance(experts, FactorizedExperts) else None
+    return own or [[expert] for expert in range(expert_count(experts))]
 
 
 def shapes_of(experts: nn.Module) -> dict[str, tuple[int, int]]:

@@ -9,6 +9,7 @@ from torch import nn
 from .native_experts import add_bias, apply_gate, form_of
 from .parts import JOINT, Projections, joined, projection_shapes, separate
 from .pruned_base import PrunedBase
+from .routers import Sources
 
 ONE_BY_ONE = ("cpu",)  # devices on which a product for each expert is as fast as one grouped product
 
@@ -16,15 +17,17 @@ ONE_BY_ONE = ("cpu",)  # devices on which a product for each expert is as fast a
 class FactorizedExperts(PrunedBase):
     """Drop-in for the experts of any architecture that `native_experts` knows, built from them and a layout."""
 
-    def __init__(self, native: nn.Module, layout: Projections):
-        """native: the module to stand in for, of the architecture's own class or one of ours."""
+    def __init__(self, native: nn.Module, layout: Projections, sources: Sources | None = None):
+        """native: the module to stand in for, of the architecture's own class or one of ours. sources: from which of
+        its experts those of this module come; None: the same ones. One of ours keeps its own."""
         super().__init__()
         ours = isinstance(native, FactorizedExperts)
         if not ours:
             shapes = projection_shapes(native)
             self.shapes = joined(shapes) if JOINT in layout else shapes
             self.native_class, self.form = type(native), form_of(native)
-            self.experts = len(self.form.weights(native)["down"])
+            self.original_experts = len(self.form.weights(native)["down"])
+            self.sources, self.experts = sources, len(sources or range(self.original_experts))
             # Weights are banks (rows, out, in), whatever they were in the native module.
             self.flags = self.form.flags(native)._replace(is_transposed=False)
         own = ("formats", "kinds")
@@ -35,9 +38,9 @@ class FactorizedExperts(PrunedBase):
         for name, child in native._modules.items():
             if name not in holders:
                 self.add_module(name, child)
-        for name, other in native.named_parameters(recurse=False):  # biases
+        for name, other in native.named_parameters(recurse=False):  # biases, a row for each expert
             if name not in weights:
-                self.register_parameter(name, other)
+                self.register_parameter(name, other if ours or sources is None else _rows_of(other, sources))
         self.is_transposed = False  # peft asks
         self.layout = layout
         self._maps: dict[tuple, Any] = {}
@@ -246,3 +249,9 @@ class FactorizedExperts(PrunedBase):
         pairs = separate({name: self.project(x, token, ids, name, masks) for name in names})
         add_bias(self, self.flags, pairs, ids)
         return self.activate(pairs)
+
+
+def _rows_of(parameter, sources):
+    """The rows of the first source of each expert."""
+    kept = torch.tensor([group[0] for group in sources], device=parameter.device)
+    return nn.Parameter(parameter.detach().index_select(0, kept), requires_grad=parameter.requires_grad)

@@ -23,12 +23,13 @@ from .modeling_deepseek import DeepseekForCausalLM as DeepseekForCausalLM  # its
 from .more_formats import MORE as MORE  # formats are registered by their import
 from .native_experts import EveryToken
 from .parts import Layout, layout_from
+from .routers import regroup, router_of, why_not
 from .stored import StoredLinear
 
 # What a checkpoint needs to open itself.
 SHIPPED = (
     "modeling_moesvd.py", "factorized_experts.py", "pruned_base.py", "parts.py", "stored.py", "formats.py", "grids.py",
-    "packing.py", "native_experts.py", "modeling_deepseek.py", "more_formats.py",
+    "packing.py", "routers.py", "native_experts.py", "modeling_deepseek.py", "more_formats.py",
 )  # fmt: skip
 MANIFEST = "moesvd.json"
 
@@ -38,12 +39,24 @@ def apply_layout(model: nn.Module, layout: Layout) -> None:
     for path, projections in layout.experts.items():
         native = model.get_submodule(path)
         native.is_expert = EveryToken.fits(native)
-        model.set_submodule(path, FactorizedExperts(native, projections))
+        replace_experts(model, path, FactorizedExperts(native, projections, layout.sources.get(path)))
     for path, linear in layout.linears.items():
         old = model.get_submodule(path)
         kind = dict(dtype=old.weight.dtype, device=old.weight.device)
         new = StoredLinear(old.in_features, old.out_features, old.bias is not None, linear, **kind)
         model.set_submodule(path, new)
+
+
+def replace_experts(model: nn.Module, path: str, made: FactorizedExperts) -> None:
+    """Puts an experts module in its place, and gives the router beside it a row for each of its experts. ValueError
+    where that router cannot serve them."""
+    if made.sources is not None:
+        router = router_of(model.get_submodule(path.rpartition(".")[0]), made.original_experts)
+        if why := why_not(router, made.sources):
+            raise ValueError(f"{path}: its experts cannot be regrouped: {why}")
+        assert router is not None
+        regroup(router, made.sources)
+    model.set_submodule(path, made)
 
 
 class MoesvdConfig(PreTrainedConfig):

@@ -19,6 +19,7 @@ from torch import nn
 
 from .formats import FLOAT, Format, format_from
 from .native_experts import form_of
+from .routers import Sources
 
 JOINT = "gate_up"  # gate and up as one projection
 FORMAT = 3  # of layouts
@@ -130,11 +131,16 @@ class LinearLayout:
 
 @dataclass
 class Layout:
-    """Which tensors make up which weights, by path. source_bytes: size of an original that was quantized otherwise."""
+    """Which tensors make up which weights, by path.
+
+    sources: from which original experts those of a module come, where they are not the same ones in the same order.
+    source_bytes: size of an original that was quantized otherwise.
+    """
 
     native_type: str
     experts: dict[str, Projections] = field(default_factory=dict)
     linears: dict[str, LinearLayout] = field(default_factory=dict)
+    sources: dict[str, Sources] = field(default_factory=dict)
     source_bytes: int | None = None
 
     def parts(self) -> list[Part]:
@@ -153,7 +159,9 @@ class Layout:
             "native_type": self.native_type,
             "experts": {path: projections_to(projections) for path, projections in self.experts.items()},
             "linears": {path: linear.to_dict() for path, linear in self.linears.items()},
-        } | ({"source_bytes": self.source_bytes} if self.source_bytes else {})
+            **({"sources": self.sources} if self.sources else {}),
+            **({"source_bytes": self.source_bytes} if self.source_bytes else {}),
+        }
 
 
 def projections_to(projections: Projections) -> dict[str, list[dict]]:
@@ -187,7 +195,10 @@ def layout_from(content: Any) -> Layout:
     try:
         experts = {path: projections_from(projections) for path, projections in content["experts"].items()}
         linears = {path: linear_from(linear) for path, linear in content["linears"].items()}
-        return Layout(content["native_type"], experts, linears, content.get("source_bytes"))
+        sources = {
+            path: [list(map(int, group)) for group in found] for path, found in content.get("sources", {}).items()
+        }
+        return Layout(content["native_type"], experts, linears, sources, content.get("source_bytes"))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"config.json: the layout under `moesvd` is damaged: {error!r}; copy it again") from error
 

@@ -17,6 +17,7 @@ from ..model.experts import expert_count, find_experts, shapes_of, unknown_exper
 from ..model.factorized_experts import FactorizedExperts
 from ..model.folder import ModelError
 from ..model.parts import JOINT, Layout, Projections
+from ..model.routers import Sources
 from ..model.stream import StreamedModel
 from ..parallel import Pool
 from ..recipe import Limits
@@ -128,19 +129,27 @@ class Plan:
     storages: dict = field(default_factory=dict)
 
 
-def expert_grams(statistics: dict, path: str, device, metric=blend) -> dict[str, Grams]:
-    """Gram matrices (in, in), by expert, that a projection's errors are judged by; `metric`: `blend` or `shrink`."""
+def expert_grams(statistics: dict, path: str, device, metric=blend, sources: Sources | None = None) -> dict[str, Grams]:
+    """Gram matrices (in, in), by expert, that a projection's errors are judged by; `metric`: `blend` or `shrink`.
+
+    sources: the original experts that each expert stands for, where they are not the same.
+    """
     tokens = statistics[f"{path}/tokens"]
     try:
-        gram_in, gram_mid = (Grams(statistics[f"{path}/{k}"], tokens, metric, device) for k in ("gram_in", "gram_mid"))
+        gram_in, gram_mid = (
+            Grams(statistics[f"{path}/{k}"], tokens, metric, device, sources) for k in ("gram_in", "gram_mid")
+        )
     except ValueError as error:
         raise StageError(f"{path}: {error}; give more or other calibration text") from error
     return {"gate": gram_in, "up": gram_in, JOINT: gram_in, "down": gram_mid}
 
 
-def weak_experts(statistics: dict, path: str) -> dict[str, list[int]]:
+def weak_experts(statistics: dict, path: str, sources: Sources | None = None) -> dict[str, list[int]]:
     """Experts with few or no tokens, for the report."""
-    return coverage(statistics[f"{path}/tokens"], statistics[f"{path}/gram_in"].shape[-1])
+    tokens = statistics[f"{path}/tokens"]
+    if sources:
+        tokens = torch.stack([tokens[group].sum() for group in sources])
+    return coverage(tokens, statistics[f"{path}/gram_in"].shape[-1])
 
 
 UNREACHED = "no calibration token reaches it"
@@ -185,9 +194,14 @@ def require_experts(parent: StreamedModel) -> None:
     raise StageError(f"{parent.folder}: a dense model: no layer has experts, there is nothing to compress")
 
 
-def factorized(native, layout: Projections, banks: Iterable[tuple[str, int | None, torch.Tensor]]) -> FactorizedExperts:
-    """The experts module that stands in for `native`; its float banks come as (name, row or None for all, tensor)."""
-    made = FactorizedExperts(native, layout)
+def factorized(
+    native, layout: Projections, banks: Iterable[tuple[str, int | None, torch.Tensor]], sources: Sources | None = None
+) -> FactorizedExperts:
+    """The experts module that stands in for `native`; its float banks come as (name, row or None for all, tensor).
+
+    sources: from which of the native experts its own come; None: the same ones.
+    """
+    made = FactorizedExperts(native, layout, sources)
     fill(made, banks)
     return made
 

@@ -11,7 +11,7 @@ from ..calibration.recording import linear_gram
 from ..decompose.whitening import whitened_error
 from ..layout import layout_of, projections_of
 from ..lazy import Lazily, picked
-from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of
+from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of, sources_of
 from ..model.factorized_experts import FactorizedExperts
 from ..model.formats import Format
 from ..model.parts import DensePart, LinearLayout, Part, Projections
@@ -119,7 +119,7 @@ def run_layer(context: Context, options: Gptq, index: int, layer, statistics: di
         layer.set_submodule(path, made)
         if walk:
             walk.replace(path, made)
-        report[full] = given.errors(made) | {"weak_experts": weak_experts(statistics, path)}
+        report[full] = given.errors(made) | {"weak_experts": weak_experts(statistics, path, sources_of(experts))}
     return report
 
 

@@ -3,11 +3,11 @@ compressed model will really give them."""
 
 from ..calibration.metric import Grams, blend, shrink, unknown
 from ..calibration.paired import PairedExperts, output_error
-from ..lazy import Lazily
-from ..model.experts import dense_weight, expert_count
+from ..lazy import Lazily, picked
+from ..model.experts import dense_weight, expert_count, sources_of
 from ..model.factorized_experts import FactorizedExperts
 from ..model.parts import JOINT
-from .context import Context, errors_of, expert_grams, reached
+from .context import Context, StageError, errors_of, expert_grams, reached
 
 
 class OriginalInputs:
@@ -17,8 +17,9 @@ class OriginalInputs:
         known = reached(statistics, path)
         self.experts = experts
         # A whole matrix loses little everywhere: its own inputs tell best. Factors have to choose what to keep.
-        self.own = expert_grams(statistics, path, context.device, shrink if known else unknown)
-        self.blended = expert_grams(statistics, path, context.device, blend) if known else self.own
+        sources = sources_of(experts)
+        self.own = expert_grams(statistics, path, context.device, shrink if known else unknown, sources)
+        self.blended = expert_grams(statistics, path, context.device, blend, sources) if known else self.own
 
     def weights(self, name: str, made: FactorizedExperts) -> Lazily:
         """What a projection should be, (out, in) float32 by expert."""
@@ -41,7 +42,9 @@ class PairedInputs:
 
     def __init__(self, context: Context, pair: PairedExperts, statistics: dict, path: str):
         self.pair, self.device = pair, context.device
-        self.original = {"gate": statistics[f"{path}/gram_in"], "down": statistics[f"{path}/gram_mid"]}
+        kept = [group[0] for group in pair.sources]
+        gram_in, gram_mid = (statistics[f"{path}/{key}"] for key in ("gram_in", "gram_mid"))
+        self.original = {"gate": picked(gram_in, kept), "down": picked(gram_mid, kept)}
         self.original |= dict.fromkeys(("up", JOINT), self.original["gate"])
         self.sums = dict.fromkeys(("gate", "up", JOINT), pair.gate_up)
 
@@ -73,5 +76,10 @@ def inputs_of(
 ) -> OriginalInputs | PairedInputs:
     """The inputs that a stage fits experts to. Experts that no token reaches have no others than the original's."""
     if error_aware and reached(statistics, path):
-        return PairedInputs(context, context.paired_walk().experts(path), statistics, path)
+        if any(len(group) > 1 for group in sources_of(experts)):
+            raise StageError(
+                f"{path}: some of its experts are merged of several: there is no original to learn from; leave out "
+                "error_aware"
+            )
+        return PairedInputs(context, context.paired_walk().experts(path, sources_of(experts)), statistics, path)
     return OriginalInputs(context, experts, statistics, path)
