@@ -3,8 +3,8 @@
 from torch import nn
 
 from ..model.experts import ROUTERS, find_experts, is_shared, shapes_of
-from ..model.factorized_experts import FactorizedExperts
-from ..model.stored import StoredLinear
+from ..runtime.factorized_experts import FactorizedExperts
+from ..runtime.stored import StoredLinear
 
 
 def flops_per_token(model: nn.Module, context: int) -> dict[str, float]:

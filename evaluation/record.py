@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.files import read_json, write_json
 from ..errors import UsageError
+from ..memory.files import read_json, write_json
 from .flops import flops_per_token
 from .memory import disk_bytes, fits, peak_bytes, resident_bytes
 from .perplexity import PROTOCOLS, Logits, document_perplexity, in_memory, perplexity

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint.files import read_json
 from ..errors import UsageError
-from ..model.modeling_moesvd import MANIFEST
-from ..model.parts import Layout, Part, layout_from
-from ..model.routers import Sources
+from ..memory.files import read_json
+from ..runtime.modeling_moesvd import MANIFEST
+from ..runtime.parts import Layout, Part, layout_from
+from ..runtime.routers import Sources
 from .memory import KINDS, disk_bytes
 from .plot import figure_bytes
 from .record import RECORD, collect
@@ -85,7 +85,7 @@ def _stage(folder: Path) -> Stage:
 def _shapes(folder: Path) -> tuple[dict, dict, int]:
     """(out, in) of the projections of each experts module, gate and up as one as well; experts in each; bits of an
     original weight."""
-    from ..accounting import original_model
+    from ..checkpoint.accounting import original_model
     from ..model.experts import all_shapes, expert_count, find_experts
     from ..model.stream import StreamedModel
 

@@ -11,11 +11,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from ..checkpoint.files import read_json, write_json
 from ..errors import UsageError
+from ..memory.files import read_json, write_json
 from ..model.experts import expert_count, find_experts
-from ..model.parts import Layout
-from ..model.stored import Stored
+from ..runtime.parts import Layout
+from ..runtime.stored import Stored
 from .flops import flops_per_token
 from .memory import resident_bytes
 from .record import SPEED
@@ -30,7 +30,7 @@ def open_model(folder: str | Path, device: str = "cpu", layout: Layout | None = 
     import moesvd_quant
 
     from ..model.folder import class_for, read_config
-    from ..model.modeling_moesvd import config_class, model_class
+    from ..runtime.modeling_moesvd import config_class, model_class
 
     folder = Path(folder)
     if layout is None and any(folder.glob("*.safetensors")):
@@ -72,11 +72,11 @@ def _filled(model: nn.Module, device: str) -> nn.Module:
 def uniform_layout(folder: str | Path, ratio: float) -> Layout:
     """Layout in which every expert matrix, gate and up as one, has factors of one rank share, `ratio` of the parameters
     gone."""
+    from ..checkpoint.layout import factor_part
     from ..decompose.ranks import level_ranks
-    from ..layout import factor_part
     from ..model.experts import shapes_of
     from ..model.folder import class_for, read_config
-    from ..model.parts import joined
+    from ..runtime.parts import joined
 
     config = read_config(Path(folder))
     with init_empty_weights():

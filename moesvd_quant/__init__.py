@@ -4,6 +4,7 @@ Importing it teaches transformers the model type `moesvd` (see `_register`); hea
 """
 
 from . import _register as _register
+from . import stages as stages  # recipes know them by their names
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,7 @@ TRIGGER = "transformers.models.auto.modeling_auto"
 
 
 def register() -> None:
-    importlib.import_module("moesvd_quant.model.modeling_moesvd")
+    importlib.import_module("moesvd_quant.runtime.modeling_moesvd")
 
 
 class _AfterAutoClasses(importlib.abc.MetaPathFinder):

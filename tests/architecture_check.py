@@ -5,14 +5,14 @@ import random
 from pathlib import Path
 
 import torch
-from architectures import tiny_architecture
-from tiny import tiny_tokenizer
 
 import moesvd_quant
+from architectures import tiny_architecture
 from moesvd_quant.model.experts import find_experts, find_linears, is_shared
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
+from tiny import tiny_tokenizer
 
 STEPS = ("read", "svd", "gptq4", "reload", "generate", "shared")
 IDS = torch.randint(10, 250, (3, 32), generator=torch.Generator().manual_seed(0))

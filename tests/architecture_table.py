@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+
 from architecture_check import STEPS, check
 from architectures import NOT_BUILT, SURVEY
 

@@ -4,10 +4,10 @@ of its fields, plus what an architecture needs besides."""
 import copy
 
 import torch
-from tiny import enlarge
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moesvd_quant.model.modeling_moesvd import native_class
+from moesvd_quant.runtime.modeling_moesvd import native_class
+from tiny import enlarge
 
 # Values by field name. Fields that a config does not have are left out.
 SMALL: dict = {

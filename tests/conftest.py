@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import tiny_architecture
-from tiny import tiny_model, tiny_tokenizer
 
 import moesvd_quant  # registers our model type
+from architectures import tiny_architecture
+from tiny import tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -7,6 +7,7 @@ import sys
 
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
 from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 
 

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from moesvd_quant.allocate import DENSE, MAX_RANKS, NOTHING, RANK_STEP, Choice, Storage, Table, allocate, useful_ranks
+from moesvd_quant.plan.knapsack import (
+    DENSE,
+    MAX_RANKS,
+    NOTHING,
+    RANK_STEP,
+    Choice,
+    Storage,
+    Table,
+    allocate,
+    useful_ranks,
+)
 
 
 def spectra(experts, size, seed, decay):

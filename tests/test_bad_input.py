@@ -7,18 +7,18 @@ import subprocess
 
 import pytest
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moesvd_quant
 from moesvd_quant.calibration.text import TextError
-from moesvd_quant.checkpoint.files import WriteError, require_space, write_json
+from moesvd_quant.memory.files import WriteError, require_space, write_json
 from moesvd_quant.model.folder import ModelError
-from moesvd_quant.model.modeling_moesvd import check_digests
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run, RunError
-from moesvd_quant.stages.context import StageError
+from moesvd_quant.plan.context import StageError
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run, RunError
+from moesvd_quant.runtime.modeling_moesvd import check_digests
+from tiny import tiny_tokenizer
 
 
 def run(recipe, folder, out, overrides):
@@ -147,7 +147,7 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_fills_up_leaves_no_half_file_and_the_run_goes_on(make_model, small_disk, small, monkeypatch):
-    monkeypatch.setattr("moesvd_quant.runner.require_space", lambda *_: None)  # someone else fills it meanwhile
+    monkeypatch.setattr("moesvd_quant.run.run.require_space", lambda *_: None)  # someone else fills it meanwhile
     folder, out = make_model("mixtral"), small_disk / "out"
     with pytest.raises(WriteError, match="the disk is full; make room and run the same command again"):
         run("svd", folder, out, small)
@@ -161,7 +161,7 @@ def test_a_disk_that_fills_up_leaves_no_half_file_and_the_run_goes_on(make_model
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_text_file_on_a_full_disk(tmp_path, monkeypatch):
     (tmp_path / "full").symlink_to("/dev/full")
-    monkeypatch.setattr("moesvd_quant.checkpoint.files._temporary", lambda path: tmp_path / "full")
+    monkeypatch.setattr("moesvd_quant.memory.files._temporary", lambda path: tmp_path / "full")
     with pytest.raises(WriteError, match="the disk is full"):
         write_json(tmp_path / "a.json", {"x": "y" * 100_000})
     assert not (tmp_path / "a.json").exists()

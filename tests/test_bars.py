@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from moesvd_quant.bench import compare
 from moesvd_quant.calibration.text import load_documents, token_windows
-from moesvd_quant.demo import CALIBRATION, TEXTS
-from moesvd_quant.recipe import load_recipe
+from moesvd_quant.compare.bench import compare
+from moesvd_quant.compare.demo import CALIBRATION, TEXTS
+from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.reference import path as reference_path
-from moesvd_quant.runner import Run
+from moesvd_quant.run.run import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

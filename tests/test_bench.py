@@ -5,11 +5,11 @@ import hashlib
 import pytest
 import torch
 
-from moesvd_quant.bench import cached_evaluate, compare
+from moesvd_quant.compare.bench import cached_evaluate, compare
 from moesvd_quant.evaluation import record
 from moesvd_quant.evaluation.record import Wanted
-from moesvd_quant.model import modeling_moesvd
-from moesvd_quant.model.modeling_moesvd import check_digests, file_digest
+from moesvd_quant.runtime import modeling_moesvd
+from moesvd_quant.runtime.modeling_moesvd import check_digests, file_digest
 
 
 def test_the_baseline_of_another_model_is_not_taken(make_model, text, tmp_path, small):
@@ -32,9 +32,9 @@ def test_a_record_is_used_again_where_nothing_changed(make_model, text, tmp_path
         calls.append(given)
         return real(*given, **more)
 
-    monkeypatch.setattr("moesvd_quant.bench.evaluate", counted)
+    monkeypatch.setattr("moesvd_quant.compare.bench.evaluate", counted)
     if change == "dtype":
-        monkeypatch.setattr("moesvd_quant.bench.dtype_on", lambda folder, device: "torch.bfloat16")
+        monkeypatch.setattr("moesvd_quant.compare.bench.dtype_on", lambda folder, device: "torch.bfloat16")
     if change == "texts":
         wanted = Wanted({"other": "demo"}, length=64)
     if change == "length":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moesvd_quant import cli
-from moesvd_quant.recipe import load_recipe, shipped
+from moesvd_quant.recipe.recipe import load_recipe, shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,7 +56,7 @@ def test_functions_named_in_the_method_notes_exist():
     import importlib
 
     pages = "".join((ROOT / "docs" / name).read_text() for name in ("moe-svd.md", "d2-moe.md"))
-    names = re.findall(r"`((?:decompose|calibration|allocate|fitting)[\w.]*\.\w+)`", pages)
+    names = re.findall(r"`((?:decompose|calibration|plan)[\w.]*\.\w+)`", pages)
     assert len(names) >= 10
     for name in names:
         module, function = name.rsplit(".", 1)
@@ -67,7 +67,7 @@ def test_functions_named_in_the_method_notes_exist():
 @pytest.mark.timeout(900)
 def test_the_table_of_the_readme_is_what_the_demo_prints(tmp_path):
     """Other Pythons carry other documentation, other processors round otherwise: the figures may move a little."""
-    from moesvd_quant.demo import run_demo
+    from moesvd_quant.compare.demo import run_demo
 
     written = README.split("<!-- demo table: begin -->\n")[1].split("<!-- demo table: end -->")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in written]

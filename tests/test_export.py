@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moesvd_quant
-from moesvd_quant.export import export_checkpoint
+from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.folder import ModelError
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
 

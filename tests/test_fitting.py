@@ -7,12 +7,12 @@ import torch
 
 import moesvd_quant
 from moesvd_quant.model.experts import find_experts
-from moesvd_quant.model.formats import FLOAT
-from moesvd_quant.model.grids import Grid
-from moesvd_quant.planning import plan_stages
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run, RunError
-from moesvd_quant.stages.context import StageError
+from moesvd_quant.plan.context import StageError
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.plan import plan_stages
+from moesvd_quant.run.run import Run, RunError
+from moesvd_quant.runtime.formats import FLOAT
+from moesvd_quant.runtime.grids import Grid
 
 
 def make(recipe, folder, out, small, *overrides):
@@ -81,8 +81,8 @@ def test_a_first_stage_planned_for_other_widths_is_noticed(make_model, tmp_path,
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_fit_beats_one_width_at_equal_bytes_on_the_reference_model(tmp_path):
-    from moesvd_quant.bench import compare
-    from moesvd_quant.demo import CALIBRATION, TEXTS
+    from moesvd_quant.compare.bench import compare
+    from moesvd_quant.compare.demo import CALIBRATION, TEXTS
     from moesvd_quant.reference import path
 
     (tmp_path / "fit.yaml").write_text("budget: 2.28bpw\nstages: [svd, gptq]")
@@ -131,8 +131,8 @@ def test_what_a_budget_leaves_in_16_bit_stays_as_it_is_and_is_named(make_model, 
 
 
 def test_a_budget_of_loaded_bytes_with_room_for_keys_and_values(make_model, tmp_path, small):
-    from moesvd_quant.budget import kv_cache_bytes
     from moesvd_quant.evaluation.memory import resident_bytes
+    from moesvd_quant.recipe.budget import kv_cache_bytes
 
     folder = make_model("mixtral", torch.bfloat16)
     limits = ["limits.of=resident", "limits.kv_cache={context: 64, batch: 2}"]
@@ -145,7 +145,7 @@ def test_a_budget_of_loaded_bytes_with_room_for_keys_and_values(make_model, tmp_
 
 @pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v2", "gpt_oss"])
 def test_keys_and_values_take_what_transformers_caches(architecture, make_model):
-    from moesvd_quant.budget import kv_cache_bytes
+    from moesvd_quant.recipe.budget import kv_cache_bytes
 
     model = moesvd_quant.load(make_model(architecture))
     cache = model(torch.zeros(2, 100, dtype=torch.long), use_cache=True).past_key_values
@@ -157,8 +157,8 @@ def test_keys_and_values_take_what_transformers_caches(architecture, make_model)
 def test_a_ratio_counts_experts_that_no_token_reaches(make_model, tmp_path, small, monkeypatch, method):
     """Two layers, of which the second sees no token: the first one alone has to give what the ratio asks of both."""
     calls = []
-    for module in ("choices", "svd_work"):
-        monkeypatch.setattr(f"moesvd_quant.stages.{module}.reached", lambda *_: calls.append(1) or len(calls) % 2 == 1)
+    for module in ("plan.choices", "stages.svd_work"):
+        monkeypatch.setattr(f"moesvd_quant.{module}.reached", lambda *_: calls.append(1) or len(calls) % 2 == 1)
     overrides = [f"svd.method={method}", f"seed={len(method)}"]
     folder = make_model("mixtral")
     (planned,) = plan_stages(make("svd", folder, tmp_path, small, "svd.ratio=0.3", *overrides))

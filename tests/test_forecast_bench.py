@@ -7,8 +7,8 @@ import torch
 from moesvd_quant.evaluation.benchmarks.forecast import Bench, cost_of, forecast_of, measured, plan_from, random_plan
 from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 from moesvd_quant.model.load import load
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def test_random_plans_of_equal_bytes(bench):
 
 
 def test_a_plan_in_memory_is_what_the_recipe_makes(bench, tmp_path):
-    from moesvd_quant.planning import plan_stages
-    from moesvd_quant.stages.allocation import allocate
+    from moesvd_quant.plan.allocation import allocate
+    from moesvd_quant.run.plan import plan_stages
 
     chosen = allocate(bench.tables, bench.budget(2.0)).choices  # what the recipe's planner chooses too
     assert forecast_of(bench.tables, chosen) == pytest.approx(

@@ -66,6 +66,25 @@ def test_no_modules_import_each_other_in_a_circle():
     assert not [circle for circle in circles if len(circle) > 1]
 
 
+def test_no_packages_import_each_other():
+    known = sources()
+    package = lambda name: name.split(".")[1] if "." in name else ""  # noqa: E731
+    found = {
+        (package(name), package(other))
+        for name, path in known.items()
+        for other in imports(name, path, known)
+        if "benchmarks" not in name  # programs, which may use everything
+    }
+    circles = [(one, two) for one, two in found if one and two and one < two and (two, one) in found]
+    assert not circles
+
+
+def test_recipes_import_no_torch():
+    for name, path in sources().items():
+        if name.startswith("moesvd_quant.recipe."):
+            assert "import torch" not in path.read_text(), name
+
+
 def test_the_library_imports_neither_its_command_line_nor_its_benchmarks():
     known = sources()
     for name, path in known.items():
@@ -75,15 +94,15 @@ def test_the_library_imports_neither_its_command_line_nor_its_benchmarks():
 
 
 def test_what_ships_into_checkpoints_imports_nothing_else_of_ours():
-    from moesvd_quant.model.modeling_moesvd import SHIPPED
+    from moesvd_quant.runtime.modeling_moesvd import SHIPPED
 
     known = sources()
-    ours = {f"moesvd_quant.model.{Path(name).stem}" for name in SHIPPED}
+    ours = {f"moesvd_quant.runtime.{Path(name).stem}" for name in SHIPPED}
     for name in ours:
         assert imports(name, known[name], known) <= ours, name
 
 
-@pytest.mark.parametrize("module", ["model.modeling_deepseek", "model.parts", "stages.svd"])
+@pytest.mark.parametrize("module", ["runtime.modeling_deepseek", "runtime.parts", "model.stream", "stages.svd"])
 def test_a_module_can_be_imported_first(module):
     done = subprocess.run([sys.executable, "-c", f"import moesvd_quant.{module}"], capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -4,11 +4,11 @@ import gc
 
 import pytest
 import torch
-from tiny import tensor_bytes
 
-from moesvd_quant.memory import Batches, Memory, MemoryLimitError, PeakMeter, anonymous_bytes, parse_bytes
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.memory.limits import Batches, Memory, MemoryLimitError, PeakMeter, anonymous_bytes, parse_bytes
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
+from tiny import tensor_bytes
 
 
 @pytest.mark.parametrize("text,size", [("16GB", 16 * 10**9), ("512 MiB", 512 * 2**20), ("1.5gb", 1500 * 10**6)])

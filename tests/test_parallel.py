@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import workers
 
-from moesvd_quant.parallel import Pool, WorkerError
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+import workers
+from moesvd_quant.memory.pool import Pool, WorkerError
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
 
 CPU = torch.device("cpu")
 

@@ -3,10 +3,10 @@
 import json
 
 import torch
-from moesvd_quant.evaluation.record import Wanted
 
 import moesvd_quant
-from moesvd_quant.pareto import BASELINES, front, nf4_record
+from moesvd_quant.compare.pareto import BASELINES, front, nf4_record
+from moesvd_quant.evaluation.record import Wanted
 
 
 def test_front_holds_budgets_baselines_and_nf4(make_model, tmp_path, text):

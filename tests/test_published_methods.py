@@ -11,19 +11,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import moesvd_quant
-from moesvd_quant import accounting
 from moesvd_quant.calibration.metric import Grams, shrink
 from moesvd_quant.calibration.statistics import LayerRecorder
+from moesvd_quant.checkpoint import accounting
 from moesvd_quant.decompose.pruning import delta_rank, delta_ratio
 from moesvd_quant.decompose.whitening import refit_left
-from moesvd_quant.export import export_checkpoint
+from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts, split_projections
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.plan.context import Context, StageError
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
 from moesvd_quant.stages import svd_work
-from moesvd_quant.stages.context import Context, StageError
 from moesvd_quant.stages.d2 import D2
 from moesvd_quant.stages.paper import plan_paper
 from moesvd_quant.stages.svd import Svd

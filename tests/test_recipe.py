@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from moesvd_quant.budget import parse_budget
-from moesvd_quant.recipe import RecipeError, load_recipe, read_shipped, shipped
+from moesvd_quant.recipe.budget import parse_budget
+from moesvd_quant.recipe.recipe import RecipeError, load_recipe, read_shipped, shipped
 
 GOOD = """\
 seed: 3

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import kill_until_done
-from tiny import ARCHITECTURES
 
 import moesvd_quant
+from killing import kill_until_done
 from moesvd_quant.model.experts import find_experts, flags_of
-from moesvd_quant.model.factorized_experts import FactorizedExperts
-from moesvd_quant.model.stored import StoredLinear
-from moesvd_quant.planning import plan_stages
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run, RunError
+from moesvd_quant.plan.context import StageError
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.plan import plan_stages
+from moesvd_quant.run.run import Run, RunError
+from moesvd_quant.runtime.factorized_experts import FactorizedExperts
+from moesvd_quant.runtime.stored import StoredLinear
 from moesvd_quant.stages import gptq_work
-from moesvd_quant.stages.context import StageError
+from tiny import ARCHITECTURES
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
 
@@ -202,7 +202,7 @@ def test_a_changed_model_or_version_is_noticed(make_model, tmp_path, small, monk
     with pytest.raises(RunError, match="made with another model"):
         make("svd", make_model("phimoe"), tmp_path, small).run()
     monkeypatch.setattr("moesvd_quant.__version__", "9.9")
-    monkeypatch.setattr("moesvd_quant.runner.__version__", "9.9")
+    monkeypatch.setattr("moesvd_quant.run.run.__version__", "9.9")
     with pytest.raises(RunError, match="made with another versions"):
         make("svd", make_model("mixtral"), tmp_path, small).run()
 

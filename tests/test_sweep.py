@@ -4,10 +4,10 @@ from statistics import fmean, stdev
 
 import pytest
 
-from moesvd_quant.bench import compare
+from moesvd_quant.compare.bench import compare
+from moesvd_quant.compare.sweep import sweep
 from moesvd_quant.errors import UsageError
 from moesvd_quant.evaluation.record import Wanted
-from moesvd_quant.sweep import sweep
 
 
 def test_every_seed_and_size_is_measured_once(make_model, text, tmp_path, small):

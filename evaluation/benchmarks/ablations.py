@@ -9,16 +9,16 @@ from typing import Annotated
 import typer
 import yaml
 
-from moesvd_quant.bench import compare
 from moesvd_quant.cli.common import progress_bars, resolve_device, resolve_model
+from moesvd_quant.compare.bench import compare
 from moesvd_quant.errors import ModelError
 from moesvd_quant.evaluation.table import Table, render
 from moesvd_quant.model.experts import expert_count, find_experts
-from moesvd_quant.model.modeling_moesvd import MANIFEST
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.planning import plan_stages
-from moesvd_quant.recipe import load_recipe, named_texts
-from moesvd_quant.runner import Run, sync_threads
+from moesvd_quant.recipe.recipe import load_recipe, named_texts
+from moesvd_quant.run.plan import plan_stages
+from moesvd_quant.run.run import Run, sync_threads
+from moesvd_quant.runtime.modeling_moesvd import MANIFEST
 
 OWN = {"shared_v": False}
 METRICS = ("f", "p", "a", "fp", "fa", "pa", "fpa")

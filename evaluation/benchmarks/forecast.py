@@ -12,23 +12,23 @@ import typer
 from scipy.stats import spearmanr
 from transformers import AutoTokenizer
 
-from moesvd_quant.accounting import account, planned_model
-from moesvd_quant.allocate import Choice, Storage, Table, allocate
 from moesvd_quant.calibration.text import joiner_of, load_documents, token_windows
-from moesvd_quant.checkpoint.files import write_json
+from moesvd_quant.checkpoint.accounting import account, planned_model
+from moesvd_quant.checkpoint.layout import layout_of
 from moesvd_quant.cli.common import progress_bars, resolve_device, resolve_model
 from moesvd_quant.evaluation.benchmarks.quality import Bar
 from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 from moesvd_quant.evaluation.plot import plot_ranking
-from moesvd_quant.layout import layout_of
+from moesvd_quant.memory.files import write_json
 from moesvd_quant.model.load import load
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run, sync_threads
-from moesvd_quant.stages.allocation import allowed_storages, forecast_error, plan_of
-from moesvd_quant.stages.choices import choices_of
-from moesvd_quant.stages.context import Context
-from moesvd_quant.stages.stage import Stage
+from moesvd_quant.plan.allocation import allowed_storages, forecast_error, plan_of
+from moesvd_quant.plan.choices import choices_of
+from moesvd_quant.plan.context import Context
+from moesvd_quant.plan.knapsack import Choice, Storage, Table, allocate
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.stage import Stage
+from moesvd_quant.run.run import Run, sync_threads
 
 BUDGETS, PLANS = (1.5, 2.3), 30
 # Standard deviations of the logarithms that groups, and experts within them, are misjudged by in a random plan; drawn

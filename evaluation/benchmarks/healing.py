@@ -23,13 +23,13 @@ from transformers import AutoTokenizer
 import moesvd_quant
 from moesvd_quant.calibration.store import fingerprint
 from moesvd_quant.calibration.text import joiner_of, load_documents, token_windows
-from moesvd_quant.checkpoint.files import read_json, write_json
 from moesvd_quant.cli.common import progress_bars, resolve_model
 from moesvd_quant.evaluation.memory import disk_bytes
 from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 from moesvd_quant.evaluation.table import Table, render
-from moesvd_quant.recipe import Evaluate, load_recipe, named_texts
-from moesvd_quant.runner import Run, sync_threads
+from moesvd_quant.memory.files import read_json, write_json
+from moesvd_quant.recipe.recipe import Evaluate, load_recipe, named_texts
+from moesvd_quant.run.run import Run, sync_threads
 
 LENGTH, BATCH = 256, 8
 COMMON = f"checkpointing: false, length: {LENGTH}, batch: {BATCH}, microbatch: 4, warmup: 0.1, validation: 32"

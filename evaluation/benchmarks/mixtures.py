@@ -17,16 +17,16 @@ import numpy as np
 import torch
 import typer
 
-from moesvd_quant.allocate import DENSE, NOTHING, Choice, Table, allocate
 from moesvd_quant.cli.common import resolve_model
 from moesvd_quant.decompose.whitening import energy, gram_root, whitened_spectrum
 from moesvd_quant.evaluation.table import Table as Shown
 from moesvd_quant.evaluation.table import render
 from moesvd_quant.model.experts import dense_weight, expert_count, find_experts
-from moesvd_quant.model.parts import JOINT
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run, sync_threads
-from moesvd_quant.stages.context import expert_grams
+from moesvd_quant.plan.context import expert_grams
+from moesvd_quant.plan.knapsack import DENSE, NOTHING, Choice, Table, allocate
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run, sync_threads
+from moesvd_quant.runtime.parts import JOINT
 
 KEPT = (0.6, 0.4, 0.3, 0.2)
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)

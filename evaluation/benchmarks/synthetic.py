@@ -9,8 +9,9 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
+
+from tiny import tiny_tokenizer
 
 _COMMON = dict(
     vocab_size=32000,

@@ -19,16 +19,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from moesvd_quant.parallel import Pool
-from moesvd_quant.runner import Run
+from moesvd_quant.memory.pool import Pool
+from moesvd_quant.run.run import Run
 
 BAR = 1.6
 
 
 def decomposition(job: Run, pool: Pool) -> Callable[[int, Path], float]:
     """seconds(layers, folder): of stage `svd` of a run that has planned, its layers written into a new folder."""
-    from moesvd_quant.stages.context import LayerWork
-    from moesvd_quant.work import make_layer
+    from moesvd_quant.plan.context import LayerWork
+    from moesvd_quant.run.stage_work import make_layer
 
     def seconds(layers: int, folder: Path) -> float:
         folder.mkdir()
@@ -46,8 +46,8 @@ def decomposition(job: Run, pool: Pool) -> Callable[[int, Path], float]:
 
 def main() -> int:
     from moesvd_quant.evaluation.benchmarks.synthetic import synthetic
-    from moesvd_quant.recipe import load_recipe
-    from moesvd_quant.runner import locked
+    from moesvd_quant.recipe.recipe import load_recipe
+    from moesvd_quant.run.run import locked
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("bench-workers"))

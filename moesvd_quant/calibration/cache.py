@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from ..memory import parse_bytes
+from ..memory.limits import parse_bytes
 
 WALK = ".walk-"  # of folders that live as long as their process
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..memory import Batches
+from ..memory.limits import Batches
 from ..model.experts import find_experts, shapes_of, split_projections
-from ..model.grids import Grid
 from ..model.stream import StreamedModel
 from ..quantize.rounding import resolve_group_size, round_to_nearest
+from ..runtime.grids import Grid
 
 PERTURBATION = 3  # bits
 TOKENS, LENGTH = 4096, 256  # of calibration text

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..lazy import Lazily
-from ..model.routers import Sources
+from ..memory.lazy import Lazily
+from ..runtime.routers import Sources
 
 # Shares of the expert's own inputs, of all inputs of its layer, and of those without their correlations; together 1.
 OWN, POOLED, DIAGONAL = 0.125, 0.125, 0.75

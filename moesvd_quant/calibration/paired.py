@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..checkpoint.files import TensorFile
 from ..decompose.whitening import energy
-from ..lazy import Lazily
-from ..memory import Batches
+from ..memory.files import TensorFile
+from ..memory.lazy import Lazily
+from ..memory.limits import Batches
 from ..model.experts import dense_weight, expert_count, find_experts, intermediate, pairs_of, route, shapes_of
-from ..model.native_experts import Routed
-from ..model.routers import Sources
+from ..runtime.native_experts import Routed
+from ..runtime.routers import Sources
 from .cache import walk_folder
 from .store import Statistics
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.files import TensorFile
-from ..memory import Memory
+from ..memory.files import TensorFile
+from ..memory.limits import Memory
 from ..model.experts import expert_count, find_experts, find_linears, shapes_of
 from ..model.stream import StreamedModel
 from .statistics import LayerRecorder

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..memory import Batches
+from ..memory.limits import Batches
 from ..model.experts import (
     dense_weight,
     expert_count,
@@ -24,7 +24,7 @@ from ..model.experts import (
     shapes_of,
 )
 from ..model.folder import ModelError
-from ..model.native_experts import Routed
+from ..runtime.native_experts import Routed
 
 # Magnitudes of activations are counted in bins of 1/16 octave, so that the outlier share of any threshold
 # can be read later without a second walk.

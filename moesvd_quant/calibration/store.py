@@ -13,25 +13,17 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ..checkpoint.files import write_json, write_tensors
 from ..errors import UsageError
-from ..memory import Memory, Sizes
+from ..memory.files import write_json, write_tensors
+from ..memory.limits import Memory, Sizes
 from ..model.experts import find_experts
-from ..model.modeling_moesvd import file_digest
 from ..model.stream import StreamedModel, precision_on
+from ..runtime.modeling_moesvd import file_digest
 from . import effect
 from .cache import cache_cap, cache_root, make_room, name_of, walk_folder
 from .effect import measure_effects
 from .fisher import fisher_bases
-from .recording import (
-    BATCH_TOKENS,
-    experts_at_once,
-    head_gram,
-    pass_on,
-    record_layer,
-    recorded_bytes,
-    windows_at_once,
-)
+from .recording import BATCH_TOKENS, experts_at_once, head_gram, pass_on, record_layer, recorded_bytes, windows_at_once
 
 WALK_VERSION = 4
 EFFECT_BATCH = 8  # windows

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ..memory import Memory
+from ..memory.limits import Memory
 from ..model.folder import ModelError, load_tokenizer
 from .text import calibration_windows
 from .written import Progress, written_path, written_windows

@@ -14,10 +14,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ..checkpoint.files import write_tensors
-from ..memory import Memory, Sizes
-from ..model.modeling_moesvd import file_digest
+from ..memory.files import write_tensors
+from ..memory.limits import Memory, Sizes
 from ..model.stream import StreamedModel, precision_on
+from ..runtime.modeling_moesvd import file_digest
 from .cache import cache_root, name_of
 from .recording import BATCH_TOKENS, windows_at_once
 

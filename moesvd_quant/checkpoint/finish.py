@@ -4,8 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-from ..model.modeling_moesvd import MANIFEST, finish_folder
-from .files import read_json, write_json, write_text
+from ..memory.files import read_json, write_json, write_text
+from ..runtime.modeling_moesvd import MANIFEST, finish_folder
 
 # Files of a model folder that travel with it; nothing that holds weights or code.
 CARRIED = (

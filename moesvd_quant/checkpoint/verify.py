@@ -6,11 +6,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..model.factorized_experts import FactorizedExperts
 from ..model.folder import ModelError
-from ..model.parts import Layout
-from ..model.stored import StoredLinear
 from ..model.stream import StreamedModel
+from ..runtime.factorized_experts import FactorizedExperts
+from ..runtime.parts import Layout
+from ..runtime.stored import StoredLinear
 
 PROBES = 8  # random inputs of a linear; experts get one each
 

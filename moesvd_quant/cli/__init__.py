@@ -9,7 +9,11 @@ from typing import Annotated
 import typer
 
 from ..errors import MoesvdError
-from . import compress, measure, probe  # noqa: F401 (they register their verbs)
+from . import (
+    compress,  # noqa: F401 (they register their verbs)
+    measure,  # noqa: F401 (they register their verbs)
+    probe,  # noqa: F401 (they register their verbs)
+)
 from .common import app
 
 DEFECT = "This is a defect of moesvd_quant. Please report it with the lines above."

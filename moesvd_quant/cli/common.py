@@ -93,9 +93,9 @@ def start_run(
     workers: int = 1,
     executor: Literal["processes", "ray"] = "processes",
 ):
-    from ..memory import parse_bytes
-    from ..recipe import load_recipe
-    from ..runner import Run, sync_threads
+    from ..memory.limits import parse_bytes
+    from ..recipe.recipe import load_recipe
+    from ..run.run import Run, sync_threads
 
     recipe = load_recipe(recipe_name, overrides or ())
     sync_threads()

@@ -54,7 +54,7 @@ def run(
 
 def _evaluate_run(job, folders: list[Path], device: str, report: Callable) -> list[dict]:
     """Evaluates the original and every checkpoint of a run on the recipe's texts."""
-    from ..bench import cached_evaluate
+    from ..compare.bench import cached_evaluate
     from ..evaluation.record import Wanted
 
     asked, records = job.recipe.evaluate, []
@@ -80,7 +80,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Forecast the bytes of every stage, exactly, memory and disk, and show what goes where; changes no weight."""
-    from ..planning import plan_stages
+    from ..run.plan import plan_stages
 
     with progress_bars(as_json) as report:
         job = start_run(recipe, model, overrides, out, device, report, memory, workers, executor)
@@ -117,7 +117,7 @@ def validate(
         StreamedModel(target)
         print(f"{target}: whole, and every file is the one its manifest names")
         return
-    from ..recipe import load_recipe
+    from ..recipe.recipe import load_recipe
 
     loaded = load_recipe(target, overrides or ())
     print(f"{target}: valid; stages: {' -> '.join(s.name for s in loaded.stages)}")
@@ -126,7 +126,7 @@ def validate(
 @app.command()
 def ls(as_json: Json = False) -> None:
     """List the shipped recipes."""
-    from ..recipe import shipped
+    from ..recipe.recipe import shipped
 
     if as_json:
         print(json.dumps(dict(shipped())))
@@ -141,7 +141,7 @@ def cp(
     file: Annotated[Path | None, typer.Argument(help="File to write; default NAME.yaml here.")] = None,
 ) -> None:
     """Copy a shipped recipe to a file of your own."""
-    from ..recipe import read_shipped
+    from ..recipe.recipe import read_shipped
 
     target = file or Path(f"{Path(name).name}.yaml")
     if target.exists():
@@ -157,7 +157,7 @@ def export(
     to: Annotated[str, typer.Option(help="dense: plain 16-bit weights; gptq: a standard GPTQ checkpoint.")] = "dense",
 ) -> None:
     """Write a checkpoint in a form that other software reads."""
-    from ..export import export_checkpoint
+    from ..export.export import export_checkpoint
 
     export_checkpoint(folder, out, to)
     print(out)

@@ -33,7 +33,7 @@ def evaluate_verb(
 ) -> None:
     """Perplexity, zero-shot accuracy and memory of model folders; writes eval.json and prints a table."""
     from ..evaluation.record import RECORD, Wanted, evaluate, write
-    from ..recipe import named_texts
+    from ..recipe.recipe import named_texts
 
     texts = named_texts(text or ([] if tasks else ["wikitext2"]))
     named = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
@@ -102,7 +102,7 @@ def speed(
     """Prefill and decode tokens per second, models alternating; writes speed.json beside weights."""
     from ..evaluation.speed import run_speed
     from ..evaluation.table import render, speed_table
-    from ..runner import sync_threads
+    from ..run.run import sync_threads
 
     sync_threads()
     found = [resolve_model(str(folder)) for folder in folders]
@@ -144,17 +144,17 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Compare recipes on one model: runs each, evaluates all, prints the table, draws the plot."""
-    from ..bench import compare
-    from ..recipe import named_texts
-    from ..runner import sync_threads
+    from ..compare.bench import compare
+    from ..recipe.recipe import named_texts
+    from ..run.run import sync_threads
 
     sync_threads()
     names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
     texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
     with progress_bars(as_json) as report:
         if seeds or samples:
+            from ..compare.sweep import sweep
             from ..evaluation.record import Wanted
-            from ..sweep import sweep
 
             wanted = Wanted(texts, length=length)
             records, found = sweep(
@@ -178,9 +178,9 @@ def pareto(
     as_json: Json = False,
 ) -> None:
     """The memory-perplexity front: one calibration, many budgets, beside GPTQ, NF4 and the paper's settings."""
-    from ..pareto import front
-    from ..recipe import named_texts
-    from ..runner import sync_threads
+    from ..compare.pareto import front
+    from ..recipe.recipe import named_texts
+    from ..run.run import sync_threads
 
     sync_threads()
     budgets = budget or ["1bpw", "1.5bpw", "2bpw", "2.5bpw", "3bpw", "4bpw"]
@@ -193,7 +193,7 @@ def pareto(
 @app.command()
 def demo(out: Out = Path("demo-out"), as_json: Json = False) -> None:
     """Compress the embedded model in several ways on embedded text, and print the table."""
-    from ..demo import run_demo
+    from ..compare.demo import run_demo
 
     with progress_bars(as_json) as report:
         result = run_demo(out, report)

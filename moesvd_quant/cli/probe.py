@@ -22,12 +22,12 @@ def probe(
     """What a model can bear: spectra, similarity of experts, routing, sensitivity, and the cost of `svd`, rehearsed."""
     from rich.console import Console
 
-    from ..checkpoint.files import write_json
+    from ..memory.files import write_json
     from ..probe.report import plot_survey, print_survey
     from ..probe.texts import probe_folder
     from ..probe.verdict import verdict
-    from ..recipe import load_recipe, named_texts
-    from ..runner import sync_threads
+    from ..recipe.recipe import load_recipe, named_texts
+    from ..run.run import sync_threads
 
     sync_threads()
     recipe = load_recipe("svd", overrides or ())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..lazy import picked
+from ..memory.lazy import picked
 from .whitening import energy, refit_left
 
 

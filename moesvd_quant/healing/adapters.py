@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 from torch import nn
 
-from ..checkpoint.files import write_json, write_tensors
+from ..memory.files import write_json, write_tensors
 from .targets import float_targets, router_parameters, scale_targets, trained_formats
 
 SCALE = 2  # alpha / rank: what an adapter's product is multiplied with

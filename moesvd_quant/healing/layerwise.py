@@ -6,17 +6,17 @@ The compressed layer is given what the healed layers before it put out, so that 
 import copy
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from ..checkpoint.files import write_json, write_tensors
-from ..model.parts import Layout
+from ..memory.files import write_json, write_tensors
 from ..model.stream import StreamedModel
 from ..model.visit import LayerVisit
-from ..stages.lora import Lora
+from ..runtime.parts import Layout
 from .adapters import Adapters, Trained, Updates, lora_config, update_file
 from .losses import output_error
 from .nf4 import freeze_in_nf4
@@ -24,8 +24,11 @@ from .shipped import BATCH, heal_layer, layer_seed
 from .targets import float_targets
 from .terms import into_layout
 
+if TYPE_CHECKING:
+    from ..stages.lora import Lora
 
-def heal_layerwise(context, options: Lora, layout: Layout, folder: Path) -> tuple[list[dict], Adapters]:
+
+def heal_layerwise(context, options: "Lora", layout: Layout, folder: Path) -> tuple[list[dict], Adapters]:
     """Trains each layer and leaves its updates in `folder`; a layer that is finished is not trained again. Returns the
     log {"phase": layer, "step", "loss"} and the adapters."""
     known, windows = context.statistics, context.training.train
@@ -59,7 +62,7 @@ def heal_layerwise(context, options: Lora, layout: Layout, folder: Path) -> tupl
     return history, Adapters(lora_config(options.rank, linears, banks) if adapters else None, adapters)
 
 
-def _heal_layer(seed: int, options: Lora, streamed: StreamedModel, visit: LayerVisit, targets: list, layout: Layout):
+def _heal_layer(seed: int, options: "Lora", streamed: StreamedModel, visit: LayerVisit, targets: list, layout: Layout):
     """What was trained of one layer, and the loss of every step. A copy is trained; the streamed layer is empty
     afterwards."""
     index = visit.index

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..accounting import planned_model
-from ..memory import MemoryLimitError
+from ..checkpoint.accounting import planned_model
+from ..memory.limits import MemoryLimitError
 from ..model.experts import expert_count, find_experts, shapes_of
-from ..model.parts import Layout
 from ..model.stream import StreamedModel
+from ..runtime.parts import Layout
 from .targets import float_targets, router_parameters, scale_targets
 from .teacher import disk_bytes
 

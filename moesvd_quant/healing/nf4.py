@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..model.experts import find_experts
-from ..model.factorized_experts import FactorizedExperts
+from ..runtime.factorized_experts import FactorizedExperts
 
 
 def freeze_in_nf4(module: nn.Module, linears: list[str], banks: list[str]) -> None:

@@ -5,7 +5,7 @@ import io
 import math
 from pathlib import Path
 
-from ..checkpoint.files import write_text
+from ..memory.files import write_text
 
 CURVE = "loss.csv"
 PICTURE = "loss.png"

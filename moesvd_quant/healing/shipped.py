@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..model.parts import Layout
 from ..model.stream import StreamedModel
+from ..runtime.parts import Layout
 from .adapters import Updates, apply
 from .losses import next_token
 from .terms import into_layout

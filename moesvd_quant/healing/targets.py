@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from ..model.experts import ROUTERS, find_experts, find_linears
-from ..model.formats import Format
-from ..model.stored import Stored
+from ..runtime.formats import Format
+from ..runtime.stored import Stored
 
 
 def float_targets(module: nn.Module, layers: list[str], attention: bool) -> tuple[list[str], list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..memory import Batches
+from ..memory.limits import Batches
 from ..model.stream import StreamedModel
 from .shipped import BATCH
 

@@ -5,14 +5,14 @@ import copy
 import torch
 from torch import nn
 
+from ..checkpoint.layout import factor_part, layout_of, projections_of
 from ..errors import MoesvdError
-from ..layout import factor_part, layout_of, projections_of
 from ..model.experts import expert_count, find_experts, find_linears, split_projections
-from ..model.factorized_experts import FactorizedExperts
-from ..model.formats import FLOAT
-from ..model.parts import Layout, Projections
-from ..model.stored import Stored, StoredLinear
 from ..model.stream import StreamedModel
+from ..runtime.factorized_experts import FactorizedExperts
+from ..runtime.formats import FLOAT
+from ..runtime.parts import Layout, Projections
+from ..runtime.stored import Stored, StoredLinear
 
 
 class TermError(MoesvdError, ValueError):

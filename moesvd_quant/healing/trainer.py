@@ -12,8 +12,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..checkpoint.files import write_text
 from ..errors import UsageError
+from ..memory.files import write_text
 from .losses import divergence, next_token
 from .teacher import Predict
 

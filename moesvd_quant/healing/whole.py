@@ -2,12 +2,12 @@
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..model.parts import Layout
 from ..model.stream import StreamedModel
-from ..stages.lora import Lora
+from ..runtime.parts import Layout
 from .adapters import Adapters, Trained, update_file
 from .nf4 import freeze_in_nf4
 from .shipped import layer_seed
@@ -16,8 +16,11 @@ from .teacher import predictions
 from .terms import into_layout
 from .trainer import Loss, distill_loss, lm_loss, train
 
+if TYPE_CHECKING:
+    from ..stages.lora import Lora
 
-def planned(streamed: StreamedModel, layout: Layout, options: Lora, seed: int) -> tuple[nn.Module, list[str]]:
+
+def planned(streamed: StreamedModel, layout: Layout, options: "Lora", seed: int) -> tuple[nn.Module, list[str]]:
     """The parent with all layers in memory, brought into `layout`, in NF4 if so wanted (layer by layer, so that it is
     never whole in 16 bit); and the names of its new parameters."""
     streamed.load_outer()
@@ -31,7 +34,7 @@ def planned(streamed: StreamedModel, layout: Layout, options: Lora, seed: int) -
     return streamed.model, new
 
 
-def heal_whole(context, options: Lora, layout: Layout, folder: Path) -> tuple[list[dict], Adapters]:
+def heal_whole(context, options: "Lora", layout: Layout, folder: Path) -> tuple[list[dict], Adapters]:
     """Trains as the stage's options say, with its state in `folder`, where the updates of every layer are left. Returns
     the log and the adapters."""
     if options.objective == "lm":
@@ -42,7 +45,7 @@ def heal_whole(context, options: Lora, layout: Layout, folder: Path) -> tuple[li
         return _train(context, options, layout, folder, distill_loss(predict))
 
 
-def _train(context, options: Lora, layout: Layout, folder: Path, loss: Loss) -> tuple[list[dict], Adapters]:
+def _train(context, options: "Lora", layout: Layout, folder: Path, loss: Loss) -> tuple[list[dict], Adapters]:
     streamed = context.statistics.model(context.parent.folder)
     model, new = planned(streamed, layout, options, context.seed)
     trained = Trained(model, streamed.layer_names, options, new, context.seed)

@@ -1,4 +1,1 @@
-"""Models: their experts, their files, the walk through them, and what ships into checkpoints."""
-
-# First of all, so that any module here can be imported first: transformers' auto classes register it when they load.
-from . import modeling_moesvd as modeling_moesvd
+"""Models: their folders and files, their experts, and the walk through their layers."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..memory import Batches
+from ..memory.limits import Batches
 from .visit import whole
 
 DISTINCT = 8  # tensors of one shape that a new one is compared with

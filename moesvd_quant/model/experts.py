@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .factorized_experts import FactorizedExperts
-from .native_experts import EveryToken, Flags, Routed, add_bias, apply_gate, arguments, form_of
-from .parts import JOINT, joined, separate
-from .routers import ROUTERS as ROUTERS
-from .routers import Sources
-from .stored import StoredLinear
+from ..runtime.factorized_experts import FactorizedExperts
+from ..runtime.native_experts import EveryToken, Flags, Routed, add_bias, apply_gate, arguments, form_of
+from ..runtime.parts import JOINT, joined, separate
+from ..runtime.routers import ROUTERS as ROUTERS
+from ..runtime.routers import Sources
+from ..runtime.stored import StoredLinear
 
 
 def find_experts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -9,9 +9,9 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
-from ..checkpoint.files import read_json
 from ..errors import ModelError
-from .modeling_moesvd import check_digests, native_class
+from ..memory.files import read_json
+from ..runtime.modeling_moesvd import check_digests, native_class
 
 
 @contextmanager

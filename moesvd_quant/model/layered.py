@@ -12,10 +12,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ..memory import return_freed
+from ..memory.limits import return_freed
+from ..runtime.modeling_moesvd import MoesvdConfig, model_class
 from .experts import count_shared
 from .folder import ModelError, class_for, read_config, require_whole
-from .modeling_moesvd import MoesvdConfig, model_class
 from .sources import take_dequantizer
 from .weights import WeightFiles, no_loading_bars, one_tensor_at_a_time
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from ..runtime.modeling_moesvd import MoesvdConfig
 from .folder import ModelError, class_for, read_config, weight_files
-from .modeling_moesvd import MoesvdConfig
 from .sources import dequantizing
 from .stream import StreamedModel
 from .weights import no_loading_bars

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..memory import Batches
+from ..memory.limits import Batches
 from .calls import Patched, Reached, run
 from .folder import ModelError
 from .visit import Kept, whole

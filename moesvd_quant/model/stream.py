@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..memory import Batches
+from ..memory.limits import Batches
 from .calls import StatePassedOn, finish, head_input, record, without_embeddings
 from .folder import ModelError
 from .layered import LayeredModel

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from ..memory import Batches
+from ..memory.limits import Batches
 
 
 class Kept:

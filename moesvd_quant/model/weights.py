@@ -11,7 +11,7 @@ from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoint.files import advise
+from ..memory.files import advise
 from .folder import ModelError, weight_files
 
 # By the names that safetensors gives dtypes.

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from ..calibration.metric import blend
 from ..calibration.store import EFFECT_BATCH, Statistics
 from ..decompose.whitening import whitened_directions
-from ..memory import Batches
+from ..memory.limits import Batches
 from ..model.experts import dense_weight, expert_count, find_experts, shapes_of, split_projections
-from ..model.parts import JOINT
 from ..model.stream import StreamedModel
-from ..stages.choices import row_scale
-from ..stages.context import Plan, expert_grams, reached
+from ..plan.choices import row_scale
+from ..plan.context import Plan, expert_grams, reached
+from ..runtime.parts import JOINT
 
 TOKENS = 16384  # of a text
 

@@ -7,18 +7,18 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..accounting import account
 from ..calibration.metric import blend, coverage
 from ..calibration.statistics import outlier_share
 from ..calibration.store import Statistics
+from ..checkpoint.accounting import account
 from ..decompose.sensitivity import layer_sensitivity, sampling_frequency
 from ..decompose.whitening import whitened_spectrum
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
-from ..model.factorized_experts import FactorizedExperts
 from ..model.folder import ModelError
-from ..model.parts import JOINT
-from ..stages.allocation import plan_ratio
-from ..stages.context import Context, Plan, expert_grams, reached
+from ..plan.allocation import plan_ratio
+from ..plan.context import Context, Plan, expert_grams, reached
+from ..runtime.factorized_experts import FactorizedExperts
+from ..runtime.parts import JOINT
 from ..stages.svd import Svd
 from .rehearsal import TOKENS, rehearse
 from .similarity import deltas, effective_rank, expert_similarity, random_like, spectra

@@ -8,7 +8,7 @@ import torch
 from ..calibration.store import Statistics, fingerprint
 from ..calibration.text import joiner_of, load_documents, token_windows
 from ..calibration.windows import length_of, windows_of
-from ..memory import Memory
+from ..memory.limits import Memory
 from ..model.folder import load_tokenizer
 from ..model.stream import StreamedModel
 from .survey import Progress, Survey, survey

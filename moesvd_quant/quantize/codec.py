@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..errors import MoesvdError
-from ..model.formats import Format
+from ..runtime.formats import Format
 
 
 class QuantizeError(MoesvdError, ValueError):

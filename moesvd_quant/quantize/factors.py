@@ -9,8 +9,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ..decompose.whitening import balance, energy, left_sums, refit_right, solved_left
-from ..lazy import Lazily, picked
-from ..model.formats import Format
+from ..memory.lazy import Lazily, picked
+from ..runtime.formats import Format
 from .codec import Codec, PackedMatrix
 
 # How often both factors are fitted anew, each to the quantized other: 2 take a fifth off the error that quantization

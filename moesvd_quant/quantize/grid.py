@@ -9,7 +9,7 @@ rounding the scale found to one that can be stored, loses 4 to 5 % more (docs/re
 
 import torch
 
-from ..model.grids import SCALES, STEPS, Grid, scale_levels
+from ..runtime.grids import SCALES, STEPS, Grid, scale_levels
 
 OCTAVES = 2.5  # how far a range is clipped at most: to a sixth
 AT_ONCE = 8  # scales that are tried before the rows that are done are left out

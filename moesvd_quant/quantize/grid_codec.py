@@ -2,7 +2,7 @@
 
 import torch
 
-from ..model.grids import Grid
+from ..runtime.grids import Grid
 from .codec import Codec, PackedMatrix
 from .feedback import Feedback
 from .gptq import gptq

@@ -2,8 +2,8 @@
 
 import torch
 
-from ..model.grids import Grid, scale_levels
-from ..model.packing import pack
+from ..runtime.grids import Grid, scale_levels
+from ..runtime.packing import pack
 from .codec import PackedMatrix, QuantizeError
 from .grid import largest_scale, whole_range
 

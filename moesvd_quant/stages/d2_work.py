@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..calibration.metric import shrink
+from ..checkpoint.layout import factor_part, layout_of
 from ..decompose.deltas import merge_base, share_deltas
 from ..decompose.pruning import (
     base_parameters,
@@ -19,12 +20,12 @@ from ..decompose.pruning import (
 )
 from ..decompose.ranks import level_ranks
 from ..decompose.whitening import whitened_svd
-from ..layout import factor_part, layout_of, parts_by_rank
-from ..lazy import Lazily
+from ..memory.lazy import Lazily
 from ..model.experts import expert_count, find_experts, is_shared, shapes_of, split_projections
-from ..model.factorized_experts import FactorizedExperts
-from ..model.parts import DensePart, Projections
-from .context import Context, Plan, StageError, errors_of, expert_grams, factorized, require_experts, weak_experts
+from ..plan.context import Context, Plan, StageError, errors_of, expert_grams, factorized, require_experts, weak_experts
+from ..plan.parts import parts_by_rank
+from ..runtime.factorized_experts import FactorizedExperts
+from ..runtime.parts import DensePart, Projections
 from .d2 import D2
 from .paper import own_ranks
 

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..quantize.registry import CODECS
-from .stage import Form, Stage
+from ..recipe.stage import Form, Stage
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..allocate import Storage
+    from ..plan.context import Context, Plan
+    from ..plan.knapsack import Storage
     from ..quantize.codec import Codec
-    from .context import Context, Plan
 
 
 class Gptq(Stage):
@@ -80,7 +80,7 @@ class Gptq(Stage):
         return CODECS[self.format].make(self)
 
     def storages(self) -> list["Storage"]:
-        from ..allocate import Storage
+        from ..plan.knapsack import Storage
 
         return [
             Storage(rate, self.format) for rate in (CODECS[self.format].rates if self.bits is None else [self.bits])

@@ -6,21 +6,21 @@ from contextlib import contextmanager
 
 import torch
 
-from ..allocate import FLOAT, Storage
 from ..calibration.recording import linear_gram
+from ..checkpoint.layout import layout_of, projections_of
 from ..decompose.whitening import whitened_error
-from ..layout import layout_of, projections_of
-from ..lazy import Lazily, picked
+from ..memory.lazy import Lazily, picked
 from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of, sources_of
-from ..model.factorized_experts import FactorizedExperts
-from ..model.formats import Format
-from ..model.parts import DensePart, LinearLayout, Part, Projections
-from ..model.stored import StoredLinear
+from ..plan.allocation import plan_budget
+from ..plan.context import UNREACHED, Context, Plan, StageError, factorized, require_experts, weak_experts
+from ..plan.knapsack import FLOAT, Storage
 from ..quantize.codec import Codec, PackedMatrix, QuantizeError
 from ..quantize.factors import quantize_factors
 from ..quantize.registry import CODECS
-from .allocation import plan_budget
-from .context import UNREACHED, Context, Plan, StageError, factorized, require_experts, weak_experts
+from ..runtime.factorized_experts import FactorizedExperts
+from ..runtime.formats import Format
+from ..runtime.parts import DensePart, LinearLayout, Part, Projections
+from ..runtime.stored import StoredLinear
 from .gptq import Gptq
 from .inputs import inputs_of
 

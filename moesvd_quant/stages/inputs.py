@@ -3,11 +3,11 @@ compressed model will really give them."""
 
 from ..calibration.metric import Grams, blend, shrink, unknown
 from ..calibration.paired import PairedExperts, output_error
-from ..lazy import Lazily, picked
+from ..memory.lazy import Lazily, picked
 from ..model.experts import dense_weight, expert_count, sources_of
-from ..model.factorized_experts import FactorizedExperts
-from ..model.parts import JOINT
-from .context import Context, StageError, errors_of, expert_grams, reached
+from ..plan.context import Context, StageError, errors_of, expert_grams, reached
+from ..runtime.factorized_experts import FactorizedExperts
+from ..runtime.parts import JOINT
 
 
 class OriginalInputs:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from .stage import Form, Stage, TrainingText
+from ..recipe.stage import Form, Stage, TrainingText
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .context import Context, Plan
+    from ..plan.context import Context, Plan
 
 TRAINING = "training"  # folder of optimizer states, gone from the finished checkpoint
 

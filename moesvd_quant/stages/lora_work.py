@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.files import write_json
+from ..checkpoint.layout import layout_of
 from ..healing.adapters import Updates, save_peft, update_file
 from ..healing.layerwise import heal_layerwise
 from ..healing.needs import healing_needs
@@ -14,9 +14,9 @@ from ..healing.record import write_curve
 from ..healing.shipped import heal_layer, validation_loss
 from ..healing.terms import TermError, healed_layout
 from ..healing.whole import heal_whole
-from ..layout import layout_of
+from ..memory.files import write_json
 from ..model.stream import StreamedModel
-from .context import Context, Plan, StageError, require_experts
+from ..plan.context import Context, Plan, StageError, require_experts
 from .lora import TRAINING, Lora
 
 RECORD, ADAPTER = "healing.json", "adapter"

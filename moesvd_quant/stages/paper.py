@@ -3,6 +3,7 @@
 import torch
 
 from ..calibration.statistics import outlier_share
+from ..checkpoint.layout import dense_layout, factor_part
 from ..decompose.ranks import STEP, level_ranks
 from ..decompose.sensitivity import (
     OWL_MULTIPLE,
@@ -13,10 +14,10 @@ from ..decompose.sensitivity import (
     sampling_frequency,
 )
 from ..decompose.sharing import left_count
-from ..layout import dense_layout, factor_part, parts_by_rank
 from ..model.experts import split_projections
-from ..model.parts import FactorPart, Projections
-from .context import StageError
+from ..plan.context import StageError
+from ..plan.parts import parts_by_rank
+from ..runtime.parts import FactorPart, Projections
 from .svd import Svd
 
 

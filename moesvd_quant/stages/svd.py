@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .stage import Form, Stage, check_ratio
+from ..recipe.stage import Form, Stage, check_ratio
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .context import Context, Plan
+    from ..plan.context import Context, Plan
 
 
 class Svd(Stage):

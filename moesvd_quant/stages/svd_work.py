@@ -6,17 +6,15 @@ from functools import partial
 import torch
 
 from ..calibration.metric import shrink
+from ..checkpoint.layout import layout_of
 from ..decompose.baselines import asvd, plain_svd
 from ..decompose.sensitivity import sampling_frequency
 from ..decompose.sharing import literal, share_and_trim, share_in_groups
 from ..decompose.whitening import balance, refit_left, whitened_svd
-from ..layout import layout_of, parts_by_rank
 from ..model.experts import expert_count, find_experts, shapes_of
-from ..model.factorized_experts import FactorizedExperts
-from ..model.parts import DensePart
-from .allocation import plan_budget, plan_ratio
-from .choices import row_scale
-from .context import (
+from ..plan.allocation import plan_budget, plan_ratio
+from ..plan.choices import row_scale
+from ..plan.context import (
     UNREACHED,
     Context,
     Plan,
@@ -28,6 +26,9 @@ from .context import (
     require_experts,
     weak_experts,
 )
+from ..plan.parts import parts_by_rank
+from ..runtime.factorized_experts import FactorizedExperts
+from ..runtime.parts import DensePart
 from .inputs import inputs_of
 from .paper import kept_lefts, own_ranks, plan_paper, require_ranks, shares_factors, survey_layer
 from .svd import Svd

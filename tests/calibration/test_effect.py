@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from moesvd_quant.calibration.effect import LENGTH, TOKENS, measure_effects, perturbed
 from moesvd_quant.model.experts import find_experts, split_projections
 from moesvd_quant.model.stream import StreamedModel
+from tiny import tiny_model
 
 WINDOWS = torch.randint(1, 250, (6, 32), generator=torch.Generator().manual_seed(4))
 

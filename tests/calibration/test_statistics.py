@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
 from moesvd_quant.calibration.metric import DIAGONAL, FREQUENCY, OWN, POOLED, Grams, blend, coverage, shrink
@@ -10,6 +9,7 @@ from moesvd_quant.calibration.recording import linear_gram
 from moesvd_quant.calibration.statistics import LayerRecorder, outlier_share
 from moesvd_quant.model.experts import find_experts, split_projections
 from moesvd_quant.model.stream import StreamedModel
+from tiny import ARCHITECTURES
 
 WINDOWS = torch.randint(1, 250, (6, 32), generator=torch.Generator().manual_seed(4))
 

@@ -9,12 +9,12 @@ from moesvd_quant.calibration import store
 from moesvd_quant.calibration.recording import experts_at_once
 from moesvd_quant.calibration.store import Statistics, fingerprint
 from moesvd_quant.calibration.written import written_path
-from moesvd_quant.memory import Batches, Memory
+from moesvd_quant.memory.limits import Batches, Memory
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.planning import plan_stages
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
-from moesvd_quant.stages import choices
+from moesvd_quant.plan import choices
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.plan import plan_stages
+from moesvd_quant.run.run import Run
 
 WINDOWS = torch.randint(1, 250, (4, 32), generator=torch.Generator().manual_seed(4))
 
@@ -137,8 +137,8 @@ def test_effects_are_measured_anew_when_what_they_depend_on_changes(folder, tmp_
 
 @pytest.mark.parametrize(
     "constant",
-    ["fitting.EFFECT", "fitting.MIN_EFFECT", "stages.choices.METRIC", "stages.choices.NOISE",
-     "stages.choices.LEAST_PRICE", "calibration.effect.PERTURBATION"],
+    ["plan.tables.EFFECT", "plan.tables.MIN_EFFECT", "plan.choices.METRIC", "plan.choices.NOISE",
+     "plan.choices.LEAST_PRICE", "calibration.effect.PERTURBATION"],
 )  # fmt: skip
 def test_profiles_are_made_anew_when_what_they_depend_on_changes(make_model, small, tmp_path, monkeypatch, constant):
     made, profile = [], choices.profile

@@ -4,9 +4,9 @@ import gzip
 import json
 
 import pytest
-from tiny import tiny_tokenizer
 
 from moesvd_quant.calibration.text import TextError, calibration_windows, load_documents, token_windows
+from tiny import tiny_tokenizer
 
 TEXTS = ["first line\nsecond line", "another text"]
 

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
 
 from moesvd_quant.calibration.windows import windows_of
 from moesvd_quant.calibration.written import allowed_tokens, write, written_windows
-from moesvd_quant.memory import Memory, MemoryLimitError
-from moesvd_quant.model.modeling_moesvd import MANIFEST
+from moesvd_quant.memory.limits import Memory, MemoryLimitError
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.planning import plan_stages
-from moesvd_quant.recipe import Calibration, load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.recipe.recipe import Calibration, load_recipe
+from moesvd_quant.run.plan import plan_stages
+from moesvd_quant.run.run import Run
+from moesvd_quant.runtime.modeling_moesvd import MANIFEST
+from tiny import tiny_model, tiny_tokenizer
 
 ALL = torch.ones(320, dtype=torch.bool)
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny import tiny_model
 
 from moesvd_quant import load
 from moesvd_quant.errors import MoesvdError
@@ -20,6 +19,7 @@ from moesvd_quant.evaluation.perplexity import document_perplexity, in_memory, p
 from moesvd_quant.evaluation.plot import family, plot_bytes
 from moesvd_quant.evaluation.record import Wanted, collect, evaluate, is_record_of, streamed, write
 from moesvd_quant.evaluation.table import render, table8
+from tiny import tiny_model
 
 WINDOWS = torch.randint(1, 250, (5, 32), generator=torch.Generator().manual_seed(3))
 

@@ -9,8 +9,8 @@ import pytest
 
 from moesvd_quant.evaluation.record import RECORD, Wanted, evaluate, write
 from moesvd_quant.evaluation.report import _stage, expert_bits, write_report
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
 
 VOID = {"meta", "img", "br", "link"}
 

@@ -4,18 +4,18 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, JetMoeConfig
 
+from moesvd_quant.checkpoint.layout import dense_part, factor_part
 from moesvd_quant.evaluation.flops import flops_per_token
 from moesvd_quant.evaluation.plot import plot_speed
 from moesvd_quant.evaluation.speed import bytes_touched, measure, open_model, run_speed, uniform_layout
 from moesvd_quant.evaluation.table import speed_table
-from moesvd_quant.layout import dense_part, factor_part
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of
-from moesvd_quant.model.factorized_experts import FactorizedExperts
-from moesvd_quant.model.parts import DensePart
+from moesvd_quant.runtime.factorized_experts import FactorizedExperts
+from moesvd_quant.runtime.parts import DensePart
+from tiny import tiny_model
 
 LENGTH = 24
 

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+
 from moesvd_quant.evaluation.table import TABLES, changes, render, table2, table11, table12
 from moesvd_quant.evaluation.zero_shot import SEVEN
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from moesvd_quant.evaluation.zero_shot import FOLDER, LOCAL, SEVEN, TaskError, task_names, zero_shot
 from transformers import AutoTokenizer
 
 from moesvd_quant import load
+from moesvd_quant.evaluation.zero_shot import FOLDER, LOCAL, SEVEN, TaskError, task_names, zero_shot
 
 PROMPTS = ("output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results")
 
@@ -128,8 +128,8 @@ def test_what_cannot_be_asked_is_said(make_model, tmp_path):
 def test_lm_evals_own_command_line_gives_the_same_scores(shared, make_model, tmp_path, text):
     """A factorized and quantized checkpoint, opened by lm-eval with remote code."""
     from moesvd_quant.cli.common import resolve_model
-    from moesvd_quant.recipe import load_recipe
-    from moesvd_quant.runner import Run
+    from moesvd_quant.recipe.recipe import load_recipe
+    from moesvd_quant.run.run import Run
 
     small = [f"calibration.dataset={text}", "calibration.samples=16", "calibration.length=64", "evaluate.perplexity=[]"]
     checkpoint = Run(load_recipe("svd-gptq3", small), resolve_model("reference"), tmp_path / "run").run()[-1]

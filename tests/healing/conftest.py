@@ -2,8 +2,8 @@
 
 import pytest
 
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_tokenizer
 
 from moesvd_quant.calibration.text import TextError
 from moesvd_quant.healing.data import NGRAM, ngrams, refuse_leaks, render, training_windows
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
+from tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import math
 import pytest
 from safetensors import safe_open
 
-from moesvd_quant.memory import PeakMeter
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.memory.limits import PeakMeter
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
 
 HIDDEN, WIDE, LAYERS, EXPERTS = 256, 1024, 8, 8
 WINDOWS, LENGTH = 12, 32

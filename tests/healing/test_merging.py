@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import moesvd_quant
-from moesvd_quant.export import export_checkpoint
+from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts
-from moesvd_quant.model.modeling_moesvd import check_digests
-from moesvd_quant.model.stored import StoredLinear
+from moesvd_quant.runtime.modeling_moesvd import check_digests
+from moesvd_quant.runtime.stored import StoredLinear
 from moesvd_quant.stages import lora_work
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))

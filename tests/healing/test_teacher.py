@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from architectures import tiny_architecture
 
+from architectures import tiny_architecture
 from moesvd_quant.healing import teacher
 from moesvd_quant.healing.shipped import BATCH
 from moesvd_quant.healing.teacher import predictions

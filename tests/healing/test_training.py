@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import tiny_architecture
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from tiny import tiny_model, tiny_tokenizer
 
 import moesvd_quant
+from architectures import tiny_architecture
 from moesvd_quant.calibration import windows
+from moesvd_quant.checkpoint.layout import projections_of
 from moesvd_quant.healing import trainer
 from moesvd_quant.healing.adapters import Trained
 from moesvd_quant.healing.losses import divergence, next_token, output_error
@@ -19,19 +19,19 @@ from moesvd_quant.healing.nf4 import freeze_in_nf4
 from moesvd_quant.healing.shipped import validation_loss
 from moesvd_quant.healing.targets import float_targets, router_parameters
 from moesvd_quant.healing.trainer import lm_loss
-from moesvd_quant.layout import projections_of
 from moesvd_quant.model.experts import find_experts
-from moesvd_quant.model.factorized_experts import FactorizedExperts
-from moesvd_quant.model.grids import Grid
 from moesvd_quant.model.layered import _decoder_layers
-from moesvd_quant.model.packing import pack
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.planning import plan_stages
-from moesvd_quant.recipe import RecipeError, load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.plan.context import StageError
+from moesvd_quant.recipe.recipe import RecipeError, load_recipe
+from moesvd_quant.run.plan import plan_stages
+from moesvd_quant.run.run import Run
+from moesvd_quant.runtime.factorized_experts import FactorizedExperts
+from moesvd_quant.runtime.grids import Grid
+from moesvd_quant.runtime.packing import pack
 from moesvd_quant.stages import lora_work
-from moesvd_quant.stages.context import StageError
 from moesvd_quant.stages.lora import Lora
+from tiny import tiny_model, tiny_tokenizer
 
 IDS = torch.randint(1, 250, (4, 48), generator=torch.Generator().manual_seed(5))
 LAYERS = ["model.layers.0", "model.layers.1"]

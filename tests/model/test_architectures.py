@@ -2,25 +2,25 @@
 
 import pytest
 import torch
-from architecture_check import IDS, STEPS, apart, check, logits
-from architecture_table import DONE
-from architectures import NO_CLASS, REFUSED, SURVEY, tiny_architecture
 from test_factorized_experts import factorize
-from tiny import tensor_bytes
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moesvd_quant
-from moesvd_quant.export import export_checkpoint
+from architecture_check import IDS, STEPS, apart, check, logits
+from architecture_table import DONE
+from architectures import NO_CLASS, REFUSED, SURVEY, tiny_architecture
+from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import expert_count, find_experts, split_projections, weight_parameters
 from moesvd_quant.model.folder import ModelError, class_for
-from moesvd_quant.model.grids import Grid
-from moesvd_quant.model.parts import LinearLayout
-from moesvd_quant.model.stored import StoredLinear
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
-from moesvd_quant.stages.context import require_experts
+from moesvd_quant.plan.context import require_experts
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
+from moesvd_quant.runtime.grids import Grid
+from moesvd_quant.runtime.parts import LinearLayout
+from moesvd_quant.runtime.stored import StoredLinear
+from tiny import tensor_bytes
 
 # Of each form one: all experts at once, identity experts, a block with its router, flat matrices, undecorated, own.
 FORMS = ["llama4_text", "longcat_flash", "jetmoe", "dbrx", "step3p7", "deepseek", "nemotron_h", "granitemoe"]

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, fill_banks, tiny_model
 from torch import nn
 
+from moesvd_quant.checkpoint.layout import dense_part, factor_part
 from moesvd_quant.checkpoint.verify import outputs
-from moesvd_quant.layout import dense_part, factor_part
-from moesvd_quant.model import factorized_experts
 from moesvd_quant.model.experts import expert_count, find_experts, find_linears, shapes_of, split_projections
-from moesvd_quant.model.factorized_experts import FactorizedExperts
-from moesvd_quant.model.parts import DensePart
+from moesvd_quant.runtime import factorized_experts
+from moesvd_quant.runtime.factorized_experts import FactorizedExperts
+from moesvd_quant.runtime.parts import DensePart
+from tiny import ARCHITECTURES, fill_banks, tiny_model
 
 IDS = torch.randint(1, 300, (3, 24), generator=torch.Generator().manual_seed(5))
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 import moesvd_quant
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_model
 from torch import nn
 
 from moesvd_quant.model.experts import find_experts, flags_of, split_projections, unknown_experts
+from tiny import ARCHITECTURES, tiny_model
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import moesvd_quant
-from moesvd_quant.model.factorized_experts import FactorizedExperts
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
+from moesvd_quant.runtime.factorized_experts import FactorizedExperts
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
 

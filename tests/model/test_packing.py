@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moesvd_quant.model.formats import FLOAT
-from moesvd_quant.model.grids import Grid, scale_levels
-from moesvd_quant.model.packing import pack, unpack
+from moesvd_quant.runtime.formats import FLOAT
+from moesvd_quant.runtime.grids import Grid, scale_levels
+from moesvd_quant.runtime.packing import pack, unpack
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import fill_banks, tiny_model
 
-from moesvd_quant.layout import factor_part
-from moesvd_quant.model import factorized_experts
+from moesvd_quant.checkpoint.layout import factor_part
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of
-from moesvd_quant.model.factorized_experts import FactorizedExperts
-from moesvd_quant.model.parts import DensePart
+from moesvd_quant.runtime import factorized_experts
+from moesvd_quant.runtime.factorized_experts import FactorizedExperts
+from moesvd_quant.runtime.parts import DensePart
+from tiny import fill_banks, tiny_model
 
 STORED, USED = 40, 24
 

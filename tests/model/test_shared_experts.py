@@ -4,23 +4,23 @@ import json
 
 import pytest
 import torch
-from architecture_check import apart, logits
-from architectures import tiny_architecture
-from moesvd_quant.evaluation.flops import flops_per_token
 from safetensors import safe_open
 from test_factorized_experts import factorize
 from transformers import AutoModelForCausalLM
 
 import moesvd_quant
-from moesvd_quant.accounting import account
+from architecture_check import apart, logits
+from architectures import tiny_architecture
 from moesvd_quant.calibration.store import Statistics, fingerprint
-from moesvd_quant.export import export_checkpoint
-from moesvd_quant.layout import layout_of
+from moesvd_quant.checkpoint.accounting import account
+from moesvd_quant.checkpoint.layout import layout_of
+from moesvd_quant.evaluation.flops import flops_per_token
+from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import count_shared, find_experts, find_linears, is_shared
 from moesvd_quant.model.layered import LayeredModel, _decoder_layers
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
-from moesvd_quant.stages.context import StageError
+from moesvd_quant.plan.context import StageError
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
 
 HIDDEN, INNER, ROUTED = 64, 64, 6 * 3 * 32 * 64  # of a layer of the tiny Qwen2-MoE: its shared expert, and the others
 WINDOWS = torch.randint(1, 250, (6, 32), generator=torch.Generator().manual_seed(2))

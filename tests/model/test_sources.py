@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import tiny_tokenizer
 
 import moesvd_quant
 from moesvd_quant.model.experts import find_experts, split_projections
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
+from tiny import tiny_tokenizer
 
 BLOCK = 32
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])

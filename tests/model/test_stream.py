@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.model.stream import StreamedModel
+from tiny import ARCHITECTURES
 
 WINDOWS = torch.randint(1, 250, (5, 32), generator=torch.Generator().manual_seed(3))
 

@@ -5,18 +5,18 @@ import math
 
 import pytest
 import torch
-from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from moesvd_quant import load
 from moesvd_quant.cli.common import app
+from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.probe.survey import RATIOS
 from moesvd_quant.probe.texts import probe_folder
 from moesvd_quant.probe.verdict import verdict
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.run.run import Run
 
 
 def look(folder, small, texts=None):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from moesvd_quant.decompose.whitening import gram_root, refit_right, whitened_error, whitened_svd
-from moesvd_quant.model.grids import Grid
 from moesvd_quant.quantize import factors
 from moesvd_quant.quantize.codec import Codec
 from moesvd_quant.quantize.factors import connected, quantize_factors, rotation
+from moesvd_quant.runtime.grids import Grid
 from moesvd_quant.stages.gptq import Gptq
 
 FORMS = {bank: Grid(3, 32, False) for bank in ("left", "right")}

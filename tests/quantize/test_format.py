@@ -14,16 +14,16 @@ import moesvd_quant
 from moesvd_quant.evaluation.record import Wanted, collect, evaluate, write
 from moesvd_quant.evaluation.report import write_report
 from moesvd_quant.evaluation.table import render, table8
-from moesvd_quant.export import export_checkpoint
+from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.model.folder import ModelError
-from moesvd_quant.model.formats import FORMATS, Format, register
-from moesvd_quant.model.packing import pack, unpack
-from moesvd_quant.planning import plan_stages
 from moesvd_quant.quantize.codec import Codec, PackedMatrix
 from moesvd_quant.quantize.registry import CODECS, register_codec
-from moesvd_quant.recipe import RecipeError, load_recipe
-from moesvd_quant.runner import Run
+from moesvd_quant.recipe.recipe import RecipeError, load_recipe
+from moesvd_quant.run.plan import plan_stages
+from moesvd_quant.run.run import Run
+from moesvd_quant.runtime.formats import FORMATS, Format, register
+from moesvd_quant.runtime.packing import pack, unpack
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from moesvd_quant.decompose.whitening import whitened_error
-from moesvd_quant.model.grids import Grid
+from moesvd_quant.export.gptq_format import to_standard
 from moesvd_quant.quantize.codec import QuantizeError
 from moesvd_quant.quantize.feedback import Feedback
 from moesvd_quant.quantize.gptq import gptq
 from moesvd_quant.quantize.rounding import resolve_group_size, round_to_nearest
-from moesvd_quant.quantize.standard import to_standard
+from moesvd_quant.runtime.grids import Grid
 
 
 def problem(out=48, columns=128, seed=0):

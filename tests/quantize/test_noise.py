@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from moesvd_quant.decompose.whitening import whitened_directions, whitened_error, whitened_svd
-from moesvd_quant.model.grids import Grid
 from moesvd_quant.quantize.factors import quantize_factors
 from moesvd_quant.quantize.feedback import Feedback, innovations
 from moesvd_quant.quantize.gptq import gptq
 from moesvd_quant.quantize.noise import ROUNDING, dense_noise, factor_noise
+from moesvd_quant.runtime.grids import Grid
 from moesvd_quant.stages.gptq import Gptq
 
 DAMP = 0.05

@@ -11,22 +11,21 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import moesvd_quant
+from moesvd_quant.checkpoint.layout import dense_layout, layout_of
 from moesvd_quant.evaluation.flops import flops_per_token
 from moesvd_quant.evaluation.record import Wanted, evaluate
 from moesvd_quant.evaluation.report import write_report
-from moesvd_quant.export import export_checkpoint
-from moesvd_quant.layout import dense_layout, layout_of
+from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import dense_weight, expert_count, find_experts, shapes_of
 from moesvd_quant.model.folder import ModelError
-from moesvd_quant.model.modeling_moesvd import replace_experts
-from moesvd_quant.model.routers import router_of
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.planning import plan_stages
-from moesvd_quant.recipe import load_recipe
-from moesvd_quant.runner import Run
-from moesvd_quant.stages import STAGES, register
-from moesvd_quant.stages.context import Context, Plan, factorized
-from moesvd_quant.stages.stage import Form, Stage
+from moesvd_quant.plan.context import Context, Plan, factorized
+from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.stage import STAGES, Form, Stage, register
+from moesvd_quant.run.plan import plan_stages
+from moesvd_quant.run.run import Run
+from moesvd_quant.runtime.modeling_moesvd import replace_experts
+from moesvd_quant.runtime.routers import router_of
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
 # DeepSeek-V3 has nine experts in three groups, of each of which one goes.

@@ -9,18 +9,17 @@ import pytest
 import torch
 
 import moesvd_quant
+from moesvd_quant.checkpoint.layout import layout_of
 from moesvd_quant.evaluation.record import Wanted, collect, evaluate, write
 from moesvd_quant.evaluation.report import write_report
 from moesvd_quant.evaluation.table import render, table8
-from moesvd_quant.layout import layout_of
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of, split_projections
-from moesvd_quant.model.parts import DensePart
-from moesvd_quant.planning import plan_stages
-from moesvd_quant.recipe import RecipeError, load_recipe
-from moesvd_quant.runner import Run
-from moesvd_quant.stages import STAGES, register
-from moesvd_quant.stages.context import Context, Plan, factorized
-from moesvd_quant.stages.stage import Form, Stage
+from moesvd_quant.plan.context import Context, Plan, factorized
+from moesvd_quant.recipe.recipe import RecipeError, load_recipe
+from moesvd_quant.recipe.stage import STAGES, Form, Stage, register
+from moesvd_quant.run.plan import plan_stages
+from moesvd_quant.run.run import Run
+from moesvd_quant.runtime.parts import DensePart
 
 
 class Average(Stage):
@@ -119,7 +118,5 @@ def test_a_stage_that_lacks_its_work_says_so():
 
 
 def test_recipes_are_checked_without_torch():
-    code = (
-        "import sys; from moesvd_quant.recipe import load_recipe; load_recipe('fit'); sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; import moesvd_quant.recipe.recipe as r; r.load_recipe('fit'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

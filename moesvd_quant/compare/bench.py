@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .calibration.store import fingerprint
-from .checkpoint.files import read_json
-from .errors import UsageError
-from .evaluation.plot import plot_bytes
-from .evaluation.record import RECORD, Wanted, dtype_on, evaluate, is_record_of, write
-from .evaluation.table import Table, save, table8
-from .recipe import Evaluate, load_recipe
-from .runner import Run
+from ..calibration.store import fingerprint
+from ..errors import UsageError
+from ..evaluation.plot import plot_bytes
+from ..evaluation.record import RECORD, Wanted, dtype_on, evaluate, is_record_of, write
+from ..evaluation.table import Table, save, table8
+from ..memory.files import read_json
+from ..recipe.recipe import Evaluate, load_recipe
+from ..run.run import Run
 
 Report = Callable[[str, int, int], None]
 

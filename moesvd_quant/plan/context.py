@@ -13,15 +13,15 @@ from ..calibration.paired import PairedWalk
 from ..calibration.store import Statistics
 from ..decompose.whitening import whitened_error
 from ..errors import MoesvdError
+from ..memory.pool import Pool
 from ..model.experts import expert_count, find_experts, shapes_of, unknown_experts
-from ..model.factorized_experts import FactorizedExperts
 from ..model.folder import ModelError
-from ..model.parts import JOINT, Layout, Projections
-from ..model.routers import Sources
 from ..model.stream import StreamedModel
-from ..parallel import Pool
-from ..recipe import Limits
-from .stage import Stage
+from ..recipe.recipe import Limits
+from ..recipe.stage import Stage
+from ..runtime.factorized_experts import FactorizedExperts
+from ..runtime.parts import JOINT, Layout, Projections
+from ..runtime.routers import Sources
 
 Progress = Callable[[int, int], None]
 LayerFunction = Callable[..., Any]  # of context, index, layer, its statistics

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import nn
 
-from .calibration.effect import TOKENS, copies_of
-from .calibration.recording import linear_sums
-from .memory import Memory, MemoryLimitError, Sizes, anonymous_bytes
-from .model.experts import all_shapes, expert_count, find_experts
-from .model.stream import StreamedModel
-from .stages.stage import Stage
+from ..calibration.effect import TOKENS, copies_of
+from ..calibration.recording import linear_sums
+from ..memory.limits import Memory, MemoryLimitError, Sizes, anonymous_bytes
+from ..model.experts import all_shapes, expert_count, find_experts
+from ..model.stream import StreamedModel
+from ..recipe.stage import Stage
 
 SINGLE, DOUBLE = 4, 8
 FACTORS = 1.6  # a layer, and what becomes of it

@@ -9,13 +9,13 @@ import torch
 from accelerate import init_empty_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .checkpoint.files import NAMES
-from .model.experts import count_shared, expert_count, find_experts, is_shared, shapes_of
-from .model.factorized_experts import FactorizedExperts
-from .model.modeling_moesvd import config_class, model_class, native_class
-from .model.parts import Layout
-from .model.routers import router_of, rows_of
-from .model.stream import StreamedModel
+from ..memory.files import NAMES
+from ..model.experts import count_shared, expert_count, find_experts, is_shared, shapes_of
+from ..model.stream import StreamedModel
+from ..runtime.factorized_experts import FactorizedExperts
+from ..runtime.modeling_moesvd import config_class, model_class, native_class
+from ..runtime.parts import Layout
+from ..runtime.routers import router_of, rows_of
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import re
 from typing import Literal, NamedTuple
 
-from .errors import UsageError
+from ..errors import UsageError
 
 
 class Budget(NamedTuple):

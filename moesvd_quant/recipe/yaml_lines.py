@@ -2,7 +2,7 @@
 
 import yaml
 
-from .errors import MoesvdError
+from ..errors import MoesvdError
 
 Path = tuple[str | int, ...]
 

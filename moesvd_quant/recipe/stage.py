@@ -1,6 +1,6 @@
 """What a stage is: its options, and all that the rest of the package may ask of it.
 
-This file and the files of the stages import no torch at the top, so that a recipe is checked in milliseconds.
+This file and those of the stages import no torch at the top, so that a recipe is checked in milliseconds.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..allocate import Storage
+    from ..plan.context import Context, Plan
+    from ..plan.knapsack import Storage
     from ..quantize.codec import Codec
-    from .context import Context, Plan
 
 
 class Form(IntEnum):
@@ -115,6 +115,15 @@ class Stage(BaseModel):
 
     def conclude(self, folder: Path) -> None:
         """Removes from the finished checkpoint what served the work alone."""
+
+
+STAGES: dict[str, type[Stage]] = {}
+
+
+def register(stage: type[Stage]) -> type[Stage]:
+    """Makes a stage known to recipes by its name; may stand before a class as a decorator."""
+    STAGES[stage.name] = stage
+    return stage
 
 
 def form_after(stages: Sequence[Stage]) -> Form:

@@ -5,12 +5,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..evaluation.plot import plot_sweep
+from ..evaluation.record import RECORD, Wanted, write
+from ..evaluation.table import Table, save, table12
+from ..recipe.recipe import Recipe, load_recipe
+from ..run.run import Run
 from .bench import Report, cached_evaluate, folder_of, require_distinct
-from .evaluation.plot import plot_sweep
-from .evaluation.record import RECORD, Wanted, write
-from .evaluation.table import Table, save, table12
-from .recipe import Recipe, load_recipe
-from .runner import Run
 
 
 def sweep(

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from ..evaluation.table import Table
+from ..reference import path as reference_path
+from ..run.run import sync_threads
 from .bench import Report, compare
-from .evaluation.table import Table
-from .reference import path as reference_path
-from .runner import sync_threads
 
 RECIPES = ("gptq4", "gptq3", "gptq2", "svd", "svd-gptq4", "svd-gptq3", "fit", "moe-svd-paper")
 CALIBRATION = ("calibration.dataset=demo", "calibration.samples=192", "calibration.length=256")

@@ -8,14 +8,15 @@ from math import prod
 
 import numpy as np
 
-from ..allocate import DENSE, FLOAT, Allocation, Choice, Storage, Table, allocate, least_cost
-from ..fitting import describe
-from ..layout import layout_of, parts_by_choice
+from ..checkpoint.layout import layout_of
 from ..model.experts import all_shapes, find_experts
-from ..model.parts import JOINT
-from ..recipe import Limits
+from ..recipe.recipe import Limits
+from ..runtime.parts import JOINT
 from .choices import Choices, choices_of
 from .context import UNREACHED, Context, Plan, StageError, kept_share
+from .knapsack import DENSE, FLOAT, Allocation, Choice, Storage, Table, allocate, least_cost
+from .parts import parts_by_choice
+from .tables import describe
 
 
 def plan_ratio(context: Context, ratio: float) -> Plan:

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
+from ..calibration.store import fingerprint
+from ..checkpoint.finish import carry_files
+from ..errors import UsageError
+from ..evaluation.record import RECORD, Wanted, dtype_on, evaluate, is_record_of, write
+from ..evaluation.table import Table
+from ..memory.files import read_json
+from ..model.experts import find_experts, find_linears, weight_parameters
+from ..model.load import load
+from ..model.stream import StreamedModel
 from .bench import compare, written
-from .calibration.store import fingerprint
-from .checkpoint.files import read_json
-from .checkpoint.finish import carry_files
-from .errors import UsageError
-from .evaluation.record import RECORD, Wanted, dtype_on, evaluate, is_record_of, write
-from .evaluation.table import Table
-from .model.experts import find_experts, find_linears, weight_parameters
-from .model.load import load
-from .model.stream import StreamedModel
 
 Report = Callable[[str, int, int], None]
 BASELINES = ("gptq4", "gptq3", "gptq2", "moe-svd-paper", "moe-svd-paper-gptq4")

@@ -4,13 +4,13 @@ from functools import partial
 
 import torch
 
-from .accounting import account, planned_model
-from .budget import kv_cache_bytes, parse_budget
-from .layout import layout_of
-from .model.parts import layout_from
-from .model.stream import StreamedModel
-from .stages.context import Context, StageError
-from .stages.stage import packing_stage
+from ..checkpoint.accounting import account, planned_model
+from ..checkpoint.layout import layout_of
+from ..model.stream import StreamedModel
+from ..plan.context import Context, StageError
+from ..recipe.budget import kv_cache_bytes, parse_budget
+from ..recipe.stage import packing_stage
+from ..runtime.parts import layout_from
 
 
 def plan_stages(run) -> list[dict]:

@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 import torch
 
-from .. import fitting
-from ..allocate import FLOAT, Storage, Table
 from ..calibration.metric import METRIC
-from ..fitting import Profile, error_price, fit_table, profile
 from ..model.experts import dense_weight, expert_count, find_experts, shapes_of, split_projections
-from ..model.factorized_experts import FactorizedExperts
-from ..model.formats import FLOAT as FLOAT_FORMAT
-from ..model.formats import Format
-from ..model.parts import JOINT, joined
 from ..quantize.codec import QuantizeError
 from ..quantize.noise import NOISE
+from ..runtime.factorized_experts import FactorizedExperts
+from ..runtime.formats import FLOAT as FLOAT_FORMAT
+from ..runtime.formats import Format
+from ..runtime.parts import JOINT, joined
+from . import tables as fitting
 from .context import Context, StageError, expert_grams, reached, weak_experts
+from .knapsack import FLOAT, Storage, Table
+from .tables import Profile, error_price, fit_table, profile
 
 LEAST_PRICE = 1e-30  # of experts that no error of theirs could be seen of
 

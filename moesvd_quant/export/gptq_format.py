@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.grids import Grid
-from ..model.packing import unpack
-from .codec import PackedMatrix, QuantizeError
+from ..quantize.codec import PackedMatrix, QuantizeError
+from ..runtime.grids import Grid
+from ..runtime.packing import unpack
 
 
 @lru_cache

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .allocate import DENSE, FLOAT, NOTHING, Choice, Storage, Table, useful_ranks
-from .calibration.effect import perturbed
-from .decompose.whitening import energy, whitened_directions
-from .model.formats import Format
-from .quantize.feedback import innovations
-from .quantize.noise import dense_noise, factor_noise
+from ..calibration.effect import perturbed
+from ..decompose.whitening import energy, whitened_directions
+from ..quantize.feedback import innovations
+from ..quantize.noise import dense_noise, factor_noise
+from ..runtime.formats import Format
+from .knapsack import DENSE, FLOAT, NOTHING, Choice, Storage, Table, useful_ranks
 
 # Measured at one size of error, effects are trusted to this power (docs/results.md has the ablation).
 EFFECT, MIN_EFFECT = 0.7, 1e-7

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from .accounting import Accounting, by_file, planned_model
-from .checkpoint import finish, verify
-from .checkpoint.files import commit_folder, write_json, write_tensors
-from .model.layered import is_finite
-from .model.parts import projections_from, projections_to
-from .model.stream import StreamedModel
-from .stages.context import Context, Plan, StageError
+from ..checkpoint import finish, verify
+from ..checkpoint.accounting import Accounting, by_file, planned_model
+from ..memory.files import commit_folder, write_json, write_tensors
+from ..model.layered import is_finite
+from ..model.stream import StreamedModel
+from ..plan.context import Context, Plan, StageError
+from ..runtime.parts import projections_from, projections_to
 
 CHECK_WINDOWS, CHECK_LENGTH = 2, 128
 CHUNK = 32  # tokens whose predictions are compared at a time

@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from .budget import UNITS
-from .checkpoint.files import write_at
-from .errors import MoesvdError, UsageError
+from ..errors import MoesvdError, UsageError
+from ..recipe.budget import UNITS
+from .files import write_at
 
 M_MMAP_THRESHOLD, MAPPED = -3, 2**20  # of glibc's mallopt; bytes
 # What configs call the number of experts that a token is sent to.

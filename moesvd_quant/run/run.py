@@ -15,24 +15,24 @@ from pathlib import Path
 
 import torch
 
-from . import __version__
-from .accounting import account
-from .calibration.store import Statistics, fingerprint
-from .checkpoint.files import read_json, require_space, write_json, write_text
-from .errors import MoesvdError
-from .layout import layout_of
-from .memory import Memory, PeakMeter, keep_nothing
-from .model.folder import load_tokenizer
-from .model.modeling_moesvd import MANIFEST
-from .model.parts import layout_from
-from .model.stream import StreamedModel
-from .needs import Needs, forecast
-from .parallel import Pool
-from .planning import plan_stages
-from .recipe import Recipe
-from .stages.context import Context, Plan
-from .stages.stage import TrainingText
-from .work import StageWork
+from .. import __version__
+from ..calibration.store import Statistics, fingerprint
+from ..checkpoint.accounting import account
+from ..checkpoint.layout import layout_of
+from ..errors import MoesvdError
+from ..memory.files import read_json, require_space, write_json, write_text
+from ..memory.limits import Memory, PeakMeter, keep_nothing
+from ..memory.pool import Pool
+from ..model.folder import load_tokenizer
+from ..model.stream import StreamedModel
+from ..plan.context import Context, Plan
+from ..recipe.recipe import Recipe
+from ..recipe.stage import TrainingText
+from ..runtime.modeling_moesvd import MANIFEST
+from ..runtime.parts import layout_from
+from .forecast import Needs, forecast
+from .plan import plan_stages
+from .stage_work import StageWork
 
 Report = Callable[[str, int, int], None]  # what, done, total
 
@@ -79,7 +79,7 @@ class Run:
         self._training = {index: self._training_windows(text, index) for index, text in texts.items() if text}
 
     def _statistics(self, memory: Memory) -> Statistics:
-        from .calibration.windows import length_of, must_write, windows_of
+        from ..calibration.windows import length_of, must_write, windows_of
 
         wanted, seed = self.recipe.calibration, self.recipe.seed
         length = length_of(self.meta.config, wanted.length, "calibration.length")
@@ -103,8 +103,8 @@ class Run:
         return self.statistics.windows
 
     def _training_windows(self, text: TrainingText, index: int):
-        from .calibration.windows import length_of
-        from .healing.data import refuse_leaks, training_windows
+        from ..calibration.windows import length_of
+        from ..healing.data import refuse_leaks, training_windows
 
         tokenizer = load_tokenizer(self.model)
         source = text.dataset or self.recipe.calibration.dataset
@@ -125,7 +125,7 @@ class Run:
         text = self.recipe.stages[index].training_text()
         if made is None or text is None or not text.self_written:
             return made
-        from .calibration.windows import written_among
+        from ..calibration.windows import written_among
 
         written = written_among(calibration, self.windows, self.recipe.seed)
         return made.with_written(written, calibration.self_written, self.recipe.seed)

@@ -10,11 +10,10 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
+from ..errors import MoesvdError, UsageError
 from .budget import parse_budget
-from .errors import MoesvdError, UsageError
-from .recipe_yaml import YamlProblem, apply_override, parse
-from .stages import STAGES
-from .stages.stage import Stage, form_after, packing_stage
+from .stage import STAGES, Stage, form_after, packing_stage
+from .yaml_lines import YamlProblem, apply_override, parse
 
 
 class RecipeError(MoesvdError, ValueError):

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import torch
 
-from .errors import MoesvdError, UsageError
-from .memory import keep_nothing
+from ..errors import MoesvdError, UsageError
+from .limits import keep_nothing
 
 RETRIES = 3  # of a task whose worker died
 

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from .accounting import original_model, stored_tensors
-from .checkpoint.files import write_json, write_one_by_one
-from .checkpoint.finish import OUTER_FILE, carry_files, layer_file, write_index
-from .model.experts import is_shared, split_projections
-from .model.factorized_experts import FactorizedExperts
-from .model.folder import ModelError
-from .model.grids import Grid
-from .model.native_experts import form_of
-from .model.packing import pack, unpack
-from .model.parts import JOINT, channel_tensors
-from .model.stored import Stored, StoredLinear
-from .model.stream import StreamedModel
-from .quantize.codec import PackedMatrix, QuantizeError
-from .quantize.standard import to_standard
+from ..checkpoint.accounting import original_model, stored_tensors
+from ..checkpoint.finish import OUTER_FILE, carry_files, layer_file, write_index
+from ..memory.files import write_json, write_one_by_one
+from ..model.experts import is_shared, split_projections
+from ..model.folder import ModelError
+from ..model.stream import StreamedModel
+from ..quantize.codec import PackedMatrix, QuantizeError
+from ..runtime.factorized_experts import FactorizedExperts
+from ..runtime.grids import Grid
+from ..runtime.native_experts import form_of
+from ..runtime.packing import pack, unpack
+from ..runtime.parts import JOINT, channel_tensors
+from ..runtime.stored import Stored, StoredLinear
+from .gptq_format import to_standard
 
 
 def export_checkpoint(folder: Path, out: Path, to: str) -> None:

@@ -1,0 +1,1 @@
+"""Running a recipe: plan, work layer by layer, verify, commit, go on."""
