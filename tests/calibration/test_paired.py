@@ -54,8 +54,8 @@ def test_inputs_are_those_of_the_compressed_model(make_model, tmp_path, small):
     walk = context.paired_walk()
     for _ in range(2):
         walk.enter()
-    pair = walk.experts("mlp.experts")
-    one_by_one = PairedExperts(pair.native, pair.pairs, lambda size: 1, pair.folder)
+    pair = walk.experts("mlp.experts", [[expert] for expert in range(4)])
+    one_by_one = PairedExperts(pair.native, pair.sources, pair.pairs, lambda size: 1, pair.folder)
     assert all(torch.equal(a, b) for a, b in zip(pair.gate_up, one_by_one.gate_up))
     made = walk.compressed.layer.get_submodule("mlp.experts")
     assert all(torch.equal(a, b) for a, b in zip(pair.down(made), one_by_one.down(made)))
