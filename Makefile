@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow everything down, many times over, where another process wants the core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: venv test test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast clean
+.PHONY: venv test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast clean
 
 venv: .venv/.installed
 
@@ -19,6 +19,10 @@ test: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy moesvd_quant
 	$(BIN)/pytest -n 2 -m "not slow"
+
+# Our 4-bit result against GPTQModel's own on the same windows: a change of either that matters shows here.
+test-peer: venv
+	$(BIN)/pytest -m slow tests/test_bars.py -k gptqmodels
 
 test-slow: venv
 	$(BIN)/pytest -m slow

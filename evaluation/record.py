@@ -20,7 +20,7 @@ Report = Callable[[str, int, int], None]  # what, done, total
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvalSpec:
     """What to measure of a model folder."""
 
     texts: dict[str, str] = field(default_factory=dict)  # {name: source} for perplexity
@@ -36,7 +36,7 @@ class Wanted:
 
 def evaluate(
     folder: str | Path,
-    wanted: Wanted,
+    wanted: EvalSpec,
     device: str = "cpu",
     name: str | None = None,
     progress: Report = lambda what, done, total: None,
@@ -87,7 +87,7 @@ class _Opened:
     resident: int  # bytes that its tensors take when loaded
 
 
-def _open(folder: Path, wanted: Wanted, device: str, progress: Report) -> _Opened:
+def _open(folder: Path, wanted: EvalSpec, device: str, progress: Report) -> _Opened:
     import moesvd_quant
 
     from ..model.folder import load_tokenizer, read_config
@@ -120,11 +120,11 @@ def streamed(folder: Path, dtype: torch.dtype | None, device: str, progress: Rep
     return Reporting(folder, dtype, device)
 
 
-def _length(wanted: Wanted, config) -> int:
+def _length(wanted: EvalSpec, config) -> int:
     return wanted.length or min(2048, getattr(config, "max_position_embeddings", 2048))
 
 
-def _perplexity(opened: _Opened, wanted: Wanted, text: str, progress: Report) -> dict:
+def _perplexity(opened: _Opened, wanted: EvalSpec, text: str, progress: Report) -> dict:
     from ..calibration.text import joiner_of, load_documents, token_windows
 
     source = wanted.texts[text]
@@ -142,7 +142,7 @@ def _perplexity(opened: _Opened, wanted: Wanted, text: str, progress: Report) ->
     return measured
 
 
-def _zero_shot(opened: _Opened, wanted: Wanted) -> dict:
+def _zero_shot(opened: _Opened, wanted: EvalSpec) -> dict:
     from .zero_shot import zero_shot
 
     more = {"batch_size": wanted.batch_size} if wanted.batch_size else {}
@@ -170,7 +170,7 @@ def dtype_on(folder: Path, device: str) -> str:
     return str(precision_on(device) or read_config(folder).dtype or torch.float32)
 
 
-def is_record_of(record: dict, model: str, dtype: str, wanted: Wanted) -> bool:
+def is_record_of(record: dict, model: str, dtype: str, wanted: EvalSpec) -> bool:
     """Whether a record has all that is wanted of the model with this fingerprint, measured in the same way."""
     protocol, tasks = record["protocol"], record.get("zero_shot", {})
     return (

@@ -22,7 +22,7 @@ def test_a_table_says_what_its_recipes_gave(make_model, text, tmp_path):
         7, make_model("mixtral"), tmp_path, {"words": str(text)}, 0.3, 4, [str(text)], 24, 64, "cpu", lambda *_: None
     )
     (original, row), (file,) = made.rows, tmp_path.glob("*.yaml")
-    assert load_recipe(file).stages[0].method == "paper"
+    assert load_recipe(file).stages[0].method == "moe_svd"
     assert original[0] == "original" and original[1] == 0 and row[0] == "words"
     assert abs(row[1] - 30) < 1 and row[2] in ("0", "1")
     record = json.loads((tmp_path / file.stem / "01-svd" / "eval.json").read_text())

@@ -41,9 +41,9 @@ def test_equal_to_gptqmodels_own_result(model, tmp_path):
     run = Run(
         load_recipe("gptq4", [*CALIBRATION, "evaluate.perplexity=[]", "gptq.group_size=64"]), model, tmp_path / "o"
     )
-    from moesvd_quant.evaluation.record import Wanted, evaluate
+    from moesvd_quant.evaluation.record import EvalSpec, evaluate
 
-    ours = evaluate(run.run()[-1], Wanted({"demo": "demo"}, length=256))["perplexity"]["demo"]["ppl"]
+    ours = evaluate(run.run()[-1], EvalSpec({"demo": "demo"}, length=256))["perplexity"]["demo"]["ppl"]
     torch.save(run.windows, tmp_path / "windows.pt")
     windows = token_windows(load_documents("demo", "test"), AutoTokenizer.from_pretrained(model), 256)
     torch.save(windows, tmp_path / "test.pt")

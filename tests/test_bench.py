@@ -7,7 +7,7 @@ import torch
 
 from moesvd_quant.compare.bench import cached_evaluate, compare
 from moesvd_quant.evaluation import record
-from moesvd_quant.evaluation.record import Wanted
+from moesvd_quant.evaluation.record import EvalSpec
 from moesvd_quant.runtime import modeling_moesvd
 from moesvd_quant.runtime.modeling_moesvd import check_digests, file_digest
 
@@ -17,14 +17,14 @@ def test_the_baseline_of_another_model_is_not_taken(make_model, text, tmp_path, 
     texts = {"words": str(text)}
     one = compare(first, ["gptq4"], tmp_path, texts, 64, small)[0][0]["perplexity"]["words"]["ppl"]
     two = compare(second, ["gptq3"], tmp_path, texts, 64, small)[0][0]["perplexity"]["words"]["ppl"]
-    alone = cached_evaluate(second, tmp_path / "alone", Wanted(texts, length=64))["perplexity"]["words"]["ppl"]
+    alone = cached_evaluate(second, tmp_path / "alone", EvalSpec(texts, length=64))["perplexity"]["words"]["ppl"]
     assert two == alone != one
 
 
 @pytest.mark.parametrize("change", ["nothing", "dtype", "texts", "length"])
 def test_a_record_is_used_again_where_nothing_changed(make_model, text, tmp_path, monkeypatch, change):
     folder, calls = make_model("mixtral"), []
-    wanted = Wanted({"words": str(text)}, length=64)
+    wanted = EvalSpec({"words": str(text)}, length=64)
     cached_evaluate(folder, tmp_path, wanted)
     real = record.evaluate
 
@@ -36,9 +36,9 @@ def test_a_record_is_used_again_where_nothing_changed(make_model, text, tmp_path
     if change == "dtype":
         monkeypatch.setattr("moesvd_quant.compare.bench.dtype_on", lambda folder, device: "torch.bfloat16")
     if change == "texts":
-        wanted = Wanted({"other": "demo"}, length=64)
+        wanted = EvalSpec({"other": "demo"}, length=64)
     if change == "length":
-        wanted = Wanted({"words": str(text)}, length=32)
+        wanted = EvalSpec({"words": str(text)}, length=32)
     cached_evaluate(folder, tmp_path, wanted)
     assert len(calls) == (change != "nothing")
 

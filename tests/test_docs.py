@@ -56,7 +56,7 @@ def test_functions_named_in_the_method_notes_exist():
     import importlib
 
     pages = "".join((ROOT / "docs" / name).read_text() for name in ("moe-svd.md", "d2-moe.md"))
-    names = re.findall(r"`((?:decompose|calibration|plan)[\w.]*\.\w+)`", pages)
+    names = re.findall(r"`((?:decompose|calibration|checkpoint|plan|quantize|stages)[\w.]*\.\w+)`", pages)
     assert len(names) >= 10
     for name in names:
         module, function = name.rsplit(".", 1)

@@ -153,7 +153,7 @@ def test_keys_and_values_take_what_transformers_caches(architecture, make_model)
     assert kv_cache_bytes(model.config, 100, 2, 4) == pytest.approx(held, rel=0.02)
 
 
-@pytest.mark.parametrize("method", ["global", "uniform"])
+@pytest.mark.parametrize("method", ["global", "svd_llm"])
 def test_a_ratio_counts_experts_that_no_token_reaches(make_model, tmp_path, small, monkeypatch, method):
     """Two layers, of which the second sees no token: the first one alone has to give what the ratio asks of both."""
     calls = []

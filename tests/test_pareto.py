@@ -6,7 +6,7 @@ import torch
 
 import moesvd_quant
 from moesvd_quant.compare.pareto import BASELINES, front, nf4_record
-from moesvd_quant.evaluation.record import Wanted
+from moesvd_quant.evaluation.record import EvalSpec
 
 
 def test_front_holds_budgets_baselines_and_nf4(make_model, tmp_path, text):
@@ -25,7 +25,7 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_weights(make_model, tmp_path, tex
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     folder = make_model("mixtral")
-    record = nf4_record(folder, tmp_path / "nf4", Wanted({"words": str(text)}, length=64))
+    record = nf4_record(folder, tmp_path / "nf4", EvalSpec({"words": str(text)}, length=64))
     model = moesvd_quant.load(folder)
     saved = 0
     for name, parameter in model.named_parameters():
@@ -42,5 +42,5 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_weights(make_model, tmp_path, tex
     from tiny import tiny_tokenizer
 
     tiny_tokenizer().save_pretrained(tmp_path / "own")
-    own = evaluate(tmp_path / "own", Wanted({"words": str(text)}, length=64))
+    own = evaluate(tmp_path / "own", EvalSpec({"words": str(text)}, length=64))
     assert abs(own["perplexity"]["words"]["nll"] - windows["nll"]) < 1e-6

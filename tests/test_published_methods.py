@@ -70,7 +70,7 @@ def survey(name):
         {"groups": 2, "keep_u": 2},
         {"literal": True},
         {"shared_v": False},
-        {"method": "uniform"},
+        {"method": "svd_llm"},
     ],
     ids=str,
 )
@@ -78,9 +78,9 @@ def test_the_ratio_asked_for_is_met_within_half_a_percent(model, options):
     met = 0
     for ratio in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
         layers = survey(model)
-        given = Svd(**({"method": "paper", "ratio": ratio} | options))
+        given = Svd(**({"method": "moe_svd", "ratio": ratio} | options))
         sizes = [e["experts"] * out * i for e in layers.values() for out, i in e["shapes"].values()]
-        plan = plan_paper if given.method == "paper" else _plan_uniform
+        plan = plan_paper if given.method == "moe_svd" else _plan_uniform
         try:
             layout, _ = plan(layers, int(sum(sizes) * (1 - ratio)), given)
         except StageError as error:
@@ -109,7 +109,7 @@ def test_the_ratio_asked_for_is_met_within_half_a_percent(model, options):
     ],
 )
 def test_what_the_model_cannot_do_is_said(options, message):
-    given = Svd(**({"method": "paper", "ratio": 0.2} | options))
+    given = Svd(**({"method": "moe_svd", "ratio": 0.2} | options))
     total = 4 * 8 * 3 * 256 * 192
     with pytest.raises(StageError, match=message):
         plan_paper(survey("reference"), int(total * (1 - given.ratio)), given)
@@ -118,7 +118,7 @@ def test_what_the_model_cannot_do_is_said(options, message):
 def test_groups_are_a_bank_of_right_factors_and_trimming_leaves_its_left_ones():
     """DeepSeekMoE: 64 experts, 8 groups, the 6 least used left factors of each trimmed."""
     layers = survey("deepseek-moe-16b")
-    given = Svd(method="paper", ratio=0.5, groups=8, trim_u=6)
+    given = Svd(method="moe_svd", ratio=0.5, groups=8, trim_u=6)
     total = 27 * 64 * 3 * 1408 * 2048
     layout, decisions = plan_paper(layers, total // 2, given)
     path = next(path for path, decision in decisions.items() if len(decision["decomposed"]) == 3)
@@ -131,8 +131,8 @@ def test_groups_are_a_bank_of_right_factors_and_trimming_leaves_its_left_ones():
 @pytest.mark.parametrize(
     "recipe,options",
     [
-        ("svd-gptq4", ["svd.method=paper", "svd.groups=2", "svd.trim_u=1"]),
-        ("svd", ["svd.method=paper", "svd.shared_v=false", "svd.select=owl"]),
+        ("svd-gptq4", ["svd.method=moe_svd", "svd.groups=2", "svd.trim_u=1"]),
+        ("svd", ["svd.method=moe_svd", "svd.shared_v=false", "svd.select=owl"]),
         ("svd-plain", []),
         ("asvd", []),
     ],
@@ -147,7 +147,7 @@ def test_checkpoints_of_each_method_load(recipe, options, make_model, tmp_path, 
 
 
 def test_each_group_has_its_own_right_factor(make_model, tmp_path, small):
-    options = ["svd.method=paper", "svd.groups=2", "svd.keep_u=1", "svd.ratio=0.6"]
+    options = ["svd.method=moe_svd", "svd.groups=2", "svd.keep_u=1", "svd.ratio=0.6"]
     (checkpoint,) = make("svd", make_model("mixtral"), tmp_path, small, *options).run()
     for _, experts in find_experts(moesvd_quant.load(checkpoint)):
         (part,) = experts.layout["gate"]

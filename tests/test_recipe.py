@@ -37,7 +37,7 @@ def test_defaults_are_filled_in_and_written_out(tmp_path):
 
 @pytest.mark.parametrize("given", ["trim_u: 0", "shared_v: false", "select: owl", "keep_u: 4, groups: 8"])
 def test_options_of_one_reading_are_written_out_and_load_back(tmp_path, given):
-    recipe = load_recipe(write(tmp_path, f"stages: [{{svd: {{method: paper, ratio: 0.4, {given}}}}}]"))
+    recipe = load_recipe(write(tmp_path, f"stages: [{{svd: {{method: moe_svd, ratio: 0.4, {given}}}}}]"))
     assert load_recipe(write(tmp_path, recipe.to_yaml())).model_dump() == recipe.model_dump()
 
 
@@ -70,7 +70,7 @@ def test_no_budgets(text):
         ("stages:\n  - svd: {ratoi: 0.4}", ["mine.yaml:2: stages[0].svd.ratoi: unknown key; did you mean 'ratio'?"]),
         ("stages:\n  - svd", ["mine.yaml:2: stages[0].svd.ratio: is required, or give a budget (20GB, 1.5bpw)"]),
         ("stages:\n  - gptq: {}", ["mine.yaml:2: stages[0].gptq.bits: is required, or give a budget"]),
-        ("stages: [{svd: {method: paper}}]", ["ratio: is required"]),
+        ("stages: [{svd: {method: moe_svd}}]", ["ratio: is required"]),
         ("budget: 20 apples\nstages: [svd]", ["mine.yaml:1: budget: '20 apples' is no budget; write bytes (20GB"]),
         ("stages: [{gptq: {bits: 4}}]\nbudget: 2bpw", ["mine.yaml:2: budget: gptq.bits is already set; remove it"]),
         ("sede: 1\nstages: [svd]", ["mine.yaml:1: sede: unknown key; did you mean 'seed'?"]),
@@ -81,22 +81,25 @@ def test_no_budgets(text):
         ),
         ("stages:\n - gptq: {bits: '4'}", ["mine.yaml:2: stages[0].gptq.bits:", "got '4'"]),
         ("stages:\n - gptq: {bits: 4}\n - svd: {ratio: 0.4}", ["mine.yaml:3: stages[1].svd: cannot come after gptq"]),
-        ("stages: [{svd: {ratio: 0.4, keep_u: 2}}]", ["keep_u: only with method: paper"]),
+        ("stages: [{svd: {ratio: 0.4, keep_u: 2}}]", ["keep_u: only with method: moe_svd"]),
         ("stages: [{svd: {ratio: 0.4, alpha: 1.0}}]", ["mine.yaml:1: stages[0].svd: alpha: only with method: asvd"]),
-        ("stages: [{svd: {ratio: 0.4, method: asvd, update: true}}]", ["update: only with method: uniform"]),
-        ("stages: [{svd: {ratio: 0.4, method: paper, keep_u: 2, trim_u: 6}}]", ["keep_u: only with trim_u left out"]),
+        ("stages: [{svd: {ratio: 0.4, method: asvd, update: true}}]", ["update: only with method: svd_llm"]),
+        ("stages: [{svd: {ratio: 0.4, method: moe_svd, keep_u: 2, trim_u: 6}}]", ["keep_u: only with trim_u left out"]),
         (
-            "stages: [{svd: {ratio: 0.4, method: paper, select: pf}}]",
+            "stages: [{svd: {ratio: 0.4, method: moe_svd, select: pf}}]",
             ["mine.yaml:1: stages[0].svd.select:", "got 'pf'"],
         ),
-        ("stages: [{svd: {ratio: 0.4, method: paper, select: fp, outlier: 3.0}}]", ["outlier: only with a in select"]),
+        (
+            "stages: [{svd: {ratio: 0.4, method: moe_svd, select: fp, outlier: 3.0}}]",
+            ["outlier: only with a in select"],
+        ),
         (
             "stages: [{d2: {ratio: 0.4, static: 0.5, dynamic: 0.5}}]",
             ["mine.yaml:1: stages[0].d2: static 0.5 and dynamic"],
         ),
         ("stages: [{d2: {ratio: 0.4, dynamic: 1.0}}]", ["mine.yaml:1: stages[0].d2.dynamic:", "got 1.0"]),
         (
-            "stages: [{svd: {ratio: 0.4, method: paper, shared_v: false, groups: 2, literal: true}}]",
+            "stages: [{svd: {ratio: 0.4, method: moe_svd, shared_v: false, groups: 2, literal: true}}]",
             ["groups, literal: only with shared_v: true"],
         ),
         ("stages: [{gptq: {bits: 4, group_size: 12}}]", ["12 is not a positive multiple of 8"]),
@@ -174,5 +177,5 @@ def test_a_file_that_is_no_utf8_is_said(tmp_path):
 
 def test_the_override_that_is_wrong_is_blamed():
     with pytest.raises(RecipeError) as caught:
-        load_recipe("svd", ["svd.method=paper", "svd.update=true", "svd.ratio=0.3"])
+        load_recipe("svd", ["svd.method=moe_svd", "svd.update=true", "svd.ratio=0.3"])
     assert str(caught.value).startswith("override 'svd.update=true'"), caught.value

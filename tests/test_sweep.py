@@ -7,11 +7,11 @@ import pytest
 from moesvd_quant.compare.bench import compare
 from moesvd_quant.compare.sweep import sweep
 from moesvd_quant.errors import UsageError
-from moesvd_quant.evaluation.record import Wanted
+from moesvd_quant.evaluation.record import EvalSpec
 
 
 def test_every_seed_and_size_is_measured_once(make_model, text, tmp_path, small):
-    arguments = (make_model("mixtral"), ["svd"], tmp_path, Wanted({"words": str(text)}, length=64), [0, 1], [12, 24])
+    arguments = (make_model("mixtral"), ["svd"], tmp_path, EvalSpec({"words": str(text)}, length=64), [0, 1], [12, 24])
     records, table = sweep(*arguments, small)
     swept = [(r["sweep"]["samples"], r["sweep"]["seed"]) for r in records if "sweep" in r]
     assert swept == [(12, 0), (12, 1), (24, 0), (24, 1)]
@@ -31,7 +31,7 @@ def test_recipes_that_differ_in_options_are_rows_of_their_own(make_model, text, 
     for name, size in (("small-groups", 16), ("large-groups", 32)):
         (tmp_path / f"{name}.yaml").write_text(f"stages: [{{gptq: {{bits: 3, group_size: {size}}}}}]")
     files = [str(tmp_path / f"{name}.yaml") for name in ("small-groups", "large-groups")]
-    wanted = Wanted({"words": str(text)}, length=64)
+    wanted = EvalSpec({"words": str(text)}, length=64)
     _, table = sweep(make_model("mixtral"), files, tmp_path / "out", wanted, [0, 1], [12], small)
     assert [row[:3] for row in table.rows[1:]] == [["gptq3 (small-groups)", 12, 2], ["gptq3 (large-groups)", 12, 2]]
 
@@ -42,6 +42,6 @@ def test_recipes_that_would_write_into_one_folder_are_refused(make_model, text, 
         (tmp_path / folder / "x.yaml").write_text("stages: [{gptq: {bits: 3}}]")
     files = [str(tmp_path / folder / "x.yaml") for folder in ("a", "b")]
     with pytest.raises(UsageError, match=r"a/x\.yaml and .*b/x\.yaml: both would write into x"):
-        sweep(make_model("mixtral"), files, tmp_path / "out", Wanted({}), [0], [12], small)
+        sweep(make_model("mixtral"), files, tmp_path / "out", EvalSpec({}), [0], [12], small)
     with pytest.raises(UsageError, match="both would write into x"):
         compare(make_model("mixtral"), files, tmp_path / "out", {}, 64, small)

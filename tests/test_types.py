@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 
 def test_wrong_arguments_to_evaluation_are_seen(tmp_path):
     (tmp_path / "wrong.py").write_text(
-        "from moesvd_quant.evaluation.record import Wanted, evaluate\nevaluate(3, {'demo': 'demo'}, 256)\nWanted(7)\n"
+        "from moesvd_quant.evaluation.record import EvalSpec, evaluate\n"
+        "evaluate(3, {'demo': 'demo'}, 256)\nEvalSpec(7)\n"
     )
     found = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", ROOT / "pyproject.toml", tmp_path / "wrong.py"],

@@ -35,7 +35,7 @@ def rows_of(number: int, ratio: float, experts: int, calibrations: Sequence[str]
 
     Table 5 shares nothing: its figure for all factors, 8.67, is that of Table 4's row without sharing.
     """
-    first, paper = calibrations[0], {"method": "paper", "ratio": ratio}
+    first, paper = calibrations[0], {"method": "moe_svd", "ratio": ratio}
     if number == 4:
         return {
             "SVD, all layers": (paper | OWN | {"select": "uniform"}, first),

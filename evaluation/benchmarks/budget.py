@@ -77,7 +77,7 @@ def uniform_recipes(job: Run, given: Sequence[str]) -> dict[str, tuple[str, list
 
 
 def uniform(width: int, ratio: float) -> list[str]:
-    return ["svd.method=uniform", f"gptq.bits={width}", f"svd.ratio={ratio}"]
+    return ["svd.method=svd_llm", f"gptq.bits={width}", f"svd.ratio={ratio}"]
 
 
 def verdicts(records: dict[str, dict], seen: Sequence[str], unseen: Sequence[str], budgets: Sequence[float]) -> Table:

@@ -35,7 +35,7 @@ LENGTH, BATCH = 256, 8
 COMMON = f"checkpointing: false, length: {LENGTH}, batch: {BATCH}, microbatch: 4, warmup: 0.1, validation: 32"
 FACTORS, TUNED = "objective: distill, train: factors, lr: 0.001", "objective: lm, train: factors, lr: 0.00005"
 TERMS = "objective: distill, rank: 8, lr: 0.005"
-SVD_LLM, SVD = "{svd: {method: uniform, ratio: 0.6}}", "{svd: {ratio: 0.6}}"
+SVD_LLM, SVD = "{svd: {method: svd_llm, ratio: 0.6}}", "{svd: {ratio: 0.6}}"
 SEEDED = {  # stages before healing, how it is healed, stages after it
     "svd40, gptq3": ("{svd: {ratio: 0.4}}", FACTORS, "{gptq: {bits: 3}}"),
     "svd60, gptq3": ("{svd: {ratio: 0.6}}", FACTORS, "{gptq: {bits: 3}}"),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..memory.lazy import Lazily
+from ..memory.lazy import LazySequence
 from ..runtime.routers import Sources
 
 # Shares of the expert's own inputs, of all inputs of its layer, and of those without their correlations; together 1.
@@ -52,7 +52,7 @@ def unknown(gram: torch.Tensor, count: torch.Tensor, layer: Layer) -> torch.Tens
     return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
-class Grams(Lazily):
+class Grams(LazySequence):
     """The matrices that the experts of a layer are judged by, each made when it is asked for.
 
     gram (E, n, n): sums over each expert's tokens (may be mapped from a file); tokens (E,); metric: `blend`,

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..decompose.whitening import energy
 from ..memory.files import TensorFile
-from ..memory.lazy import Lazily
+from ..memory.lazy import LazySequence
 from ..memory.limits import Batches
 from ..model.experts import dense_weight, expert_count, find_experts, intermediate, pairs_of, route, shapes_of
 from ..runtime.native_experts import Routed
@@ -77,9 +77,9 @@ class PairedExperts:
         self.tokens = self.tokens.cpu()
         self.gate_up = self._sums(hidden, lambda expert, x, z: (x, z))
 
-    def weights(self, name: str) -> Lazily:
+    def weights(self, name: str) -> LazySequence:
         """The original's weights (out, in) by expert, float32."""
-        return Lazily(self.count, lambda expert: dense_weight(self.native, name, self.sources[expert][0]))
+        return LazySequence(self.count, lambda expert: dense_weight(self.native, name, self.sources[expert][0]))
 
     def down(self, made: nn.Module) -> Sums:
         """Sums of down's inputs as gate and up of `made` give them."""
@@ -89,7 +89,7 @@ class PairedExperts:
 
         return self._sums(self._inner, inner)
 
-    def targets(self, name: str, sums: Sums) -> Lazily:
+    def targets(self, name: str, sums: Sums) -> LazySequence:
         """Corrected weights by expert; each is helped by as many of its layer's inputs as it has features."""
         share, weights = sums.gram.shape[-1] / self.tokens.sum(), self.weights(name)
         pooled = Sums(*(total.sum(0) * share for total in sums))
@@ -98,7 +98,7 @@ class PairedExperts:
             own = (sums.gram[expert] + pooled.gram, sums.cross[expert] + pooled.cross)
             return corrected(weights[expert], *(matrix.to(self.device) for matrix in own))
 
-        return Lazily(self.count, made)
+        return LazySequence(self.count, made)
 
     def _sums(self, size: int, of: Callable) -> Sums:
         """Over all pairs, as many experts at a time as fit, into a file: the same bits for any number."""

@@ -45,7 +45,7 @@ def record_layer(layer: nn.Module, path: Path, run: Callable[[], Any], at_once: 
 
 
 def pass_on(layer: nn.Module, run: Callable[[], Any]) -> None:
-    """Runs a layer whose statistics are there: computed as when they were recorded, to the last bit."""
+    """Runs a layer that is recorded already, with the same arithmetic, so that later layers get identical inputs."""
     recorder = LayerRecorder(layer, 0)
     run()
     recorder.detach()

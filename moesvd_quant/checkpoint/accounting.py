@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..memory.files import NAMES
-from ..model.experts import count_shared, expert_count, find_experts, is_shared, shapes_of
+from ..model.experts import expert_count, find_experts, is_shared, mark_shared_experts, shapes_of
 from ..model.stream import StreamedModel
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.modeling_moesvd import config_class, model_class, native_class
@@ -69,7 +69,7 @@ def original_model(parent: StreamedModel, experts: int | None = None):
         made = native_class(type(config))._from_config(config, dtype=parent.stored_dtype)
     if any(is_shared(experts) for _, experts in find_experts(parent.model)):
         for name in parent.layer_names:
-            count_shared(made.get_submodule(name))
+            mark_shared_experts(made.get_submodule(name))
     return made
 
 

@@ -14,7 +14,7 @@ Model = Annotated[str | None, typer.Option("--model", "-m", help="Hugging Face f
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Memory = Annotated[str | None, typer.Option(help="Most anonymous memory to use (16GB); default: what is free.")]
+Memory = Annotated[str | None, typer.Option(help="Limit of memory, for example 16GB; default: what is free.")]
 Workers = Annotated[int, typer.Option(min=1, help="Layers at a time, each in a process of its own.")]
 Executor = Annotated[
     Literal["processes", "ray"], typer.Option(help="Where workers run: this machine, or the cluster of $RAY_ADDRESS.")

@@ -55,12 +55,12 @@ def run(
 def _evaluate_run(job, folders: list[Path], device: str, report: Callable) -> list[dict]:
     """Evaluates the original and every checkpoint of a run on the recipe's texts."""
     from ..compare.bench import cached_evaluate
-    from ..evaluation.record import Wanted
+    from ..evaluation.record import EvalSpec
 
     asked, records = job.recipe.evaluate, []
     if not asked.texts():
         return []
-    wanted = Wanted(asked.texts(), length=None if asked.length == "auto" else asked.length)
+    wanted = EvalSpec(asked.texts(), length=None if asked.length == "auto" else asked.length)
     for source, folder in [(job.model, job.out / "00-original"), *((f, f) for f in folders)]:
         say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
         records.append(cached_evaluate(source, folder, wanted, device, say))

@@ -32,13 +32,13 @@ def evaluate_verb(
     as_json: Json = False,
 ) -> None:
     """Perplexity, zero-shot accuracy and memory of model folders; writes eval.json and prints a table."""
-    from ..evaluation.record import RECORD, Wanted, evaluate, write
+    from ..evaluation.record import RECORD, EvalSpec, evaluate, write
     from ..recipe.recipe import named_texts
 
     texts = named_texts(text or ([] if tasks else ["wikitext2"]))
     named = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
     data = None if task_data is None else str(task_data)
-    wanted = Wanted(texts, tuple(protocol or ["gptq"]), length, batch, stream, named, data, limit, peak)
+    wanted = EvalSpec(texts, tuple(protocol or ["gptq"]), length, batch, stream, named, data, limit, peak)
     records = []
     with progress_bars(as_json) as report:
         for folder in folders:
@@ -68,7 +68,7 @@ def table(
     form: Annotated[str, typer.Option("--format", help="terminal, markdown, csv, json or latex.")] = "terminal",
     plot: Annotated[Path | None, typer.Option(help="Also draw perplexity against bytes into this PNG.")] = None,
 ) -> None:
-    """A table of the paper, of any checkpoints that were evaluated."""
+    """Print a table in the paper's layout, from the records of evaluated checkpoints."""
     from ..evaluation.record import collect
     from ..evaluation.table import TABLES, render
 
@@ -89,7 +89,8 @@ def speed(
         list[Path], typer.Argument(help="Models side by side; the first is compared with. A config is enough.")
     ],
     ratio: Annotated[
-        list[float] | None, typer.Option(help="Also the first one factorized by so much, random weights.")
+        list[float] | None,
+        typer.Option(help="Add the first model, factorized by this ratio, with random weights; repeat it."),
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1,4,16",
     length: Annotated[str, typer.Option(help="Prompt lengths, by commas.")] = "32,128",
@@ -137,8 +138,12 @@ def bench(
     model: Model = None,
     text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Repeat with these seeds, by commas: mean and spread.")] = None,
-    samples: Annotated[str | None, typer.Option(help="And with these numbers of calibration windows.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Repeat with these seeds, by commas; shows mean and spread.")
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="Repeat with these numbers of calibration windows, by commas.")
+    ] = None,
     out: Out = Path("bench"),
     device: Device = "auto",
     as_json: Json = False,
@@ -154,9 +159,9 @@ def bench(
     with progress_bars(as_json) as report:
         if seeds or samples:
             from ..compare.sweep import sweep
-            from ..evaluation.record import Wanted
+            from ..evaluation.record import EvalSpec
 
-            wanted = Wanted(texts, length=length)
+            wanted = EvalSpec(texts, length=length)
             records, found = sweep(
                 folder, names, out, wanted, _numbers(seeds or "0"), _numbers(samples), overrides, where, report
             )

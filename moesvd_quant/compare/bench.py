@@ -6,7 +6,7 @@ from pathlib import Path
 from ..calibration.store import fingerprint
 from ..errors import UsageError
 from ..evaluation.plot import plot_bytes
-from ..evaluation.record import RECORD, Wanted, dtype_on, evaluate, is_record_of, write
+from ..evaluation.record import RECORD, EvalSpec, dtype_on, evaluate, is_record_of, write
 from ..evaluation.table import Table, save, table8
 from ..memory.files import read_json
 from ..recipe.recipe import Evaluate, load_recipe
@@ -32,7 +32,7 @@ def compare(
     finished runs and records by the same protocol stay. Returns the records and their table, with the records `more` of
     what no recipe makes.
     """
-    measure = Wanted(texts, length=length)
+    measure = EvalSpec(texts, length=length)
     loaded = [load_recipe(name, [*overrides, "evaluate.perplexity=[]", "keep=last"]) for name in recipes]
     require_distinct(recipes)
     evaluated = Evaluate(perplexity=texts, length=length or "auto")  # a stage that trains refuses these as its text
@@ -76,7 +76,7 @@ def written(recipes: dict[str, tuple[str, list[str]]], folder: Path, overrides: 
 
 
 def cached_evaluate(
-    source: Path, folder: Path, wanted: Wanted, device: str = "cpu", report: Report | None = None
+    source: Path, folder: Path, wanted: EvalSpec, device: str = "cpu", report: Report | None = None
 ) -> dict:
     """The record of a model, kept in `folder`: the one that is there if it is of the same model, by the same protocol,
     else a new one."""

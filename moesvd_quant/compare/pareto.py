@@ -9,7 +9,7 @@ import torch
 from ..calibration.store import fingerprint
 from ..checkpoint.finish import carry_files
 from ..errors import UsageError
-from ..evaluation.record import RECORD, Wanted, dtype_on, evaluate, is_record_of, write
+from ..evaluation.record import RECORD, EvalSpec, dtype_on, evaluate, is_record_of, write
 from ..evaluation.table import Table
 from ..memory.files import read_json
 from ..model.experts import find_experts, find_linears, weight_parameters
@@ -42,11 +42,11 @@ def front(
     recipes = {f"{PRESETS[preset]}@{budget}": (PRESETS[preset], [f"budget={budget}"]) for budget in budgets}
     recipes |= {name: (name, []) for name in BASELINES}
     files = written(recipes, out / "recipes", overrides)
-    nf4 = nf4_record(model, out / "nf4", Wanted(texts, length=length), device)
+    nf4 = nf4_record(model, out / "nf4", EvalSpec(texts, length=length), device)
     return compare(model, [str(file) for file in files.values()], out, texts, length, (), device, report, [nf4])
 
 
-def nf4_record(model: Path, out: Path, wanted: Wanted, device: str = "cpu") -> dict:
+def nf4_record(model: Path, out: Path, wanted: EvalSpec, device: str = "cpu") -> dict:
     """The record of a model whose experts and linears are in bitsandbytes' NF4: evaluated as dense weights that hold
     its values, with the bytes that it would store (codes, and a float32 scale for each block). Needs the whole model
     in memory."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluation.plot import plot_sweep
-from ..evaluation.record import RECORD, Wanted, write
+from ..evaluation.record import RECORD, EvalSpec, write
 from ..evaluation.table import Table, save, table12
 from ..recipe.recipe import Recipe, load_recipe
 from ..run.run import Run
@@ -17,7 +17,7 @@ def sweep(
     model: Path,
     recipes: Sequence[str],
     out: Path,
-    wanted: Wanted,
+    wanted: EvalSpec,
     seeds: Sequence[int],
     samples: Sequence[int] = (),
     overrides: Sequence[str] = (),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..memory.lazy import picked
+from ..memory.lazy import select
 from .whitening import energy, refit_left
 
 
@@ -98,7 +98,7 @@ def share_in_groups(make, weights, grams, frequency: torch.Tensor, rank: int, ke
     DeepSeekMoE's 64 experts in 8 groups): a right factor and keep_u left ones for each group."""
     size = len(weights) // groups
     spans = [list(range(start, start + size)) for start in range(0, len(weights), size)]
-    made = [make(picked(weights, span), picked(grams, span), frequency[span], rank, keep_u) for span in spans]
+    made = [make(select(weights, span), select(grams, span), frequency[span], rank, keep_u) for span in spans]
     lefts, rights = [0], [0]
     for group in made:
         lefts.append(lefts[-1] + len(group.left))

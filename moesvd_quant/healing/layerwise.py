@@ -20,7 +20,7 @@ from ..runtime.parts import Layout
 from .adapters import Adapters, Trained, Updates, lora_config, update_file
 from .losses import output_error
 from .nf4 import freeze_in_nf4
-from .shipped import BATCH, heal_layer, layer_seed
+from .rounding import BATCH, heal_layer, layer_seed
 from .targets import float_targets
 from .terms import into_layout
 

@@ -20,7 +20,8 @@ FLOAT, NF4 = 4, 0.5625  # bytes of a float32 weight, of one in NF4 with its scal
 # Bytes for each trained parameter: gradient, two moments, and the state before; an adapter, which is new, besides.
 TRAINED, NEW = 16, 4
 LOGITS = {"lm": 2, "distill": 5}  # tensors of a micro-batch's predictions at a time
-# Times that a layer's experts are made anew in a step: a weight with its adapter's product, in PEFT; one out of codes.
+# Copies of a layer's expert weights that a step makes: where adapters are trained (PEFT adds their product), and where
+# packed weights are dequantized.
 ADAPTED, UNPACKED = 3, 2
 
 

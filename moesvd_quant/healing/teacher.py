@@ -12,7 +12,7 @@ import torch
 
 from ..memory.limits import Batches
 from ..model.stream import StreamedModel
-from .shipped import BATCH
+from .rounding import BATCH
 
 WINDOWS = 1024  # that go through the layers together: fewer read the model more often, more want a larger disk
 

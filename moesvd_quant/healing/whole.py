@@ -10,7 +10,7 @@ from ..model.stream import StreamedModel
 from ..runtime.parts import Layout
 from .adapters import Adapters, Trained, update_file
 from .nf4 import freeze_in_nf4
-from .shipped import layer_seed
+from .rounding import layer_seed
 from .targets import float_targets
 from .teacher import predictions
 from .terms import into_layout

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-class Lazily(Sequence):
+class LazySequence(Sequence):
     """`count` tensors; the one at `index` is make(index), made anew each time."""
 
     def __init__(self, count: int, make: Callable[[int], torch.Tensor]):
@@ -20,6 +20,6 @@ class Lazily(Sequence):
         return self._make(index)
 
 
-def picked(items: Sequence[torch.Tensor], places: list[int]) -> Lazily:
+def select(items: Sequence[torch.Tensor], places: list[int]) -> LazySequence:
     """The items at these places."""
-    return Lazily(len(places), lambda index: items[places[index]])
+    return LazySequence(len(places), lambda index: items[places[index]])

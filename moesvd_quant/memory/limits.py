@@ -66,13 +66,13 @@ def _c_library(function: str, *arguments: int) -> None:
         found(*arguments)
 
 
-def keep_nothing() -> None:
+def disable_malloc_cache() -> None:
     """From now on tensors go back to the system when they are freed. The C library would keep those below 32 MB for
     later, in pieces: a hundred MB and more, of which no forecast could be made."""
     _c_library("mallopt", M_MMAP_THRESHOLD, MAPPED)
 
 
-def return_freed() -> None:
+def malloc_trim() -> None:
     """Gives back what was freed of smaller things."""
     _c_library("malloc_trim", 0)
 

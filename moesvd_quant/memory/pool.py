@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import MoesvdError, UsageError
-from .limits import keep_nothing
+from .limits import disable_malloc_cache
 
 RETRIES = 3  # of a task whose worker died
 
@@ -105,7 +105,7 @@ def _work(payload: bytes) -> Work:
 
 def _task(payload: bytes, item: int, threads: int) -> Any:
     torch.set_num_threads(threads)  # part of the result's last bits
-    keep_nothing()
+    disable_malloc_cache()
     return _work(payload)(item)
 
 

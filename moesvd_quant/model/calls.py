@@ -21,11 +21,11 @@ class StatePassedOn(Exception):
     """A layer returns more than hidden states, and the next one is given it."""
 
 
-class Reached(Exception):
+class StopForward(Exception):
     """The run got where it had to get."""
 
 
-class _Whole(torch.Tensor):
+class UnpackGuard(torch.Tensor):
     """Hidden states that a model may compute with, but not take apart as if they were a tuple."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -62,11 +62,11 @@ def run(model: nn.Module, batch: torch.Tensor):
     """A forward of the model on token ids (n, length), to its end or to where a patched layer stops it."""
     try:
         return model(input_ids=batch, use_cache=False)
-    except Reached:
+    except StopForward:
         return None
 
 
-class Once:
+class TensorInterner:
     """Keeps one of equal tensors: masks and positions are the same for all batches of a shape."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ def record(model: nn.Module, layers: nn.ModuleList, batches, hidden: Batches) ->
     beside the hidden states. Raises StatePassedOn where a layer is given more than hidden states from the one before.
     """
     for wrap in (False, True):
-        inputs, once = hidden.like(), Once()
+        inputs, once = hidden.like(), TensorInterner()
         calls: list[list] = [[] for _ in layers]
 
         def instead(index, args, kwargs, calls=calls, wrap=wrap, inputs=inputs, once=once):
@@ -100,8 +100,8 @@ def record(model: nn.Module, layers: nn.ModuleList, batches, hidden: Batches) ->
                 inputs.append(states)
             calls[index].append((once(args[1:]), once(kwargs)))
             if index == len(calls) - 1:
-                raise Reached
-            whole = states.as_subclass(_Whole)
+                raise StopForward
+            whole = states.as_subclass(UnpackGuard)
             return (whole,) if wrap else whole
 
         try:
@@ -117,8 +117,9 @@ def record(model: nn.Module, layers: nn.ModuleList, batches, hidden: Batches) ->
 
 @contextmanager
 def without_embeddings(model: nn.Module, value: float = 0.0):
-    """Within it, input embeddings that are not in memory are one number that takes none: where no layer works, hardly
-    a model depends on them."""
+    """Replaces input embeddings that are on the meta device by one number, so that the model runs without them.
+
+    For passes that only record which layers are called: their values rarely depend on the embeddings."""
     held = [
         (module, name, weight)
         for module in model.get_input_embeddings().modules()  # some have a norm of their own
@@ -153,7 +154,7 @@ def head_input(
 
     def stop(module, args):
         seen.append(args[0])
-        raise Reached
+        raise StopForward
 
     hook = model.get_output_embeddings().register_forward_pre_hook(stop)
     out = whole(hidden, beside)

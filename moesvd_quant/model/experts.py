@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..runtime.factorized_experts import FactorizedExperts
-from ..runtime.native_experts import EveryToken, Flags, Routed, add_bias, apply_gate, arguments, form_of
+from ..runtime.native_experts import Flags, Routed, SharedExpert, add_bias, apply_gate, arguments, form_of
 from ..runtime.parts import JOINT, joined, separate
 from ..runtime.routers import ROUTERS as ROUTERS
 from ..runtime.routers import Sources
@@ -25,18 +25,18 @@ def find_experts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def count_shared(layer: nn.Module) -> None:
+def mark_shared_experts(layer: nn.Module) -> None:
     """From now on the MLPs beside the experts of a layer, which every token passes, are experts as well; those that do
     something of their own with their weights stay linears."""
     homes = {path.rpartition(".")[0] for path, _ in find_experts(layer)}
     for path, module in layer.named_modules():
-        if path and path.rpartition(".")[0] in homes and EveryToken.fits(module) and _is_plain(module):
+        if path and path.rpartition(".")[0] in homes and SharedExpert.fits(module) and _is_plain(module):
             module.is_expert = True
 
 
 def is_shared(experts: nn.Module) -> bool:
     """Whether every token passes this experts module."""
-    return _form(experts) is EveryToken
+    return _form(experts) is SharedExpert
 
 
 def _is_plain(module: nn.Module) -> bool:

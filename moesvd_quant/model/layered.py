@@ -12,9 +12,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ..memory.limits import return_freed
+from ..memory.limits import malloc_trim
 from ..runtime.modeling_moesvd import MoesvdConfig, model_class
-from .experts import count_shared
+from .experts import mark_shared_experts
 from .folder import ModelError, class_for, read_config, require_whole
 from .sources import take_dequantizer
 from .weights import WeightFiles, no_loading_bars, one_tensor_at_a_time
@@ -80,7 +80,7 @@ class LayeredModel:
         self.layers_path, self.layers = _decoder_layers(self.model)
         if self.shared:
             for layer in self.layers:
-                count_shared(layer)
+                mark_shared_experts(layer)
         self.layer_names = [f"{self.layers_path}.{i}" for i in range(len(self.layers))]
 
     def _construct(self):
@@ -121,7 +121,7 @@ class LayeredModel:
             if not is_finite(tensor):
                 where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
                 raise ModelError(f"{self.folder}: {key} is not finite at {where}; the checkpoint is damaged")
-        return_freed()
+        malloc_trim()
 
     def _tied(self, key: str) -> bool:
         return key in (getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -141,7 +141,7 @@ class LayeredModel:
 
     def drop_layer(self, index: int) -> None:
         self.drop(self.layer_names[index])
-        return_freed()
+        malloc_trim()
 
     def outer_prefixes(self) -> list[str]:
         """Prefixes of everything that is not a decoder layer: embeddings, norms, lm_head, a vision tower."""

@@ -15,9 +15,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ..memory.limits import Batches
-from .calls import Patched, Reached, run
+from .calls import Patched, StopForward, run
 from .folder import ModelError
-from .visit import Kept, whole
+from .visit import TensorTreeStore, whole
 
 
 class Forward:
@@ -67,8 +67,9 @@ class Forward:
         return [tensor for key, tensor in found.items() if key not in given]
 
     def empty(self, tensors: list[torch.Tensor], others: set[int]) -> None:
-        """Takes the memory of these, but for storages (by address) that others use as well. The frames hold the
-        tensors: nothing but their storage can be taken from them."""
+        """Frees these storages, except those (by address) that another owner shares.
+
+        The suspended frames keep the tensor objects; only their storages can be freed."""
         for number, tensor in enumerate(tensors):
             storage = tensor.untyped_storage()
             alone = tensor.is_contiguous() and 0 < storage.nbytes() == tensor.nbytes
@@ -127,7 +128,7 @@ class Forwards:
         """Takes all to the first layer."""
         self._arrive(self._started(), 0)
 
-    def answer(self, hidden: Batches, beside: Kept) -> None:
+    def answer(self, hidden: Batches, beside: TensorTreeStore) -> None:
         """Takes all to the next layer with what this one gave; after the last one to the end."""
         kept = zip(self.hidden, self.calls, self._beside)
         self._arrive(self._answered(zip(hidden, beside), kept), self._made[0].layer + 1)
@@ -152,7 +153,7 @@ class Forwards:
             yield forward
 
     def _arrive(self, forwards: Iterator[Forward], index: int) -> None:
-        self.hidden, self.calls, self._beside = self.like.like(), Kept(self.like), Kept(self.like)
+        self.hidden, self.calls, self._beside = self.like.like(), TensorTreeStore(self.like), TensorTreeStore(self.like)
         for forward in forwards:
             if index == len(self.layers):
                 continue
@@ -172,7 +173,7 @@ class Forwards:
             return type(self.layers[index]).forward(self.layers[index], *args, **kwargs)
         out = me.at_layer(index, args, kwargs)
         if index == len(self.layers) - 1 or out is None:
-            raise Reached
+            raise StopForward
         return out
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from ..memory.limits import Batches
 
 
-class Kept:
+class TensorTreeStore:
     """Nested tuples and dicts with tensors in them, one per batch, kept as `like` keeps tensors."""
 
     def __init__(self, like: Batches):
@@ -44,13 +44,15 @@ class _Place:
 class LayerVisit:
     """A decoder layer with its weights, and the inputs that the walk has for it.
 
-    calls: per batch, the arguments (args, kwargs) beside the hidden states; passes_state: whether what the layer
-    returns beside them is kept of all batches, and not of the first alone.
+    calls: per batch, the arguments (args, kwargs) other than the hidden states. passes_state: keep the layer's extra
+    outputs of every batch (models that hand state from layer to layer), or of the first batch only.
     """
 
-    def __init__(self, index: int, layer: nn.Module, hidden: Batches, calls: Sequence | Kept, passes_state=False):
+    def __init__(
+        self, index: int, layer: nn.Module, hidden: Batches, calls: Sequence | TensorTreeStore, passes_state=False
+    ):
         self.index, self.layer, self.hidden, self.calls, self.passes_state = index, layer, hidden, calls, passes_state
-        self.beside = Kept(hidden)
+        self.beside = TensorTreeStore(hidden)
         self._outputs: Batches | None = None
 
     def outputs(self) -> Batches:

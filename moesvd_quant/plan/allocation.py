@@ -53,7 +53,7 @@ def allowed_storages(context: Context) -> list[Storage]:
     if packing is None:
         return [FLOAT]
     storages = packing.storages()
-    if not packing.is_open():
+    if not packing.needs_budget():
         return storages
     if widths is None:
         return [*storages, FLOAT]

@@ -8,13 +8,13 @@ import torch
 
 from ..calibration.effect import perturbed
 from ..decompose.whitening import energy, whitened_directions
-from ..quantize.feedback import innovations
+from ..quantize.feedback import conditional_variance
 from ..quantize.noise import dense_noise, factor_noise
 from ..runtime.formats import Format
 from .knapsack import DENSE, FLOAT, NOTHING, Choice, Storage, Table, useful_ranks
 
 # Measured at one size of error, effects are trusted to this power (docs/results.md has the ablation).
-EFFECT, MIN_EFFECT = 0.7, 1e-7
+SENSITIVITY_POWER, LEAST_SENSITIVITY = 0.7, 1e-7
 
 # The format of a bank: (how it is to be stored, its columns, whether it is a left factor) -> Format.
 FormatOf = Callable[[Storage, int, bool], Format]
@@ -22,7 +22,7 @@ FormatOf = Callable[[Storage, int, bool], Format]
 
 def settings() -> dict[str, float]:
     """What prices depend on beside effects."""
-    return {"power": EFFECT, "least effect": MIN_EFFECT}
+    return {"power": SENSITIVITY_POWER, "least effect": LEAST_SENSITIVITY}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Profile:
 def profile(weight: torch.Tensor, gram: torch.Tensor, damp: float) -> Profile:
     """Of a matrix (out, in), each row times the root of its price, whose inputs have Gram matrix gram (in, in)."""
     spectrum, _, rows = whitened_directions(weight, gram, min(weight.shape))
-    columns, spread = weight.shape[1], float(innovations(gram, damp).sum())
+    columns, spread = weight.shape[1], float(conditional_variance(gram, damp).sum())
     return Profile(
         spectrum.cpu(),
         dense_noise(float(weight.double().square().sum()), columns, spread),
@@ -78,7 +78,7 @@ def fit_table(
 
 def error_price(weights: torch.Tensor, grams: Sequence[torch.Tensor], effect: float) -> float:
     """What a unit of error energy, tr(E G E^T), of this group costs: the divergence that rounding it caused, per
-    relative error that the rounding made under the metric, to the power EFFECT, spread over the group's energy.
+    relative error that the rounding made under the metric, to SENSITIVITY_POWER, spread over the group's energy.
 
     weights (experts, out, in), grams (in, in) by expert; effect: nats per token, of `measure_effects`.
     """
@@ -88,7 +88,8 @@ def error_price(weights: torch.Tensor, grams: Sequence[torch.Tensor], effect: fl
         whole += energy(weight, gram)
     if whole == 0:
         return 0.0
-    return max(effect, MIN_EFFECT) ** EFFECT * (whole / error if error > 0 else 1.0) ** EFFECT / whole
+    relative = whole / error if error > 0 else 1.0
+    return max(effect, LEAST_SENSITIVITY) ** SENSITIVITY_POWER * relative**SENSITIVITY_POWER / whole
 
 
 def describe(choice: Choice) -> str:

@@ -9,7 +9,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ..decompose.whitening import balance, energy, left_sums, refit_right, solved_left
-from ..memory.lazy import Lazily, picked
+from ..memory.lazy import LazySequence, select
 from ..runtime.formats import Format
 from .codec import Codec, PackedMatrix
 
@@ -53,10 +53,10 @@ def quantize_factors(
     for users in connected(left_rows, right_rows):
         lower, upper = (sorted({rows[e] for e in users}) for rows in (left_rows, right_rows))
         together = _Together(
-            _kept(picked(targets, users)),
-            _kept(picked(grams, users)),
-            picked(left, lower),
-            picked(right, upper),
+            _kept(select(targets, users)),
+            _kept(select(grams, users)),
+            select(left, lower),
+            select(right, upper),
             [lower.index(left_rows[e]) for e in users],
             [upper.index(right_rows[e]) for e in users],
             forms,
@@ -118,7 +118,7 @@ class _Together(NamedTuple):
         def known(row: int):
             return self.codec.inputs(sum(self.grams[e] for e in users[row]))
 
-        inputs = _kept(Lazily(len(users), known))
+        inputs = _kept(LazySequence(len(users), known))
         rights = quantized_rights(balanced)
         lefts = self._lefts(rights)
         if any(len(sharing) > 1 for sharing in users):
@@ -133,15 +133,15 @@ class _Together(NamedTuple):
             lefts, rights, best = new_lefts, new_rights, error
         return lefts, rights
 
-    def _opened(self, packed: list[PackedMatrix], rows: Sequence[int]) -> Lazily:
-        return Lazily(len(rows), lambda at: packed[rows[at]].dense().to(self.turn))
+    def _opened(self, packed: list[PackedMatrix], rows: Sequence[int]) -> LazySequence:
+        return LazySequence(len(rows), lambda at: packed[rows[at]].dense().to(self.turn))
 
     def _lefts(self, rights: list[PackedMatrix]) -> list[PackedMatrix]:
         made = []
         for row in range(len(self.left)):
             users = [e for e, r in enumerate(self.left_rows) if r == row]
-            grams, inputs = picked(self.grams, users), self._opened(rights, [self.right_rows[e] for e in users])
-            cross, bottleneck = left_sums(picked(self.targets, users), grams, inputs)
+            grams, inputs = select(self.grams, users), self._opened(rights, [self.right_rows[e] for e in users])
+            cross, bottleneck = left_sums(select(self.targets, users), grams, inputs)
             wanted = solved_left(cross, bottleneck)
             made.append(self.codec.pack(wanted, self.codec.inputs(bottleneck), self.forms["left"]))
         return made

@@ -7,21 +7,23 @@ import torch
 from .codec import QuantizeError
 
 
-class Feedback(NamedTuple):
-    """order (n,) int64: the inputs as they are quantized, in order of activation; upper (n, n) float32: the share of
-    the rounding error of input order[i] that is added to input order[j] before that one is rounded, i < j, ones on the
-    diagonal; innovations (n,) float64: `innovations`, where the mean diagonal of the Gram matrix is 1.
+class HessianFactor(NamedTuple):
+    """A factor of a damped Gram matrix (the Hessian of a layer's squared error), as GPTQ's feedback uses it.
 
-    With the damped Gram matrix H, in that order, H = upper diag(innovations) upper^T: GPTQ's inverse Cholesky factor
-    and this one's rows push the same errors (QuIP, Chee et al. 2023, theorem 6), and nothing has to be inverted.
+    order (n,) int64: the inputs in the order they are quantized, the most active first. upper (n, n) float32, ones on
+    the diagonal: the share of the rounding error of input order[i] that is added to input order[j], i < j, before that
+    one is rounded. conditional_variance (n,) float64: what the function of that name gives.
+
+    With H the damped Gram matrix in that order, H = upper diag(conditional_variance) upper^T. GPTQ's inverse Cholesky
+    factor gives the same feedback (QuIP, Chee et al. 2023, theorem 6); this way nothing is inverted.
     """
 
     order: torch.Tensor
     upper: torch.Tensor
-    innovations: torch.Tensor
+    conditional_variance: torch.Tensor
 
     @classmethod
-    def of(cls, gram: torch.Tensor, damp: float) -> "Feedback":
+    def of(cls, gram: torch.Tensor, damp: float) -> "HessianFactor":
         """gram (n, n): of the inputs; damp: share of the mean diagonal that is added. QuantizeError where that is not
         positive definite."""
         order, root, _ = _root(gram, damp)
@@ -30,7 +32,7 @@ class Feedback(NamedTuple):
         return cls(order.flip(0), upper, _placed(diagonal, order))
 
 
-def innovations(gram: torch.Tensor, damp: float) -> torch.Tensor:
+def conditional_variance(gram: torch.Tensor, damp: float) -> torch.Tensor:
     """(n,) float64: the variance of each input that those quantized after it do not explain; gram (n, n), positive.
 
     damp: share of the mean diagonal that is added, as GPTQ does.

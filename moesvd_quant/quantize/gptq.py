@@ -4,7 +4,7 @@ import torch
 
 from ..runtime.grids import Grid
 from .codec import PackedMatrix
-from .feedback import Feedback
+from .feedback import HessianFactor
 from .grid import best_grid
 from .rounding import packed_matrix, storable
 
@@ -12,7 +12,7 @@ BLOCK = 128  # inputs whose errors are passed on one by one; those of whole bloc
 
 
 @torch.no_grad()
-def gptq(weight: torch.Tensor, inputs: Feedback, form: Grid) -> PackedMatrix:
+def gptq(weight: torch.Tensor, inputs: HessianFactor, form: Grid) -> PackedMatrix:
     """Quantizes weight (out, in) for given inputs.
 
     Columns go in order of activation, with group parameters fixed beforehand (static groups), so that no index is
@@ -21,8 +21,8 @@ def gptq(weight: torch.Tensor, inputs: Feedback, form: Grid) -> PackedMatrix:
     weight = weight.float()
     base, size, top = storable(weight, form), form.group_size, 2**form.bits - 1
     transposed = weight.T.contiguous()  # an input each: what is done by rows is done along the memory
-    parts = zip(transposed.split(size), inputs.innovations.split(size))
-    grids = [best_grid(group, matter, base, form) for group, matter in parts]
+    parts = zip(transposed.split(size), inputs.conditional_variance.split(size))
+    grids = [best_grid(group, column_weight, base, form) for group, column_weight in parts]
     scale, zero = (torch.stack(found) for found in zip(*grids))
     rows = transposed[inputs.order]
     group = inputs.order // size

@@ -4,7 +4,7 @@ import torch
 
 from ..runtime.grids import Grid
 from .codec import Codec, PackedMatrix
-from .feedback import Feedback
+from .feedback import HessianFactor
 from .gptq import gptq
 from .noise import ROUNDING
 from .rounding import resolve_group_size, round_to_nearest
@@ -19,8 +19,8 @@ class GridCodec(Codec):
     def noise(self, form) -> float:
         return ROUNDING[form.bits]
 
-    def inputs(self, gram: torch.Tensor) -> Feedback | None:
-        return None if self.options.rtn else Feedback.of(gram, self.options.damp)
+    def inputs(self, gram: torch.Tensor) -> HessianFactor | None:
+        return None if self.options.rtn else HessianFactor.of(gram, self.options.damp)
 
     def pack(self, weight, inputs, form) -> PackedMatrix:
         return round_to_nearest(weight, form) if inputs is None else gptq(weight, inputs, form)

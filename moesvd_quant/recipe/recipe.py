@@ -185,7 +185,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     body = {k: v for k, v in content.items() if k != "stages"}
     name = path.stem if is_file else str(source)
     recipe = _validate(Recipe, body | {"name": name, "stages": stages}, (), place, problems)
-    open_stages = [(i, s) for i, s in enumerate(stages) if s.is_open()]
+    open_stages = [(i, s) for i, s in enumerate(stages) if s.needs_budget()]
     if content.get("budget") is None:
         for index, stage in open_stages:
             where_ = place(("stages", index, stage.name))
@@ -224,7 +224,7 @@ def _limit_problems(recipe: Recipe) -> list[str]:
             if bits > max(limits.widths)
         ]
         packing = packing_stage(recipe.stages)
-        if packing is not None and not packing.is_open():
+        if packing is not None and not packing.needs_budget():
             key = f"{packing.name}.{packing.budget_option}"
             problems.append(f"limits.widths: {key} is given; remove it, or remove the widths")
     return problems

@@ -69,7 +69,7 @@ class Stage(BaseModel):
         """Options that have no effect beside the others, {name: what they need}."""
         return {}
 
-    def is_open(self) -> bool:
+    def needs_budget(self) -> bool:
         """Whether a budget has to decide `budget_option`."""
         return self.budget_option is not None and getattr(self, self.budget_option) is None
 

@@ -110,8 +110,8 @@ def forecast(
         "reading the model": max(base + loading, reading + each),
         WORK: worked + max(work, walks * each, walking),
     }
-    weighs = any(stage.needs_sensitivity() for stage in stages)
-    weighed = copies_of(meta) * min(tokens, TOKENS) * sizes.row if weighs else 0
+    sensitive = any(stage.needs_sensitivity() for stage in stages)
+    weighed = copies_of(meta) * min(tokens, TOKENS) * sizes.row if sensitive else 0
     if weighed:  # rounded weights lie beside what they were
         peak[EFFECTS] = least[EFFECTS] = reading + max(layer.bank for layer in layers)
     kept = statistics.needed if statistics.stored and not statistics.complete() else 0

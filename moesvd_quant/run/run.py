@@ -21,7 +21,7 @@ from ..checkpoint.accounting import account
 from ..checkpoint.layout import layout_of
 from ..errors import MoesvdError
 from ..memory.files import read_json, require_space, write_json, write_text
-from ..memory.limits import Memory, PeakMeter, keep_nothing
+from ..memory.limits import Memory, PeakMeter, disable_malloc_cache
 from ..memory.pool import Pool
 from ..model.folder import load_tokenizer
 from ..model.stream import StreamedModel
@@ -70,7 +70,7 @@ class Run:
             raise RunError(f"{out}: is the model's own folder; choose another --out")
         self.meta = StreamedModel(self.model, shared=recipe.experts == "all")
         self.model_digest = fingerprint(self.model)
-        keep_nothing()
+        disable_malloc_cache()
         self.memory = Memory(how.get("memory"))
         self.pool = Pool(how.get("workers", 1), how.get("executor", "processes"))
         share = self.memory.share(self.pool.workers)

@@ -92,7 +92,7 @@ class StageWork:
     def _name(self, before: list[str]) -> str:
         """Short name in tables: svd40-gptq3; svd-gptq@2.3bpw where a budget decided, +shared with shared experts."""
         stages = self.run.recipe.stages[: self.index + 1]
-        budget = f"@{self.run.recipe.budget}" if any(s.is_open() for s in stages) else ""
+        budget = f"@{self.run.recipe.budget}" if any(s.needs_budget() for s in stages) else ""
         shared = "+shared" if self.run.recipe.experts == "all" else ""
         return "-".join([*before, *(s.label() for s in stages)]) + shared + budget
 

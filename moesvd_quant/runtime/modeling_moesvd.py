@@ -21,7 +21,7 @@ from .formats import Float, Format
 from .grids import Grid
 from .modeling_deepseek import DeepseekForCausalLM as DeepseekForCausalLM  # its model type is registered by that
 from .more_formats import MORE as MORE  # formats are registered by their import
-from .native_experts import EveryToken
+from .native_experts import SharedExpert
 from .parts import Layout, layout_from
 from .routers import regroup, router_of, why_not
 from .stored import StoredLinear
@@ -38,7 +38,7 @@ def apply_layout(model: nn.Module, layout: Layout) -> None:
     """Replaces the modules that the layout names; their tensors are empty."""
     for path, projections in layout.experts.items():
         native = model.get_submodule(path)
-        native.is_expert = EveryToken.fits(native)
+        native.is_expert = SharedExpert.fits(native)
         replace_experts(model, path, FactorizedExperts(native, projections, layout.sources.get(path)))
     for path, linear in layout.linears.items():
         old = model.get_submodule(path)

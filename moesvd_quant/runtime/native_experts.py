@@ -32,7 +32,7 @@ class Flags(NamedTuple):
     is_transposed: bool = False  # weights are (in, out)
 
 
-class Convention:
+class Fused:
     """`use_experts_implementation`: experts(hidden (T, H), index (T, k), weights (T, k)); weights are gate_up_proj
     (E, 2I, H) and down_proj (E, H, I), or transposed, or without gate.
     """
@@ -53,7 +53,7 @@ class Convention:
 
     @staticmethod
     def weights(module: nn.Module) -> dict[str, torch.Tensor]:
-        flags = Convention.flags(module)
+        flags = Fused.flags(module)
         turn = (lambda w: w.transpose(1, 2)) if flags.is_transposed else (lambda w: w)
         down = turn(module.down_proj)
         if not flags.has_gate:
@@ -77,10 +77,10 @@ class Convention:
 
     @staticmethod
     def gather(module: nn.Module, y, routed: Routed, hidden, index, weights) -> torch.Tensor:
-        return Convention.combine(y, routed).to(hidden.dtype).view(hidden.shape)
+        return Fused.combine(y, routed).to(hidden.dtype).view(hidden.shape)
 
 
-class EveryExpert:
+class Llama4:
     """Llama 4: experts(hidden (E * T, H)), every token scaled for every expert, zero where it was not routed."""
 
     @staticmethod
@@ -91,7 +91,7 @@ class EveryExpert:
     def flags(module: nn.Module) -> Flags:
         return _plain_flags(module)
 
-    parameters, weights = staticmethod(Convention.parameters), staticmethod(Convention.weights)
+    parameters, weights = staticmethod(Fused.parameters), staticmethod(Fused.weights)
 
     @staticmethod
     def route(module: nn.Module, hidden) -> Routed:
@@ -104,7 +104,7 @@ class EveryExpert:
         return torch.zeros_like(hidden).index_copy(0, routed.row, y.to(hidden.dtype))
 
 
-class Flat:
+class Dbrx:
     """DBRX: the experts' matrices stand below each other in mlp.w1 (gate), v1 (up) and w2 (down, transposed)."""
 
     @staticmethod
@@ -127,11 +127,11 @@ class Flat:
         gate, up, down = (w.view(module.num_experts, -1, w.shape[-1]) for w in held)
         return {"gate": gate, "up": up, "down": down.transpose(1, 2)}
 
-    route, combine = staticmethod(Convention.route), staticmethod(Convention.combine)
-    gather = staticmethod(Convention.gather)
+    route, combine = staticmethod(Fused.route), staticmethod(Fused.combine)
+    gather = staticmethod(Fused.gather)
 
 
-class Block:
+class JetMoe:
     """JetMoE: the whole block, whose router gives pairs already sorted, and which adds one bias to its output."""
 
     @staticmethod
@@ -171,7 +171,7 @@ class Block:
         return torch.zeros_like(routed.x).index_add(0, routed.token, y).view(hidden.shape) + module.bias
 
 
-class EveryToken:
+class SharedExpert:
     """A shared expert, an MLP beside the others that all tokens pass: mlp(hidden (..., H)). A module of one expert,
     but only where it was told to count as one (`is_expert`); otherwise it is a few linears.
     """
@@ -199,7 +199,7 @@ class EveryToken:
 
     @staticmethod
     def weights(module: nn.Module) -> dict[str, torch.Tensor]:
-        names = EveryToken.parameters(module)
+        names = SharedExpert.parameters(module)
         return {name.partition("_")[0]: module.get_parameter(name).unsqueeze(0) for name in names}
 
     @staticmethod
@@ -213,7 +213,7 @@ class EveryToken:
         return y.to(hidden.dtype).view(hidden.shape)
 
 
-FORMS = (Convention, EveryExpert, Flat, Block, EveryToken)
+FORMS = (Fused, Llama4, Dbrx, JetMoe, SharedExpert)
 
 
 def form_of(module: nn.Module):

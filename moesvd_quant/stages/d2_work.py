@@ -20,7 +20,7 @@ from ..decompose.pruning import (
 )
 from ..decompose.ranks import level_ranks
 from ..decompose.whitening import whitened_svd
-from ..memory.lazy import Lazily
+from ..memory.lazy import LazySequence
 from ..model.experts import expert_count, find_experts, is_shared, shapes_of, split_projections
 from ..plan.context import Context, Plan, StageError, errors_of, expert_grams, factorized, require_experts, weak_experts
 from ..plan.parts import parts_by_rank
@@ -131,7 +131,7 @@ def _banks(parts, weights, base, grams, channels, options) -> Iterator[tuple[str
     stored, held = _pruned_base(base, parts[0], channels.get("channels"))
     yield "0_dense", 0, stored
     # Deltas stand for what the base that is stored leaves over.
-    rest = Lazily(len(weights), lambda expert: weights[expert].double() - held)
+    rest = LazySequence(len(weights), lambda expert: weights[expert].double() - held)
     for i, part in enumerate(parts[1:], 1):
         if options.shared_v:
             left, right = share_deltas(rest, grams, part.rank)

@@ -63,7 +63,7 @@ class Gptq(Stage):
         return 2 * self.error_aware
 
     def needs_sensitivity(self) -> bool:
-        return self.is_open()
+        return self.needs_budget()
 
     @field_validator("group_size")
     @classmethod

@@ -9,7 +9,7 @@ import torch
 from ..calibration.recording import linear_gram
 from ..checkpoint.layout import layout_of, projections_of
 from ..decompose.whitening import whitened_error
-from ..memory.lazy import Lazily, picked
+from ..memory.lazy import LazySequence, select
 from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of, sources_of
 from ..plan.allocation import plan_budget
 from ..plan.context import UNREACHED, Context, Plan, StageError, factorized, require_experts, weak_experts
@@ -31,7 +31,11 @@ def plan(context: Context, options: Gptq) -> Plan:
     """The parent's layout with every bank of every expert, and the other linears, packed."""
     parent = context.parent
     require_experts(parent)
-    made = plan_budget(context, ranks=False) if options.is_open() and not context.storages else Plan(layout_of(parent))
+    made = (
+        plan_budget(context, ranks=False)
+        if options.needs_budget() and not context.storages
+        else Plan(layout_of(parent))
+    )
     storages, layout, kept = context.storages or made.storages, made.layout, {}
     codec = options.codec()
     other = Storage(
@@ -189,7 +193,7 @@ def _floats(experts, layout: Projections) -> Iterator[tuple[str, int | None, tor
                 yield from ((f"{name}_{i}_dense", row, dense_weight(experts, name, expert)) for row, expert in rows)
 
 
-def _targets(experts, wanted: Lazily, done: list[tuple[Part, dict]]) -> Lazily:
+def _targets(experts, wanted: LazySequence, done: list[tuple[Part, dict]]) -> LazySequence:
     """What the parts that are packed when it is asked for (part, its banks) leave of each expert's weight."""
 
     def left_over(expert: int) -> torch.Tensor:
@@ -199,7 +203,7 @@ def _targets(experts, wanted: Lazily, done: list[tuple[Part, dict]]) -> Lazily:
                 weight = weight - _product(experts, part, made, part.experts.index(expert)).to(weight)
         return weight
 
-    return Lazily(len(wanted), left_over)
+    return LazySequence(len(wanted), left_over)
 
 
 def _product(experts, part: Part, made: dict, at: int) -> torch.Tensor:
@@ -217,14 +221,14 @@ def _quantize_part(
     if isinstance(part, DensePart):
         return {"dense": _quantize_dense(codec, full, name, i, part, experts, targets, grams)}
 
-    def bank(kind: str) -> Lazily:
+    def bank(kind: str) -> LazySequence:
         count = max(part.users(kind)) + 1
-        return Lazily(count, lambda row: experts.bank(name, i, kind, torch.float64, row))
+        return LazySequence(count, lambda row: experts.bank(name, i, kind, torch.float64, row))
 
     with _named(f"{full}.{name}"):
         lefts, rights = quantize_factors(
-            picked(targets, part.experts),
-            picked(grams, part.experts),
+            select(targets, part.experts),
+            select(grams, part.experts),
             bank("left"),
             bank("right"),
             part.left,

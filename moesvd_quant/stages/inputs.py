@@ -3,7 +3,7 @@ compressed model will really give them."""
 
 from ..calibration.metric import Grams, blend, shrink, unknown
 from ..calibration.paired import PairedExperts, output_error
-from ..memory.lazy import Lazily, picked
+from ..memory.lazy import LazySequence, select
 from ..model.experts import dense_weight, expert_count, sources_of
 from ..plan.context import Context, StageError, errors_of, expert_grams, reached
 from ..runtime.factorized_experts import FactorizedExperts
@@ -21,9 +21,9 @@ class OriginalInputs:
         self.own = expert_grams(statistics, path, context.device, shrink if known else unknown, sources)
         self.blended = expert_grams(statistics, path, context.device, blend, sources) if known else self.own
 
-    def weights(self, name: str, made: FactorizedExperts) -> Lazily:
+    def weights(self, name: str, made: FactorizedExperts) -> LazySequence:
         """What a projection should be, (out, in) float32 by expert."""
-        return Lazily(expert_count(self.experts), lambda e: dense_weight(self.experts, name, e))
+        return LazySequence(expert_count(self.experts), lambda e: dense_weight(self.experts, name, e))
 
     def grams(self, name: str, factors: bool) -> Grams:
         """Gram matrices (in, in) by expert, for factors or for whole matrices."""
@@ -44,11 +44,11 @@ class PairedInputs:
         self.pair, self.device = pair, context.device
         kept = [group[0] for group in pair.sources]
         gram_in, gram_mid = (statistics[f"{path}/{key}"] for key in ("gram_in", "gram_mid"))
-        self.original = {"gate": picked(gram_in, kept), "down": picked(gram_mid, kept)}
+        self.original = {"gate": select(gram_in, kept), "down": select(gram_mid, kept)}
         self.original |= dict.fromkeys(("up", JOINT), self.original["gate"])
         self.sums = dict.fromkeys(("gate", "up", JOINT), pair.gate_up)
 
-    def weights(self, name: str, made: FactorizedExperts) -> Lazily:
+    def weights(self, name: str, made: FactorizedExperts) -> LazySequence:
         """What a projection should be, (out, in) float64 by expert: corrected for its inputs."""
         if name not in self.sums:
             self.sums[name] = self.pair.down(made)

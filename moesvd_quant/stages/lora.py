@@ -46,7 +46,9 @@ class Lora(Stage):
     steps: Annotated[int, Field(gt=0)] = Field(500, description="optimizer steps; layerwise: of each layer")
     batch: Annotated[int, Field(gt=0)] = Field(16, description="windows per step")
     microbatch: Annotated[int, Field(gt=0)] = Field(4, description="windows at once; the rest is accumulated")
-    lr: Annotated[float, Field(gt=0)] = Field(5e-4, description="peak of the cosine schedule; scales take 5e-3")
+    lr: Annotated[float, Field(gt=0)] = Field(
+        5e-4, description="peak of the cosine schedule; 5e-3 is a good value where scales are trained"
+    )
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of the steps with a rising rate")
     validation: Annotated[int, Field(gt=0)] = Field(64, description="windows held out to judge by")
     validate_every: Annotated[int, Field(gt=0)] = Field(50, description="steps between validations, and saves")

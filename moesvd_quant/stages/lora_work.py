@@ -11,7 +11,7 @@ from ..healing.adapters import Updates, save_peft, update_file
 from ..healing.layerwise import heal_layerwise
 from ..healing.needs import healing_needs
 from ..healing.record import write_curve
-from ..healing.shipped import heal_layer, validation_loss
+from ..healing.rounding import heal_layer, validation_loss
 from ..healing.terms import TermError, healed_layout
 from ..healing.whole import heal_whole
 from ..memory.files import write_json

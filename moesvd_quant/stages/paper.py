@@ -109,7 +109,7 @@ def own_ranks(survey: dict, items: list[tuple[str, str]], budget: int) -> dict[t
 
 def shares_factors(options: Svd, experts: int) -> bool:
     """Whether so many experts have a right factor in common. A shared expert is alone and has its own factors."""
-    return options.method == "paper" and options.shared_v and experts > 1
+    return options.method == "moe_svd" and options.shared_v and experts > 1
 
 
 def kept_lefts(options: Svd, group: int) -> int:

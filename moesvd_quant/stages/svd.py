@@ -18,18 +18,18 @@ class Svd(Stage):
     leaves: ClassVar[Form] = Form.CHANGED
     budget_option: ClassVar[str | None] = "ratio"
 
-    method: Literal["global", "uniform", "asvd", "plain", "paper"] = Field(
+    method: Literal["global", "svd_llm", "asvd", "plain", "moe_svd"] = Field(
         "global",
-        description="global: ranks by one threshold over the model; uniform: one rank share (SVD-LLM per "
-        "expert); asvd, plain: the same share, ASVD's scaling or no statistics at all; paper: MoE-SVD, sensitive "
-        "layers kept, V shared, U trimmed",
+        description="global: ranks by one threshold over the model. svd_llm, asvd, plain: the same share of the rank "
+        "for every matrix, with SVD-LLM's whitening, ASVD's scaling, or no statistics. moe_svd: the MoE-SVD paper: "
+        "sensitive layers kept, V shared, U trimmed",
     )
     ratio: float | None = Field(
         None, description="fraction of routed-expert parameters removed, between 0 and 1; left open: the budget decides"
     )
     update: bool = Field(
         False,
-        description="uniform: left factors refitted to the inputs that the compressed layers before give (SVD-LLM)",
+        description="svd_llm: left factors refitted to the inputs that the compressed layers before give (SVD-LLM)",
     )
     error_aware: bool = Field(
         False, description="global: factors fitted to the original's outputs on the inputs that compressed layers give"
@@ -38,21 +38,21 @@ class Svd(Stage):
         0.5, description="asvd: power of the mean |activation| that scales"
     )
     select: Literal["fpa", "fp", "fa", "pa", "f", "p", "a", "owl", "uniform"] = Field(
-        "fpa", description="paper: what keeps a layer: factors of eq. 4 (Table 5), OWL's score, or nothing (Table 4)"
+        "fpa", description="moe_svd: what keeps a layer: factors of eq. 4 (Table 5), OWL's score, or nothing (Table 4)"
     )
-    shared_v: bool = Field(True, description="paper: one right factor for all experts of a group; false: own factors")
-    groups: Annotated[int, Field(ge=1)] = Field(1, description="paper: groups of neighbouring experts, each with its V")
-    keep_u: Annotated[int, Field(ge=1)] = Field(2, description="paper: left factors kept per group (k of eq. 7)")
+    shared_v: bool = Field(True, description="moe_svd: one right factor for all experts of a group; false: own factors")
+    groups: Annotated[int, Field(ge=1)] = Field(1, description="moe_svd: groups of neighbouring experts; one V each")
+    keep_u: Annotated[int, Field(ge=1)] = Field(2, description="moe_svd: left factors kept per group (k of eq. 7)")
     trim_u: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="paper: left factors trimmed per group, in place of keep_u (Table 6); 0 keeps all"
+        None, description="moe_svd: left factors trimmed per group, in place of keep_u (Table 6); 0 keeps all"
     )
     principal_rank: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.01, description="paper: a singular value counts above this share of the largest (Algorithm 1)"
+        0.01, description="moe_svd: a singular value counts above this share of the largest (Algorithm 1)"
     )
     outlier: Annotated[float, Field(gt=0)] = Field(
-        2.0, description="paper: an activation is an outlier above this multiple of the mean (eq. 10)"
+        2.0, description="moe_svd: an activation is an outlier above this multiple of the mean (eq. 10)"
     )
-    literal: bool = Field(False, description="paper: Algorithm 3 by the letter, without refit")
+    literal: bool = Field(False, description="moe_svd: Algorithm 3 by the letter, without refit")
 
     @field_validator("ratio")
     @classmethod
@@ -61,9 +61,9 @@ class Svd(Stage):
 
     def unused_options(self) -> dict[str, str]:
         """Options of other methods, {name: what they need}."""
-        paper, factors = self.method == "paper", self.select if self.select not in ("owl", "uniform") else ""
+        paper, factors = self.method == "moe_svd", self.select if self.select not in ("owl", "uniform") else ""
         needs = {
-            "update": (self.method == "uniform", "method: uniform"),
+            "update": (self.method == "svd_llm", "method: svd_llm"),
             "error_aware": (self.method == "global", "method: global"),
             "alpha": (self.method == "asvd", "method: asvd"),
             "principal_rank": ("p" in factors, "p in select"),
@@ -75,7 +75,7 @@ class Svd(Stage):
             needs[name] = (met and self.shared_v, need if self.shared_v else "shared_v: true")
         for name in ("select", "shared_v", "groups", "keep_u", "trim_u", "principal_rank", "outlier", "literal"):
             met, need = needs.get(name, (True, ""))
-            needs[name] = (met and paper, need if paper else "method: paper")
+            needs[name] = (met and paper, need if paper else "method: moe_svd")
         return {name: need for name, (met, need) in needs.items() if not met}
 
     @model_validator(mode="after")
@@ -105,8 +105,8 @@ class Svd(Stage):
         return f"{label}-aware" if self.error_aware else label
 
     def _method_label(self) -> str:
-        if self.method != "paper":
-            label = {"global": "svd", "uniform": "svd-llm", "plain": "svd-plain", "asvd": "asvd"}[self.method]
+        if self.method != "moe_svd":
+            label = {"global": "svd", "svd_llm": "svd-llm", "plain": "svd-plain", "asvd": "asvd"}[self.method]
             return f"{label}-update" if self.update else label
         marks = {
             self.select: self.select != "fpa",

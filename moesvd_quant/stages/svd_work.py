@@ -43,7 +43,7 @@ def plan(context: Context, options: Svd) -> Plan:
         return plan_ratio(context, options.ratio)
     survey, kept = _survey(context, options)
     budget = int(kept_share(context.parent, options.ratio, survey))
-    decide = plan_paper if options.method == "paper" else _plan_uniform
+    decide = plan_paper if options.method == "moe_svd" else _plan_uniform
     layout = layout_of(context.parent)
     layout.experts, decisions = decide(survey, budget, options)
     for path, entry in survey.items():
@@ -75,7 +75,7 @@ def _survey_layer(options: Svd, context: Context, index: int, layer, statistics:
             continue
         entry: dict = {"shapes": shapes_of(experts), "experts": expert_count(experts)}
         entry["weak"] = weak_experts(statistics, path)
-        if options.method == "paper":
+        if options.method == "moe_svd":
             entry |= survey_layer(experts, statistics, path, context.statistics.windows.numel(), options)
         found[full] = entry
     return found

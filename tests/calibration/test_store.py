@@ -137,7 +137,7 @@ def test_effects_are_measured_anew_when_what_they_depend_on_changes(folder, tmp_
 
 @pytest.mark.parametrize(
     "constant",
-    ["plan.tables.EFFECT", "plan.tables.MIN_EFFECT", "plan.choices.METRIC", "plan.choices.NOISE",
+    ["plan.tables.SENSITIVITY_POWER", "plan.tables.LEAST_SENSITIVITY", "plan.choices.METRIC", "plan.choices.NOISE",
      "plan.choices.LEAST_PRICE", "calibration.effect.PERTURBATION"],
 )  # fmt: skip
 def test_profiles_are_made_anew_when_what_they_depend_on_changes(make_model, small, tmp_path, monkeypatch, constant):

@@ -17,7 +17,7 @@ from moesvd_quant.errors import MoesvdError
 from moesvd_quant.evaluation.memory import disk_bytes, peak_bytes, resident_bytes
 from moesvd_quant.evaluation.perplexity import document_perplexity, in_memory, perplexity, relative_change
 from moesvd_quant.evaluation.plot import family, plot_bytes
-from moesvd_quant.evaluation.record import Wanted, collect, evaluate, is_record_of, streamed, write
+from moesvd_quant.evaluation.record import EvalSpec, collect, evaluate, is_record_of, streamed, write
 from moesvd_quant.evaluation.table import render, table8
 from tiny import tiny_model
 
@@ -123,16 +123,16 @@ def test_peak_is_measured_in_a_process_of_its_own(make_model):
 
 
 def test_record_holds_what_was_measured_and_how(make_model, text):
-    record = evaluate(make_model("mixtral"), Wanted({"words": str(text)}, length=64))
+    record = evaluate(make_model("mixtral"), EvalSpec({"words": str(text)}, length=64))
     assert record["name"] == "original" and record["accounting"]["bits_per_expert_weight"] == 32
     assert record["protocol"]["length"] == 64 and record["protocol"]["texts"] == {"words": str(text)}
     assert record["perplexity"]["words"]["ppl"] > 1
     with pytest.raises(ValueError, match="protocol gptq2: is none of gptq, lm-eval"):
-        evaluate(make_model("mixtral"), Wanted({"words": str(text)}, ("gptq2",)))
+        evaluate(make_model("mixtral"), EvalSpec({"words": str(text)}, ("gptq2",)))
 
 
 def test_what_does_not_fit_streams_and_says_the_same(make_model, text, monkeypatch):
-    folder, wanted = make_model("mixtral"), Wanted({"words": str(text)}, ("gptq", "lm-eval"), length=64)
+    folder, wanted = make_model("mixtral"), EvalSpec({"words": str(text)}, ("gptq", "lm-eval"), length=64)
     whole = evaluate(folder, wanted)
     seen = []
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**5))
@@ -142,7 +142,7 @@ def test_what_does_not_fit_streams_and_says_the_same(make_model, text, monkeypat
         assert parts["perplexity"]["words"][figures] == pytest.approx(whole["perplexity"]["words"][figures], rel=1e-5)
     assert parts["memory"] == whole["memory"] and "layers" in seen
     with pytest.raises(ValueError, match="tasks need the whole model"):
-        evaluate(folder, Wanted(tasks=("piqa",)))
+        evaluate(folder, EvalSpec(tasks=("piqa",)))
 
 
 def test_a_record_keeps_what_was_measured_before_of_the_same_weights(tmp_path):
@@ -159,11 +159,12 @@ def test_a_record_keeps_what_was_measured_before_of_the_same_weights(tmp_path):
     zero_shot = {"tasks": {"piqa": {}}, "protocol": {"limit": None}}
     joined = after(record(["x"]), record(["y"]), record([], zero_shot=zero_shot))
     assert set(joined["perplexity"]) == set(joined["protocol"]["texts"]) == {"x", "y"} and "zero_shot" in joined
-    assert is_record_of(joined, "a", "f", Wanted({"x": "x"}, tasks=("piqa",)))
-    assert is_record_of(joined, "a", "f", Wanted({}, length=64))
-    assert not is_record_of(joined, "b", "f", Wanted()) and not is_record_of(joined, "a", "g", Wanted())
-    for other in (Wanted({"z": "z"}), Wanted({"x": "x"}, length=32), Wanted(tasks=("zero-shot",)), Wanted(peak=True),
-                  Wanted(tasks=("piqa",), limit=3), Wanted({"x": "x"}, ("lm-eval",))):  # fmt: skip
+    assert is_record_of(joined, "a", "f", EvalSpec({"x": "x"}, tasks=("piqa",)))
+    assert is_record_of(joined, "a", "f", EvalSpec({}, length=64))
+    assert not is_record_of(joined, "b", "f", EvalSpec()) and not is_record_of(joined, "a", "g", EvalSpec())
+    others = [EvalSpec({"z": "z"}), EvalSpec({"x": "x"}, length=32), EvalSpec(tasks=("zero-shot",)),
+              EvalSpec(peak=True), EvalSpec(tasks=("piqa",), limit=3), EvalSpec({"x": "x"}, ("lm-eval",))]  # fmt: skip
+    for other in others:
         assert not is_record_of(joined, "a", "f", other)
     assert set(after(record(["z"], 32))["perplexity"]) == {"z"}  # figures by two protocols do not mix
     assert "zero_shot" not in after(record(["z"], 32, "other weights"))

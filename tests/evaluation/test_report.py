@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from moesvd_quant.evaluation.record import RECORD, Wanted, evaluate, write
+from moesvd_quant.evaluation.record import RECORD, EvalSpec, evaluate, write
 from moesvd_quant.evaluation.report import _stage, expert_bits, write_report
 from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.run.run import Run
@@ -44,7 +44,7 @@ def run(make_model, text, tmp_path_factory):
     recipe = load_recipe("moe-svd-paper-gptq4", small)
     folders = Run(recipe, make_model("mixtral"), out).run()
     for source, folder in [(make_model("mixtral"), out / "00-original"), *((f, f) for f in folders)]:
-        write(evaluate(source, Wanted({"words": str(text)}, length=64)), folder / RECORD)
+        write(evaluate(source, EvalSpec({"words": str(text)}, length=64)), folder / RECORD)
     (folders[-1] / "loss.csv").write_text("step,loss,validation_perplexity\n1,3.0,\n2,2.5,12.0\n3,2.2,\n")
     return out
 
@@ -59,7 +59,7 @@ def test_it_is_one_file_that_loads_nothing(run, tmp_path):
         assert not re.search(rb"(href|src)=\"(https?:|/)", drawn)
     said = " ".join(" ".join(page.texts).split())
     titles = ("Perplexity against bytes", "Healing of", "Layer sensitivity", "Calibration coverage", "peak memory")
-    for wanted in ("moe-svd-paper40-gptq4", "method: paper", "paired bootstrap", *titles):
+    for wanted in ("moe-svd-paper40-gptq4", "method: moe_svd", "paired bootstrap", *titles):
         assert wanted in said, wanted
     again = tmp_path / "y.html"
     write_report(run, again)

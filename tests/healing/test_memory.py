@@ -11,7 +11,7 @@ from moesvd_quant.run.run import Run
 
 HIDDEN, WIDE, LAYERS, EXPERTS = 256, 1024, 8, 8
 WINDOWS, LENGTH = 12, 32
-SVD = "svd: {method: uniform, ratio: 0.4}"
+SVD = "svd: {method: svd_llm, ratio: 0.4}"
 
 
 @pytest.mark.slow

@@ -8,14 +8,14 @@ from safetensors.torch import load_file, save_file
 
 from moesvd_quant.evaluation.benchmarks.synthetic import synthetic
 from moesvd_quant.healing.needs import HealingNeeds
-from moesvd_quant.memory.limits import MemoryLimitError, PeakMeter, return_freed
+from moesvd_quant.memory.limits import MemoryLimitError, PeakMeter, malloc_trim
 from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.stages import lora_work
 from moesvd_quant.stages.lora import Lora
 
 SHAPE = dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=8, intermediate_size=1792)
-SVD, GPTQ = "{svd: {ratio: 0.4, method: uniform}}", "{gptq: {bits: 3, rtn: true}}"
+SVD, GPTQ = "{svd: {ratio: 0.4, method: svd_llm}}", "{gptq: {bits: 3, rtn: true}}"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_peak_is_forecast(folder, tmp_path, text, monkeypatch, before, more,
 
     def measured(*given):
         gc.collect()
-        return_freed()
+        malloc_trim()
         with PeakMeter(0.002) as meter:
             heal(*given)
         peaks.append(meter.peak - meter.start)

@@ -5,7 +5,7 @@ import torch
 
 from architectures import tiny_architecture
 from moesvd_quant.healing import teacher
-from moesvd_quant.healing.shipped import BATCH
+from moesvd_quant.healing.rounding import BATCH
 from moesvd_quant.healing.teacher import predictions
 from moesvd_quant.model.stream import StreamedModel
 

@@ -16,7 +16,7 @@ from moesvd_quant.healing import trainer
 from moesvd_quant.healing.adapters import Trained
 from moesvd_quant.healing.losses import divergence, next_token, output_error
 from moesvd_quant.healing.nf4 import freeze_in_nf4
-from moesvd_quant.healing.shipped import validation_loss
+from moesvd_quant.healing.rounding import validation_loss
 from moesvd_quant.healing.targets import float_targets, router_parameters
 from moesvd_quant.healing.trainer import lm_loss
 from moesvd_quant.model.experts import find_experts

@@ -16,7 +16,7 @@ from moesvd_quant.checkpoint.accounting import account
 from moesvd_quant.checkpoint.layout import layout_of
 from moesvd_quant.evaluation.flops import flops_per_token
 from moesvd_quant.export.export import export_checkpoint
-from moesvd_quant.model.experts import count_shared, find_experts, find_linears, is_shared
+from moesvd_quant.model.experts import find_experts, find_linears, is_shared, mark_shared_experts
 from moesvd_quant.model.layered import LayeredModel, _decoder_layers
 from moesvd_quant.plan.context import StageError
 from moesvd_quant.recipe.recipe import load_recipe
@@ -37,7 +37,7 @@ def test_full_rank_gives_the_same_logits(name):
     expected, linears = logits(model), {path for path, _ in find_linears(model)}
     assert not shared_in(model)
     for layer in _decoder_layers(model)[1]:
-        count_shared(layer)
+        mark_shared_experts(layer)
     found = shared_in(model)
     assert found
     assert linears - {path for path, _ in find_linears(model)} == {
@@ -57,7 +57,7 @@ def test_full_rank_gives_the_same_logits(name):
 def test_one_that_clamps_stays_linears():
     model = tiny_architecture("deepseek_v4")
     for layer in _decoder_layers(model)[1]:
-        count_shared(layer)
+        mark_shared_experts(layer)
     assert not shared_in(model)
     assert any("shared_experts.gate_proj" in path for path, _ in find_linears(model))
 
@@ -100,7 +100,7 @@ def run(make_model, tmp_path, small):
         ("{svd: {ratio: 0.4}}, {gptq: {bits: 3}}", "", None),
         ("{svd: {ratio: 0.4, error_aware: true}}", "", None),
         ("{svd: {}}, {gptq: {error_aware: true}}", "budget: 2.5bpw", 2.5),
-        ("{svd: {method: paper, ratio: 0.4}}", "", None),
+        ("{svd: {method: moe_svd, ratio: 0.4}}", "", None),
         ("{gptq: {bits: 2}}, {lora: {steps: 3, batch: 4, microbatch: 2, rank: 8, validation: 4}}", "", None),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moesvd_quant
-from moesvd_quant.evaluation.record import Wanted, collect, evaluate, write
+from moesvd_quant.evaluation.record import EvalSpec, collect, evaluate, write
 from moesvd_quant.evaluation.report import write_report
 from moesvd_quant.evaluation.table import render, table8
 from moesvd_quant.export.export import export_checkpoint
@@ -129,7 +129,7 @@ def test_a_format_of_one_file_goes_through_everything(run, tmp_path):
     assert torch.equal(logits(moesvd_quant.load(tmp_path / "again")), expected)
 
     for checkpoint in (first, second):
-        write(evaluate(checkpoint, Wanted({"demo": "demo"}, length=64)), checkpoint / "eval.json")
+        write(evaluate(checkpoint, EvalSpec({"demo": "demo"}, length=64)), checkpoint / "eval.json")
     assert "svd-sign@3bpw" in render(table8(collect([tmp_path / "out"])))
     write_report(tmp_path / "out", tmp_path / "report.html")
     assert "svd-sign@3bpw" in (tmp_path / "report.html").read_text()

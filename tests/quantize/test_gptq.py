@@ -6,7 +6,7 @@ import torch
 from moesvd_quant.decompose.whitening import whitened_error
 from moesvd_quant.export.gptq_format import to_standard
 from moesvd_quant.quantize.codec import QuantizeError
-from moesvd_quant.quantize.feedback import Feedback
+from moesvd_quant.quantize.feedback import HessianFactor
 from moesvd_quant.quantize.gptq import gptq
 from moesvd_quant.quantize.rounding import resolve_group_size, round_to_nearest
 from moesvd_quant.runtime.grids import Grid
@@ -30,10 +30,10 @@ def grid(weight, bits, size, sym):
     return scale, torch.full_like(scale, 2 ** (bits - 1)) if sym else (-low / scale).round()
 
 
-def clipped_grid(weight, bits, size, sym, matter):
+def clipped_grid(weight, bits, size, sym, column_weight):
     """Of all scales in sixteenths of an octave below that which covers all of the matrix, and both zeros beside the
-    ideal one, those with the least sum of matter times error squared in each group."""
-    groups, matter = weight.unflatten(1, (-1, size)).double(), matter.unflatten(0, (-1, size))
+    ideal one, those with the least sum of column_weight times error squared in each group."""
+    groups, column_weight = weight.unflatten(1, (-1, size)).double(), column_weight.unflatten(0, (-1, size))
     full, zero = (t.double() for t in grid(weight, bits, size, sym))
     top = 2**bits - 1
     span = 2 * weight.abs().max() * top / (top - 1) if sym else weight.max() - weight.min()
@@ -43,7 +43,7 @@ def clipped_grid(weight, bits, size, sym, matter):
         scale = torch.full_like(full, float(span) / top * 2 ** (-level / 16))
         for offset in [zero] if sym else [ideal.floor(), ideal.ceil()]:
             codes = ((groups / scale[..., None]).round() + offset[..., None]).clamp(0, 2**bits - 1)
-            loss = (((codes - offset[..., None]) * scale[..., None] - groups).square() * matter).sum(2)
+            loss = (((codes - offset[..., None]) * scale[..., None] - groups).square() * column_weight).sum(2)
             best_scale, best_zero = (
                 torch.where(loss < best, new, old) for new, old in ((scale, best_scale), (offset, best_zero))
             )
@@ -58,9 +58,9 @@ def written_out_gptq(weight, gram, bits, size, sym, damp):
     order = hessian.diagonal().argsort(descending=True)
     inverse = torch.linalg.inv(hessian[order][:, order])
     upper = torch.linalg.cholesky(inverse, upper=True)
-    matter = torch.empty(len(order), dtype=torch.float64)
-    matter[order] = 1 / upper.diagonal().square()
-    scale, zero = clipped_grid(weight, bits, size, sym, matter)
+    column_weight = torch.empty(len(order), dtype=torch.float64)
+    column_weight[order] = 1 / upper.diagonal().square()
+    scale, zero = clipped_grid(weight, bits, size, sym, column_weight)
     result = torch.zeros_like(weight)
     for step, column in enumerate(order.tolist()):
         s, z = scale[:, column // size], zero[:, column // size]
@@ -77,7 +77,7 @@ def written_out_gptq(weight, gram, bits, size, sym, damp):
 def test_as_good_as_gptq_written_out_and_better_than_rounding(bits, sym):
     weight, gram = problem()
     form = Grid(bits, 32, sym)
-    got = whitened_error(weight, gptq(weight, Feedback.of(gram, 0.01), form).dense(), gram)
+    got = whitened_error(weight, gptq(weight, HessianFactor.of(gram, 0.01), form).dense(), gram)
     expected = whitened_error(weight, written_out_gptq(weight, gram, bits, 32, sym, 0.01), gram)
     assert got == pytest.approx(expected, rel=0.05)  # of scales beyond a group's range by chance one is better
     assert got < 0.7 * whitened_error(weight, round_to_nearest(weight, form).dense(), gram)
@@ -99,7 +99,7 @@ def test_better_than_the_grids_that_gptqmodel_finds(bits, gain):
     core.quantizer.configure(perchannel=True, bits=bits, sym=False)
     core.H, core.nsamples, core._hessian_dirty = gram / gram.diagonal().mean(), 129, False
     theirs = whitened_error(weight, core.quantize()[0], gram)
-    ours = gptq(weight, Feedback.of(gram, 0.01), Grid(bits, 32, False))
+    ours = gptq(weight, HessianFactor.of(gram, 0.01), Grid(bits, 32, False))
     assert whitened_error(weight, ours.dense(), gram) < gain * theirs
 
 
@@ -117,7 +117,7 @@ def test_rounding_is_the_nearest_grid_point(sym):
 
 def test_a_short_last_group():
     weight, gram = problem(columns=80)
-    packed = gptq(weight, Feedback.of(gram, 0.01), Grid(4, 64, False))
+    packed = gptq(weight, HessianFactor.of(gram, 0.01), Grid(4, 64, False))
     assert packed.tensors["scales"].shape == (48, 2)
     assert whitened_error(weight, packed.dense(), gram) < 0.01
 
@@ -125,13 +125,13 @@ def test_a_short_last_group():
 def test_scale_of_the_gram_matrix_does_not_matter():
     weight, gram = problem()
     form = Grid(3, 32, False)
-    small, large = (gptq(weight, Feedback.of(gram * factor, 0.01), form).dense() for factor in (1e-9, 1e9))
+    small, large = (gptq(weight, HessianFactor.of(gram * factor, 0.01), form).dense() for factor in (1e-9, 1e9))
     assert torch.equal(small, large)
 
 
 def test_a_weight_that_is_trained_is_quantized_as_well():
     weight, gram = problem()
-    form, inputs = Grid(3, 32, False), Feedback.of(gram, 0.01)
+    form, inputs = Grid(3, 32, False), HessianFactor.of(gram, 0.01)
     trained = gptq(torch.nn.Parameter(weight), inputs, form).dense()
     assert torch.equal(trained, gptq(weight, inputs, form).dense()) and not trained.requires_grad
 
@@ -139,7 +139,7 @@ def test_a_weight_that_is_trained_is_quantized_as_well():
 def test_one_input_direction_alone_still_works():
     weight, _ = problem()
     x = torch.ones(1, 128)
-    packed = gptq(weight, Feedback.of(x.T @ x, 0.01), Grid(4, 32, False))
+    packed = gptq(weight, HessianFactor.of(x.T @ x, 0.01), Grid(4, 32, False))
     assert torch.isfinite(packed.dense()).all()
 
 
@@ -153,14 +153,14 @@ def test_one_input_direction_alone_still_works():
 def test_what_cannot_be_stored_is_an_error(change, message):
     weight, gram = change(*problem())
     with pytest.raises(QuantizeError, match=message):
-        gptq(weight, Feedback.of(gram, 0.01), Grid(4, 32, False))
+        gptq(weight, HessianFactor.of(gram, 0.01), Grid(4, 32, False))
 
 
 def test_a_scale_that_fp16_lacks_is_stored_and_not_exported():
     weight, gram = problem(out=64)
     form = Grid(4, 32, True)
-    packed = gptq(weight * 1e-12, Feedback.of(gram, 0.01), form)
-    same = gptq(weight, Feedback.of(gram, 0.01), form)
+    packed = gptq(weight * 1e-12, HessianFactor.of(gram, 0.01), form)
+    same = gptq(weight, HessianFactor.of(gram, 0.01), form)
     assert torch.allclose(packed.dense() * 1e12, same.dense(), rtol=1e-3, atol=0.1)
     with pytest.raises(QuantizeError, match="underflows fp16"):
         to_standard(packed, None)
@@ -181,7 +181,7 @@ def test_the_standard_form_gives_the_same_outputs_in_gptqmodel(bits):
 
     weight, gram = problem(out=64)
     form = Grid(bits, 32, True)
-    packed = gptq(weight, Feedback.of(gram, 0.01), form)
+    packed = gptq(weight, HessianFactor.of(gram, 0.01), form)
     shape = dict(in_features=128, out_features=64, bias=False)
     module = TorchLinear(bits=bits, group_size=32, sym=True, desc_act=False, **shape)
     module.load_state_dict(to_standard(packed, None))

@@ -5,7 +5,7 @@ import torch
 
 from moesvd_quant.decompose.whitening import whitened_directions, whitened_error, whitened_svd
 from moesvd_quant.quantize.factors import quantize_factors
-from moesvd_quant.quantize.feedback import Feedback, innovations
+from moesvd_quant.quantize.feedback import HessianFactor, conditional_variance
 from moesvd_quant.quantize.gptq import gptq
 from moesvd_quant.quantize.noise import ROUNDING, dense_noise, factor_noise
 from moesvd_quant.runtime.grids import Grid
@@ -30,7 +30,7 @@ def problem(out=96, columns=128, seed=0):
 def test_innovation_is_what_later_inputs_do_not_explain():
     _, gram = problem()
     order = gram.diagonal().argsort(descending=True)
-    found = innovations(gram, 0.0)
+    found = conditional_variance(gram, 0.0)
     for step, j in enumerate(order):  # residual variance of a regression on the inputs that come later
         later = order[step + 1 :]
         cross = gram[j, later]
@@ -41,16 +41,18 @@ def test_innovation_is_what_later_inputs_do_not_explain():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_rounding_of_a_gaussian(bits):
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
-    packed = gptq(weight, Feedback.of(torch.eye(512), 1e-6), Grid(bits, 64, False))
+    packed = gptq(weight, HessianFactor.of(torch.eye(512), 1e-6), Grid(bits, 64, False))
     assert float((packed.dense(torch.float32) - weight).square().mean()) == pytest.approx(ROUNDING[bits], rel=0.05)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_dense_error_is_forecast(bits):
     weight, gram = problem()
-    packed = gptq(weight, Feedback.of(gram, DAMP), Grid(bits, 64, False))
+    packed = gptq(weight, HessianFactor.of(gram, DAMP), Grid(bits, 64, False))
     measured = whitened_error(weight, packed.dense(), gram) * float(((weight @ gram) * weight).sum())
-    forecast = ROUNDING[bits] * dense_noise(float(weight.square().sum()), 128, float(innovations(gram, DAMP).sum()))
+    forecast = ROUNDING[bits] * dense_noise(
+        float(weight.square().sum()), 128, float(conditional_variance(gram, DAMP).sum())
+    )
     assert measured == pytest.approx(forecast, rel=0.2)
 
 
@@ -67,6 +69,6 @@ def test_factor_error_is_forecast(bits, rank):
     truncated = whitened_error(weight, left @ right, gram)
     measured = (whitened_error(weight, lefts[0].dense() @ rights[0].dense(), gram) - truncated) * energy
     spectrum, _, rows = whitened_directions(weight, gram, min(weight.shape))
-    spread = float(innovations(gram, DAMP).sum())
+    spread = float(conditional_variance(gram, DAMP).sum())
     forecast = ROUNDING[bits] * factor_noise(spectrum, rows.norm(dim=1), 128, spread, DAMP)[rank - 1]
     assert 0.5 < measured / float(forecast) < 1.5

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import moesvd_quant
 from moesvd_quant.checkpoint.layout import dense_layout, layout_of
 from moesvd_quant.evaluation.flops import flops_per_token
-from moesvd_quant.evaluation.record import Wanted, evaluate
+from moesvd_quant.evaluation.record import EvalSpec, evaluate
 from moesvd_quant.evaluation.report import write_report
 from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import dense_weight, expert_count, find_experts, shapes_of
@@ -165,7 +165,7 @@ def test_layers_may_keep_different_numbers_of_experts(make_model, tmp_path, smal
     assert torch.allclose(logits(moesvd_quant.load(first)), expected, atol=1e-5)
     # Fitted in turn to the original's outputs: in 8 bits hardly anything is lost beside dropping.
     assert (logits(moesvd_quant.load(second)) - expected).std() < 0.5 * expected.std()
-    assert evaluate(second, Wanted({"demo": "demo"}, length=64))["perplexity"]["demo"]["ppl"] > 0
+    assert evaluate(second, EvalSpec({"demo": "demo"}, length=64))["perplexity"]["demo"]["ppl"] > 0
     write_report(tmp_path / "out", tmp_path / "report.html")
     with pytest.raises(ModelError, match="layers have 3, 5 experts"):
         export_checkpoint(first, tmp_path / "plain", "dense")

@@ -10,7 +10,7 @@ import torch
 
 import moesvd_quant
 from moesvd_quant.checkpoint.layout import layout_of
-from moesvd_quant.evaluation.record import Wanted, collect, evaluate, write
+from moesvd_quant.evaluation.record import EvalSpec, collect, evaluate, write
 from moesvd_quant.evaluation.report import write_report
 from moesvd_quant.evaluation.table import render, table8
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of, split_projections
@@ -81,7 +81,7 @@ def test_a_stage_of_one_file_goes_through_everything(example, make_model, tmp_pa
 
     assert Run(recipe, folder, tmp_path / "out").run() == [first, second]  # a finished run is not made again
     for checkpoint in (first, second):
-        write(evaluate(checkpoint, Wanted({"demo": "demo"}, length=64)), checkpoint / "eval.json")
+        write(evaluate(checkpoint, EvalSpec({"demo": "demo"}, length=64)), checkpoint / "eval.json")
     assert "average4-gptq4" in render(table8(collect([tmp_path / "out"])))
     write_report(tmp_path / "out", tmp_path / "report.html")
     assert "average4-gptq4" in (tmp_path / "report.html").read_text()
