@@ -83,6 +83,10 @@ def test_recipes_import_no_torch():
     for name, path in sources().items():
         if name.startswith("moesvd_quant.recipe."):
             assert "import torch" not in path.read_text(), name
+            taken = [
+                n.module or "" for n in top_level(ast.parse(path.read_text()).body) if isinstance(n, ast.ImportFrom)
+            ]
+            assert not [module for module in taken if module.split(".")[0] == "torch"], name
 
 
 def test_the_library_imports_neither_its_command_line_nor_its_benchmarks():

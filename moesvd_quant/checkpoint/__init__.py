@@ -1,1 +1,1 @@
-"""Reading and writing of checkpoints: files that are whole or absent."""
+"""Checkpoints: their layout and exact bytes, how one is finished, how one is verified."""
