@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from moesvd_quant.decompose.whitening import refit_left
 from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts, split_projections
 from moesvd_quant.model.folder import ModelError
+from moesvd_quant.model.opened import empty_model
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.plan.context import Context, StageError
 from moesvd_quant.recipe.recipe import load_recipe
@@ -259,7 +259,7 @@ def test_the_plan_of_mixtral_8x7b_is_the_accounting_of_the_paper(ratio):
     """Throughput settings at real shapes, on the meta device: only the static half counts as removed."""
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_local_experts": 8}
     config = MixtralConfig(**shape, num_attention_heads=32, num_key_value_heads=8, vocab_size=32000)
-    parent = StreamedModel.described(config, SimpleNamespace(folder=Path("mixtral-8x7b"), device="cpu", shared=False))
+    parent = StreamedModel.described(empty_model(config, torch.float32), Path("mixtral-8x7b"))
     made = D2(ratio=ratio, static=0.3, dynamic=0.3).plan(Context(parent, None, Svd(), 0, torch.device("cpu")))
     account = accounting.account(parent, made.layout)
     assert account.original_params == pytest.approx(46.703e9, rel=1e-4)

@@ -98,7 +98,8 @@ class Bench:
     def _stages(self, choices: Choices) -> Iterator[Callable]:
         """For each layer a function that does to it what stages svd and gptq do."""
         planned = plan_of(self._context(self.parent, self.svd), self.found, choices)
-        factors = StreamedModel.described(planned_model(self.parent, planned.layout).config, self.parent)
+        made = planned_model(self.parent, planned.layout)
+        factors = StreamedModel.described(made, self.parent.folder, self.parent.device, self.parent)
         first, second = self._context(self.parent, self.svd), self._context(factors, self.gptq, planned.storages)
         packed = self.gptq.plan(second)
         for index, statistics in enumerate(self.job.statistics.layers()):

@@ -6,16 +6,19 @@ from dataclasses import asdict, dataclass
 from math import prod
 
 import torch
-from accelerate import init_empty_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..memory.files import NAMES
+from ..model.dtypes import keep_dtypes
 from ..model.experts import expert_count, find_experts, is_shared, mark_shared_experts, shapes_of
+from ..model.hf_internals import tied_weights
+from ..model.opened import empty_model
 from ..model.stream import StreamedModel
 from ..runtime.factorized_experts import FactorizedExperts
-from ..runtime.modeling_moesvd import config_class, model_class, native_class
+from ..runtime.modeling_moesvd import config_class
 from ..runtime.parts import Layout
 from ..runtime.routers import router_of, rows_of
+from .unused import empty_tensors
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Accounting:
 
     disk_bytes: int  # of all safetensors files, headers included
     tensor_bytes: int
-    resident_bytes: int  # tensors and buffers when loaded
+    resident_bytes: int  # tensors that the class uses, and buffers, when loaded
     expert_bytes: int  # of the routed experts' tensors: codes, scales, zeros, factors
     expert_params: int  # stored routed-expert parameters, packed ones counted as weights
     original_bytes: int
@@ -40,11 +43,12 @@ class Accounting:
 
 
 def planned_model(parent: StreamedModel, layout: Layout):
-    """The model that a layout describes, on the meta device, in the stored dtype."""
+    """The model that a layout describes, on the meta device. What it does not change has the parent's dtypes."""
     native = config_class(layout.native_type)
     config = native.from_dict(parent.config.to_dict() | {"moesvd": layout.to_dict()})
-    with init_empty_weights(include_buffers=False):
-        return model_class(layout.native_type)._from_config(config, dtype=parent.stored_dtype)
+    made = empty_model(config, parent.stored_dtype)
+    keep_dtypes(made, parent.model, [*layout.experts, *layout.linears])
+    return made
 
 
 # What configs call the number of routed experts of a layer.
@@ -65,8 +69,7 @@ def original_model(parent: StreamedModel, experts: int | None = None):
             for name in EXPERT_COUNTS:
                 if getattr(part, name, None):
                     setattr(part, name, experts)
-    with init_empty_weights(include_buffers=False):
-        made = native_class(type(config))._from_config(config, dtype=parent.stored_dtype)
+    made = empty_model(config, parent.stored_dtype)
     if any(is_shared(experts) for _, experts in find_experts(parent.model)):
         for name in parent.layer_names:
             mark_shared_experts(made.get_submodule(name))
@@ -75,7 +78,7 @@ def original_model(parent: StreamedModel, experts: int | None = None):
 
 def stored_tensors(model) -> dict[str, torch.Tensor]:
     """What a checkpoint of the model holds: its state without tensors tied to another."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = tied_weights(model)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
@@ -124,13 +127,16 @@ def account(parent: StreamedModel, layout: Layout) -> Accounting:
     dropped = sum(_beside_weights(original, path) - _beside_weights(planned, path) for path in layout.sources)
     params = original_params - original_weights + weights - dropped
     files = by_file(planned, parent.layer_names)
-    tensor_bytes = sum(t.numel() * t.element_size() for ts in files.values() for t in ts.values())
     stored = stored_tensors(planned)
+    used_bytes = sum(t.numel() * t.element_size() for t in stored.values())
+    if unused := parent.unused():
+        files["unused"] = empty_tensors(unused)
+    unused_bytes = sum(tensor.bytes for tensor in unused.values())
     buffers = sum(b.numel() * b.element_size() for name, b in planned.named_buffers() if name not in stored)
     return Accounting(
         disk_bytes=sum(file_bytes(tensors) for tensors in files.values()),
-        tensor_bytes=tensor_bytes,
-        resident_bytes=tensor_bytes + buffers,
+        tensor_bytes=used_bytes + unused_bytes,
+        resident_bytes=used_bytes + buffers,
         expert_bytes=size,
         expert_params=weights,
         original_bytes=layout.source_bytes or sum(t.numel() * t.element_size() for t in everything.values()),

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.core_model_loading import revert_weight_conversion
 
 from ..checkpoint.accounting import original_model, stored_tensors
 from ..checkpoint.finish import OUTER_FILE, carry_files, layer_file, write_index
 from ..memory.files import write_json, write_one_by_one
 from ..model.experts import is_shared, split_projections
 from ..model.folder import ModelError
+from ..model.hf_internals import revert_weight_conversion, tied_weights
 from ..model.stream import StreamedModel
 from ..quantize.codec import PackedMatrix, QuantizeError
 from ..runtime.factorized_experts import FactorizedExperts
@@ -99,7 +99,7 @@ def _native_state(model) -> dict[str, torch.Tensor]:
             ours |= {f"{path}.{key}" for key in module.stored_tensors()}
         if isinstance(module, FactorizedExperts):
             ours |= {f"{path}.{key}" for key in channel_tensors(module.layout)}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = tied_weights(model)
     return {k: v for k, v in model.state_dict().items() if k not in ours and k not in tied}
 
 

@@ -1,4 +1,4 @@
-"""What a folder with a model says before a weight is read: its config, class and weight files."""
+"""What a folder with a model says of itself: config, class, tokenizer. Code that comes with it is never run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from ..errors import ModelError
@@ -34,7 +33,7 @@ def require_whole(folder: Path) -> None:
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a model folder; ModelError where it has none that can be read without code of its own."""
     with _reading(Path(folder)):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_config(folder: Path):
@@ -43,7 +42,7 @@ def read_config(folder: Path):
         raise ModelError(f"{folder}: no config.json; give a folder with a Hugging Face model")
     kind = read_json(Path(folder) / "config.json").get("model_type")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{folder}: config.json cannot be read as model_type {kind!r} by transformers {transformers.__version__}, "
@@ -61,21 +60,3 @@ def class_for(config) -> Any:
             f"model_type {config.model_type!r}: transformers has no class for it that predicts text from tokens alone "
             f"(causal language models and vision-language models are supported; parts of this config: {parts})"
         ) from None
-
-
-def weight_files(folder: Path) -> dict[str, str]:
-    """{tensor name: file name} of a safetensors folder. Pickle files are not read."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise ModelError(f"{index}: has no weight_map of tensor and file names; copy the file again")
-        return {key: Path(name).name for key, name in names.items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ModelError(f"{folder}: no model.safetensors and no index of shards; only safetensors are read")
-    try:
-        with safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), single.name)
-    except SafetensorError as error:
-        raise ModelError(f"{single}: truncated or damaged ({error})") from error

@@ -1,23 +1,22 @@
 """A model on the meta device whose decoder layers are filled and emptied one by one, through transformers' own key
 conversion. The same reader opens a native checkpoint and one of ours."""
 
-import copy
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, TypeAlias
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
 
+from ..errors import ModelError
 from ..memory.limits import malloc_trim
-from ..runtime.modeling_moesvd import MoesvdConfig, model_class
+from .dtypes import keep_float32, set_dtypes
 from .experts import mark_shared_experts
-from .folder import ModelError, class_for, read_config, require_whole
-from .sources import take_dequantizer
-from .weights import WeightFiles, no_loading_bars, one_tensor_at_a_time
+from .headers import StoredTensor
+from .hf_internals import fill, ignored_missing, tied_weights
+from .opened import Opened, open_folder
+from .weights import WeightFiles
+
+Precision: TypeAlias = torch.dtype | Literal["auto"] | None
 
 
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -41,90 +40,90 @@ def is_finite(tensor: torch.Tensor) -> bool:
 class LayeredModel:
     """A causal model on the meta device whose layers are filled and emptied one by one.
 
-    dtype: of the weights in memory; None keeps the checkpoint's. Packed tensors stay integers. shared: whether shared
-    experts count as experts.
+    dtype: of the weights in memory: one of torch's; `auto` as transformers loads the folder, in the model's own dtype
+    but for what its class keeps in float32; None keeps every tensor as it is on disk. Packed tensors stay integers.
+    shared: whether shared experts count as experts. leave_out: whether its checkpoints are without the tensors that the
+    model's class does not use.
     """
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None, device="cpu", shared: bool = False):
-        self.shared = shared
-        config = read_config(Path(folder))
-        require_whole(Path(folder))
-        try:
-            self.quantizer = take_dequantizer(config)
-        except ValueError as error:
-            raise ModelError(f"{folder}: {error}") from error
-        self._describe(Path(folder), config, dtype, device)
-        self.mapping = get_model_conversion_mapping(self.model, None, self.quantizer)
-        self.files = WeightFiles(self.folder, self.model, self.mapping)
+    def __init__(
+        self, folder: str | Path, dtype: Precision = None, device="cpu", shared: bool = False, leave_out: bool = False
+    ):
+        opened = open_folder(folder)
+        self.precision, self.stored_dtype = dtype, opened.dtype
+        self.opened: Opened | None = opened
+        self.dtype = dtype if isinstance(dtype, torch.dtype) else opened.dtype
+        self._describe(Path(folder), opened.empty_model(self.dtype), device, shared, leave_out)
+        if dtype is None:
+            set_dtypes(self.model, opened.census.dtypes)
+        else:
+            keep_float32(self.model, self.dtype)
+        self.files = WeightFiles(self.folder, opened.census, opened.tensors)
 
     def __reduce__(self):
         """A worker opens the folder itself."""
-        return type(self), (self.folder, self.dtype, self.device, self.shared)
+        return type(self), (self.folder, self.precision, self.device, self.shared, self.leave_out)
 
     @classmethod
-    def described(cls, config, like: "LayeredModel") -> Self:
-        """A model that is planned and not yet written: it has shapes and no tensors to load."""
+    def described(cls, model: nn.Module, folder: Path, device="cpu", like: "LayeredModel | None" = None) -> Self:
+        """A model on the meta device that is planned and not yet written: it has no tensors to load. like: a model of
+        the original's folder, whose dtype and unused tensors it has."""
         made = cls.__new__(cls)
-        made.quantizer, made.shared = None, like.shared
-        made._describe(like.folder, config, None, like.device)
+        made.precision, made.opened = None, like.opened if like else None
+        made.stored_dtype = made.dtype = like.stored_dtype if like else model.dtype
+        made._describe(folder, model, device, like.shared if like else False, like.leave_out if like else False)
         return made
 
-    def _describe(self, folder, config, dtype, device):
-        self.folder, self.device, self.config = folder, torch.device(device), config
-        self.stored_dtype = config.dtype or torch.float32
-        self.dtype = dtype or self.stored_dtype
-        with init_empty_weights(include_buffers=False):
-            self.model = self._construct().eval()
-        self.model.requires_grad_(False)
-        self.dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
-        self.layers_path, self.layers = _decoder_layers(self.model)
-        if self.shared:
+    def _describe(self, folder: Path, model: nn.Module, device, shared: bool, leave_out: bool) -> None:
+        self.folder, self.device, self.shared, self.leave_out = folder, torch.device(device), shared, leave_out
+        self.model, self.config = model, model.config
+        self.layers_path, self.layers = _decoder_layers(model)
+        if shared:
             for layer in self.layers:
                 mark_shared_experts(layer)
         self.layer_names = [f"{self.layers_path}.{i}" for i in range(len(self.layers))]
 
-    def _construct(self):
-        if isinstance(self.config, MoesvdConfig):
-            return model_class(self.config.moesvd["native_type"])._from_config(self.config, dtype=self.dtype)
-        return class_for(self.config)._from_config(self.config, dtype=self.dtype)
-
     def source_bytes(self) -> int | None:
-        """Bytes of the tensors on disk, where they are quantized otherwise than by us; None for plain ones."""
-        return None if self.quantizer is None else self.files.total_bytes()
+        """Bytes of all tensors on disk, those that the model's class does not use included; None for none."""
+        return sum(tensor.bytes for tensor in self.opened.tensors.values()) if self.opened else None
+
+    def unused(self) -> dict[str, StoredTensor]:
+        """The tensors on disk that the model's class does not use and that its checkpoints carry, by name."""
+        if self.opened is None or self.leave_out:
+            return {}
+        return {name: self.opened.tensors[name] for name in self.opened.census.unused}
 
     def load(self, *prefixes: str) -> None:
         """Fills all tensors under the prefixes; ModelError where one is missing, unexpected, misshapen or not
         finite."""
-        how = LoadStateDictConfig(
-            weight_mapping=copy.deepcopy(self.mapping),
-            device_map={"": self.device},
-            dtype=self.dtype,
-            hf_quantizer=self.quantizer,
-        )
-        with no_loading_bars(), one_tensor_at_a_time():
-            info, _ = convert_and_load_state_dict_in_model(self.model, self.files.slices(*prefixes), how)
+        opened = self.opened
+        assert opened is not None  # what is described alone has nothing to load
+        wanted = {key: t.dtype for key, t in self.model.state_dict().items() if key.startswith(prefixes)}
+        slices = self.files.slices(*prefixes)
+        info = fill(self.model, slices, opened.mapping, self.dtype, self.device, opened.quantizer)
         self.model.requires_grad_(False)
-        missing = [key for key in info.missing_keys if key.startswith(prefixes) and not self._tied(key)]
+        missing = [key for key in info.missing_keys if key.startswith(prefixes) and not self.is_tied(key)]
         for kind, found in (
-            ("missing", missing),
+            ("not convertible", [text.splitlines()[-1] for text in info.conversion_errors.values()]),
+            ("missing", [key for key in missing if not ignored_missing(self.model, key)]),
             ("unexpected", info.unexpected_keys),
             ("of another shape", info.mismatched_keys),
-            ("not convertible", info.conversion_errors),
         ):
             if found:
                 raise ModelError(f"{self.folder}: tensors {kind}: {sorted(map(str, found))[:5]}")
-        for key, tensor in self.model.named_parameters():
-            if not key.startswith(prefixes) or not tensor.is_floating_point() or self._tied(key):
+        for key, tensor in self.model.state_dict(keep_vars=True).items():
+            if not key.startswith(prefixes) or not tensor.is_floating_point() or self.is_tied(key):
                 continue
-            if tensor.dtype != self.dtypes[key]:  # a plain tensor among quantized ones comes as it is stored
-                tensor.data = tensor.data.to(self.dtypes[key])
-            if not is_finite(tensor):
+            if tensor.dtype != wanted[key]:  # a plain tensor among quantized ones comes as it is stored
+                tensor.data = tensor.data.to(wanted[key])
+            if tensor.device.type != "meta" and not is_finite(tensor):
                 where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
                 raise ModelError(f"{self.folder}: {key} is not finite at {where}; the checkpoint is damaged")
         malloc_trim()
 
-    def _tied(self, key: str) -> bool:
-        return key in (getattr(self.model, "all_tied_weights_keys", None) or {})
+    def is_tied(self, key: str) -> bool:
+        """Whether a parameter is not on disk because it shares the tensor of another."""
+        return key in tied_weights(self.model)
 
     def drop(self, prefix: str) -> None:
         """Gives the memory of a module back."""

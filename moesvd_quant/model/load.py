@@ -1,37 +1,42 @@
 """Opening a model folder, and nothing but what it says."""
 
+import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ..runtime.modeling_moesvd import MoesvdConfig
-from .folder import ModelError, class_for, read_config, weight_files
-from .sources import dequantizing
+from .folder import ModelError, class_for
+from .hf_internals import no_loading_bars
+from .opened import open_folder
 from .stream import StreamedModel
-from .weights import no_loading_bars
 
 
-def load(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu", **placement):
+def load(path: str | Path, dtype: Literal["auto"] | torch.dtype = "auto", device: str = "cpu", **placement):
     """Any Hugging Face causal model folder, or one of our checkpoints, in evaluation mode.
 
-    placement: `device_map` ("auto", or where each module goes), `max_memory`, `offload_folder`, as transformers and
-    accelerate have them, in place of `device`: layers that do not fit wait in main memory or on disk.
+    dtype: of its weights; `auto` is that of most tensors in the files, whatever the config says. What transformers
+    keeps in float32 stays in float32. placement: `device_map` ("auto", or where each module goes), `max_memory`,
+    `offload_folder`, as transformers and accelerate have them, in place of `device`: layers that do not fit wait in
+    main memory or on disk.
 
     Raises ModelError where the folder is no model or tensors are missing, unexpected, damaged or misshapen.
     """
-    folder = Path(path)
-    config = read_config(folder)
-    weight_files(folder)
+    opened = open_folder(path)
+    folder, config = opened.folder, copy.deepcopy(opened.config)
+    wanted = opened.dtype if dtype == "auto" else dtype
+    if opened.quantizer is not None:
+        if placement:
+            raise ModelError(f"{folder}: is quantized as published; device_map works on plain checkpoints and ours")
+        return _load_dequantized(folder, dtype, device)
+    kind: Any = AutoModelForCausalLM if isinstance(config, MoesvdConfig) else class_for(config)
     try:
-        if dequantizing(config) is not None:
-            if placement:
-                raise ModelError(f"{folder}: is quantized as published; device_map works on plain checkpoints and ours")
-            return _load_dequantized(folder, dtype, device)
-        kind: Any = AutoModelForCausalLM if isinstance(config, MoesvdConfig) else class_for(config)
         with no_loading_bars():
-            model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **placement)
+            model, info = kind.from_pretrained(
+                folder, config=config, dtype=wanted, output_loading_info=True, trust_remote_code=False, **placement
+            )
     except (ValueError, RuntimeError, OSError) as error:
         if isinstance(error, ModelError):
             raise
@@ -44,7 +49,7 @@ def load(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "cpu
 
 def _load_dequantized(folder: Path, dtype, device: str):
     """A model whose files are quantized as published, in floating point: all layers of the streamed reader."""
-    streamed = StreamedModel(folder, None if dtype == "auto" else dtype, device)
+    streamed = StreamedModel(folder, dtype, device)
     streamed.load_outer()
     for index in range(len(streamed.layer_names)):
         streamed.load_layer(index)

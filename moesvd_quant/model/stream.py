@@ -12,16 +12,16 @@ import torch
 from ..memory.limits import Batches
 from .calls import StatePassedOn, finish, head_input, record, without_embeddings
 from .folder import ModelError
-from .layered import LayeredModel
+from .layered import LayeredModel, Precision
 from .stateful import Forwards
 from .visit import LayerVisit
 
 PREDICTED = 2**22  # logits in memory at a time, where those of a text are gone through
 
 
-def precision_on(device: torch.device | str) -> torch.dtype | None:
-    """Of the weights in a walk: float32 on a CPU, None (as they are stored) elsewhere."""
-    return torch.float32 if str(device) == "cpu" else None
+def precision_on(device: torch.device | str) -> Precision:
+    """Of the weights in a walk: float32 on a CPU, elsewhere as transformers loads them."""
+    return torch.float32 if str(device) == "cpu" else "auto"
 
 
 class StreamedModel(LayeredModel):
@@ -83,7 +83,7 @@ class StreamedModel(LayeredModel):
     def output(self) -> Iterator[None]:
         """Within it, after a walk, `head` can be used: the output head is in memory."""
         embeddings, head = self._embeddings()
-        self.load(f"{embeddings}." if self._tied(f"{head}.weight") else f"{head}.")
+        self.load(f"{embeddings}." if self.is_tied(f"{head}.weight") else f"{head}.")
         self.model.tie_weights()
         if self._embeddings_follow():
             self.load(f"{embeddings}.")

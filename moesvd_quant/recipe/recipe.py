@@ -102,6 +102,10 @@ class Recipe(_Part):
     experts: Literal["routed", "all"] = Field(
         "routed", description="what is compressed as experts; all: shared experts as well, which every token passes"
     )
+    unused_tensors: Literal["keep", "leave_out"] = Field(
+        "keep",
+        description="tensors that transformers does not use, such as layers for multi-token prediction",
+    )
     stages: tuple[SerializeAsAny[Stage], ...]
     evaluate: Evaluate = Evaluate()
     keep: Literal["all", "last"] = "all"

@@ -2,10 +2,9 @@
 
 from functools import partial
 
-import torch
-
 from ..checkpoint.accounting import account, planned_model
 from ..checkpoint.layout import layout_of
+from ..checkpoint.unused import unused_note
 from ..model.stream import StreamedModel
 from ..plan.context import Context, StageError
 from ..recipe.budget import kv_cache_bytes, parse_budget
@@ -51,7 +50,7 @@ def _reserve(run) -> int:
     cache = run.recipe.limits.kv_cache
     if cache is None:
         return 0
-    item = (run.meta.config.dtype or torch.float32).itemsize
+    item = run.meta.stored_dtype.itemsize
     return kv_cache_bytes(run.meta.config.get_text_config(), cache.context, cache.batch, item)
 
 
@@ -62,9 +61,8 @@ def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
     for index, stage in enumerate(run.recipe.stages):
         parent = run.meta
         if forecasts:
-            parent = StreamedModel.described(
-                planned_model(run.meta, layout_from(forecasts[-1]["layout"])).config, run.meta
-            )
+            planned = planned_model(run.meta, layout_from(forecasts[-1]["layout"]))
+            parent = StreamedModel.described(planned, run.meta.folder, run.meta.device, run.meta)
         progress = lambda done, total: run.report("reading the model", done, total)  # noqa: E731
         context = Context(
             parent,
@@ -88,7 +86,7 @@ def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
                 "stage": stage.name,
                 "accounting": account(parent, plan.layout).to_dict(),
                 "decisions": plan.decisions,
-                "notes": plan.notes,
+                "notes": plan.notes | unused_note(run.meta),
                 "layout": plan.layout.to_dict(),
             }
         )

@@ -19,6 +19,7 @@ from .. import __version__
 from ..calibration.store import Statistics, fingerprint
 from ..checkpoint.accounting import account
 from ..checkpoint.layout import layout_of
+from ..checkpoint.unused import require_carried
 from ..errors import MoesvdError
 from ..memory.files import read_json, require_space, write_json, write_text
 from ..memory.limits import Memory, PeakMeter, disable_malloc_cache
@@ -68,7 +69,8 @@ class Run:
         self.report = report or (lambda what, done, total: None)
         if self.out.resolve() == self.model.resolve():
             raise RunError(f"{out}: is the model's own folder; choose another --out")
-        self.meta = StreamedModel(self.model, shared=recipe.experts == "all")
+        self.meta = self._opened(self.model)
+        require_carried(self.meta)
         self.model_digest = fingerprint(self.model)
         disable_malloc_cache()
         self.memory = Memory(how.get("memory"))
@@ -77,6 +79,10 @@ class Run:
         self.statistics = self._statistics(share)
         texts = {index: stage.training_text() for index, stage in enumerate(recipe.stages)}
         self._training = {index: self._training_windows(text, index) for index, text in texts.items() if text}
+
+    def _opened(self, folder: Path) -> StreamedModel:
+        leave_out = self.recipe.unused_tensors == "leave_out"
+        return StreamedModel(folder, None, self.device, self.recipe.experts == "all", leave_out)
 
     def _statistics(self, memory: Memory) -> Statistics:
         from ..calibration.windows import length_of, must_write, windows_of
@@ -145,6 +151,7 @@ class Run:
             if budget is None
             else {"amount": budget, "stages": stages, "limits": self.recipe.limits.model_dump()},
             "versions": versions(),
+            "unused_tensors": self.recipe.unused_tensors,
         } | ({"training": trained} if trained else {})
 
     def folder(self, index: int) -> Path:
@@ -249,8 +256,7 @@ class Run:
         parent = self.model if index == 0 else self.folder(index - 1)
         stage = self.recipe.stages[index]
         progress = lambda done, total: self.report(f"{stage.name}: reading the model", done, total)  # noqa: E731
-        streamed = StreamedModel(parent, device=self.device, shared=self.meta.shared)
-        context = Context(streamed, self.statistics, stage, self.recipe.seed, self.device, progress)
+        context = Context(self._opened(parent), self.statistics, stage, self.recipe.seed, self.device, progress)
         context.pool = self.pool
         context.training, context.report = self._training_with_written(index), self.report
         context.folder = self.work_folder(index)

@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoint import finish, verify
 from ..checkpoint.accounting import Accounting, by_file, planned_model
+from ..checkpoint.unused import UNUSED_FILE, empty_tensors, without_unused, write_unused
 from ..memory.files import commit_folder, write_json, write_tensors
 from ..model.layered import is_finite
 from ..model.stream import StreamedModel
@@ -99,10 +100,16 @@ class StageWork:
     def _describe(self, plan: Plan) -> None:
         files = by_file(planned_model(self.parent, plan.layout), self.parent.layer_names)
         names = [finish.layer_file(i) for i in range(len(self.parent.layer_names))] + [finish.OUTER_FILE]
+        write_unused(self.parent, self.folder)
+        if unused := empty_tensors(self.parent.unused()):
+            files, names = files | {"unused": unused}, [*names, UNUSED_FILE]
         tensors = {key: name for name, owned in zip(names, files.values()) for key in owned}
         total = sum(t.numel() * t.element_size() for owned in files.values() for t in owned.values())
         finish.write_index(self.folder, tensors, total)
-        finish.write_config(self.folder, self.parent.config.to_dict(), plan.layout.to_dict())
+        config = self.parent.config.to_dict()
+        if self.parent.leave_out:
+            config = without_unused(config)
+        finish.write_config(self.folder, config, plan.layout.to_dict())
         finish.carry_files(self.run.model, self.folder)
 
     def _verify(self, plan: Plan, outputs: dict) -> dict:

@@ -134,7 +134,7 @@ class Layout:
     """Which tensors make up which weights, by path.
 
     sources: from which original experts those of a module come, where they are not the same ones in the same order.
-    source_bytes: size of an original that was quantized otherwise.
+    source_bytes: of the original's tensors on disk.
     """
 
     native_type: str

@@ -59,7 +59,7 @@ def plan(context: Context, options: Gptq) -> Plan:
         kept |= {f"{name}.{path}": why for path, why in left_over(layer)}
     if options.lm_head:
         head = parent.model.lm_head
-        if "lm_head.weight" in (getattr(parent.model, "all_tied_weights_keys", None) or {}):
+        if parent.is_tied("lm_head.weight"):
             raise StageError("lm_head: is tied to the embeddings of this model and cannot be quantized alone")
         layout.linears["lm_head"] = LinearLayout(_form(codec, other, head.in_features, "lm_head"))
     for full, projections in storages.items():

@@ -1,0 +1,123 @@
+"""The one reading of a model folder: config, tensors and ties as they are, before a weight is read."""
+
+import copy
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import nn
+
+from ..errors import ModelError
+from ..runtime.modeling_moesvd import MoesvdConfig, model_class
+from .census import Census, take_census
+from .folder import class_for, read_config, require_whole
+from .headers import FLOATS, StoredTensor, read_headers, signature
+from .hf_internals import conversions, tied_weights
+from .sources import take_dequantizer
+
+ROWS = 4096  # of a matrix that are compared at a time
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a folder holds. config: as the tensors have it: its dtype is that of most weights, and it ties embeddings
+    only where the files do not hold two that differ. quantizer: transformers' own, of a checkpoint that was published
+    quantized. dtype: of the model, which is that of most of its weights."""
+
+    folder: Path
+    config: Any
+    dtype: torch.dtype
+    quantizer: Any
+    mapping: list
+    census: Census
+    tensors: dict[str, StoredTensor]
+
+    def empty_model(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The model on the meta device, as its class makes it in `dtype` (default: the model's own)."""
+        return empty_model(copy.deepcopy(self.config), dtype or self.dtype)
+
+
+def open_folder(folder: str | Path) -> Opened:
+    """Reads what a model folder holds, and refuses what cannot be a whole model.
+
+    Raises ModelError that names file and tensor: missing, damaged, misshapen, without a place in the model, quantized
+    in a way that is not read.
+    """
+    folder = Path(folder)
+    config = read_config(folder)  # says what is missing where this is no model
+    require_whole(folder)
+    return _open(folder, config.to_json_string(), signature(folder))
+
+
+@lru_cache(maxsize=8)
+def _open(folder: Path, described: str, signature: tuple) -> Opened:
+    config = read_config(folder)
+    try:
+        quantizer = take_dequantizer(config)
+    except ValueError as error:
+        raise ModelError(f"{folder}: {error}") from error
+    tensors = read_headers(folder)
+    dtype = _dtype_of(folder, config, quantizer, tensors)
+    for part in (config, config.get_text_config(decoder=True)):
+        part.dtype = dtype
+    model = empty_model(config, dtype)
+    mapping = conversions(model, quantizer)
+    census = take_census(folder, model, mapping, quantizer, tensors)
+    if differing := _differing_ties(folder, model, census, tensors):
+        for part in (config, config.get_text_config(decoder=True)):
+            part.tie_word_embeddings = False
+        model = empty_model(config, dtype)
+        if still := sorted(set(differing) & set(tied_weights(model))):
+            raise ModelError(
+                f"{folder}: {still[0]} is tied to {differing[still[0]]} by the model's class, and the files hold "
+                "different values for them"
+            )
+        census = take_census(folder, model, mapping, quantizer, tensors)
+    return Opened(folder, config, dtype, quantizer, mapping, census, tensors)
+
+
+def empty_model(config, dtype: torch.dtype) -> nn.Module:
+    """The model of a config on the meta device, in evaluation mode, as its class makes it in `dtype`."""
+    with init_empty_weights(include_buffers=False):
+        if isinstance(config, MoesvdConfig):
+            made = model_class(config.moesvd["native_type"])._from_config(config, dtype=dtype)
+        else:
+            made = class_for(config)._from_config(config, dtype=dtype)
+    return made.eval().requires_grad_(False)
+
+
+def _dtype_of(folder: Path, config, quantizer, tensors: dict[str, StoredTensor]) -> torch.dtype:
+    """Of most weights. A checkpoint that is quantized, by us or as published, says it in its config."""
+    said = config.dtype or config.get_text_config(decoder=True).dtype
+    if said in FLOATS and (quantizer is not None or isinstance(config, MoesvdConfig)):
+        return said
+    counts = dict.fromkeys(FLOATS, 0)
+    for tensor in tensors.values():
+        if tensor.dtype in counts:
+            counts[tensor.dtype] += tensor.numel
+    if not any(counts.values()):
+        raise ModelError(f"{folder}: has no tensor in floating point, and config.json has no dtype")
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _differing_ties(folder: Path, model, census: Census, tensors: dict[str, StoredTensor]) -> dict[str, str]:
+    """{parameter: the one that it is tied to} of ties that the config has and the files contradict."""
+    found = {}
+    for target, source in tied_weights(model).items():
+        names = [*census.sources.get(target, []), *census.sources.get(source, [])]
+        if len(names) > 1 and not (len(names) == 2 and _equal(folder, names, tensors)):
+            found[target] = source
+    return found
+
+
+def _equal(folder: Path, names: list[str], tensors: dict[str, StoredTensor]) -> bool:
+    """Whether two matrices on disk are the same, row by row."""
+    first, second = (tensors[name] for name in names)
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    one, two = (safe_open(folder / tensors[name].file, "pt").get_slice(name) for name in names)
+    return all(torch.equal(one[row : row + ROWS], two[row : row + ROWS]) for row in range(0, first.shape[0], ROWS))
