@@ -1,15 +1,16 @@
 """Bytes of a model: on disk, resident after load, at the peak of loading and generating."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from ..errors import MoesvdError
+from ..model.headers import read_headers, weight_files
+from ..model.hf_internals import tied_weights
+from ..model.stream import StreamedModel
 
 KINDS = ("experts", "router", "attention", "embeddings", "norms", "other")
 
@@ -29,22 +30,25 @@ def kind_of(name: str) -> str:
 
 
 def disk_bytes(folder: str | Path) -> dict[str, int]:
-    """Bytes of all safetensors files: {"total" with headers, and each of KINDS without}."""
+    """Bytes of a model's files: {"total" with headers, and each of KINDS without}."""
     sizes = dict.fromkeys(KINDS, 0)
-    files = sorted(Path(folder).glob("*.safetensors"))
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                tensor = file.get_slice(name)
-                sizes[kind_of(name)] += math.prod(tensor.get_shape()) * _item_size(tensor.get_dtype())
-    return {"total": sum(path.stat().st_size for path in files)} | sizes
+    for name, tensor in read_headers(Path(folder)).items():
+        sizes[kind_of(name)] += tensor.bytes
+    return {"total": sum(path.stat().st_size for path in weight_files(Path(folder)))} | sizes
 
 
 def resident_bytes(model: torch.nn.Module) -> int:
-    """Bytes of parameters and buffers, each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """Bytes of parameters and buffers, each storage once; on the meta device, what is tied to no other."""
+    tied = tied_weights(model)
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = [tensor for name, tensor in named if name not in tied or tensor.device.type != "meta"]
     stored = {t.untyped_storage().data_ptr() or id(t): t.untyped_storage().nbytes() for t in tensors}  # meta: by object
     return sum(stored.values())
+
+
+def loaded_bytes(folder: str | Path) -> int:
+    """The same of a folder's model as `load` opens it, without opening it."""
+    return resident_bytes(StreamedModel(folder, "auto").model)
 
 
 def fits(folder: str | Path, device: str = "cpu") -> bool:
@@ -53,12 +57,8 @@ def fits(folder: str | Path, device: str = "cpu") -> bool:
 
     if torch.device(device).type == "cuda":
         return disk_bytes(folder)["total"] < 0.8 * torch.cuda.mem_get_info(device)[0]
-    needed = 0
-    for path in Path(folder).glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for tensor in map(file.get_slice, file.keys()):
-                floating = "F" in tensor.get_dtype()
-                needed += math.prod(tensor.get_shape()) * (4 if floating else _item_size(tensor.get_dtype()))
+    tensors = read_headers(Path(folder)).values()
+    needed = sum(t.numel * (4 if t.dtype.is_floating_point else t.dtype.itemsize) for t in tensors)
     return needed < 0.8 * psutil.virtual_memory().available
 
 
@@ -70,10 +70,6 @@ def peak_bytes(folder: str | Path) -> dict[str, int]:
     if done.returncode:
         raise MoesvdError(f"{folder}: measuring memory failed: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def _item_size(kind: str) -> int:
-    return int("".join(c for c in kind.split("_")[0] if c.isdigit()) or 8) // 8
 
 
 def _measure(folder: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..calibration.text import known
 from ..errors import UsageError
 
 # What the figures in papers mean; a record names the protocol it was made by.
@@ -72,15 +73,20 @@ def perplexity(
 
 @torch.no_grad()
 def document_perplexity(
-    logits: Logits, documents: list[str], tokenizer, length: int, batch_size: int | None = None,
+    logits: Logits,
+    documents: list[str],
+    rolling: tuple[torch.Tensor, torch.Tensor],
+    length: int,
+    batch_size: int | None = None,
     progress: Progress = lambda done, total: None,
-) -> dict:  # fmt: skip
+) -> dict:
     """Protocol `lm-eval`: {"word_ppl", "byte_ppl", "bits_per_byte", "documents", "words", "bytes", ...}.
 
     What lm-eval's `loglikelihood_rolling` tasks report: exp(-log likelihood / words), words being what white space
-    separates in the document, and the same by UTF-8 bytes. length: tokens that the model sees at once.
+    separates in the document, and the same by UTF-8 bytes. rolling: `rolling_windows` of the documents. length: tokens
+    that the model sees at once.
     """
-    windows, targets = _rolling_windows(documents, tokenizer, length)
+    windows, targets = rolling
     total = sum(float(loss.sum()) for loss in _losses(logits, windows, targets, batch_size, progress))
     words = sum(len(re.split(r"\s+", document)) for document in documents)
     size = sum(len(document.encode()) for document in documents)
@@ -95,21 +101,28 @@ def document_perplexity(
     }
 
 
-def _rolling_windows(documents, tokenizer, length) -> tuple[torch.Tensor, torch.Tensor]:
-    """lm-eval's windows as inputs and targets (n, longest), -100 where nothing is predicted."""
+def rolling_windows(documents: list[str], tokenizer, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """lm-eval's windows of documents as inputs and targets (n, longest) int64, -100 where nothing is predicted.
+
+    UsageError where the tokenizer has neither a token that begins texts nor one that ends them: lm-eval predicts the
+    first token of a document from it.
+    """
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if prefix is None:
+        raise UsageError(
+            f"{tokenizer.name_or_path}: the tokenizer has neither bos_token nor eos_token, and the protocol lm-eval "
+            "predicts the first token of a document from one; set it in tokenizer_config.json, or use protocol gptq"
+        )
     inputs, targets = [], []
     for document in documents:
-        ids = tokenizer(
-            document, verbose=False
-        ).input_ids  # with the special tokens of the tokenizer, as lm-eval has it
+        ids = known(tokenizer, tokenizer(document, verbose=False).input_ids)  # with its special tokens, as lm-eval does
         pieces = get_rolling_token_windows(ids, prefix_token=prefix, max_seq_len=length, context_len=1)
         for context, wanted in map(make_disjoint_window, pieces):
-            known = (context + wanted)[:-1]
-            inputs.append(torch.tensor(known))
-            targets.append(torch.tensor([-100] * (len(known) - len(wanted)) + wanted))
+            seen = (context + wanted)[:-1]
+            inputs.append(torch.tensor(seen))
+            targets.append(torch.tensor([-100] * (len(seen) - len(wanted)) + wanted))
     # What is padded stands behind the text, where causal models do not see it.
     pad = torch.nn.utils.rnn.pad_sequence
     return pad(inputs, True, prefix), pad(targets, True, -100)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moesvd_quant
-from moesvd_quant.calibration.text import TextError
+from moesvd_quant.calibration.rows import TextError
 from moesvd_quant.memory.files import WriteError, require_space, write_json
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.model.stream import StreamedModel

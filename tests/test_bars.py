@@ -41,7 +41,8 @@ def test_equal_to_gptqmodels_own_result(model, tmp_path):
     run = Run(
         load_recipe("gptq4", [*CALIBRATION, "evaluate.perplexity=[]", "gptq.group_size=64"]), model, tmp_path / "o"
     )
-    from moesvd_quant.evaluation.record import EvalSpec, evaluate
+    from moesvd_quant.evaluation.inputs import EvalSpec
+    from moesvd_quant.evaluation.record import evaluate
 
     ours = evaluate(run.run()[-1], EvalSpec({"demo": "demo"}, length=256))["perplexity"]["demo"]["ppl"]
     torch.save(run.windows, tmp_path / "windows.pt")

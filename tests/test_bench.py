@@ -1,13 +1,15 @@
 """What is kept of a measurement is of the model, the texts and the dtype that are asked for, or it is made anew."""
 
 import hashlib
+import json
+import shutil
 
 import pytest
 import torch
 
 from moesvd_quant.compare.bench import cached_evaluate, compare
 from moesvd_quant.evaluation import record
-from moesvd_quant.evaluation.record import EvalSpec
+from moesvd_quant.evaluation.inputs import EvalSpec
 from moesvd_quant.runtime import modeling_moesvd
 from moesvd_quant.runtime.modeling_moesvd import check_digests, file_digest
 
@@ -21,11 +23,16 @@ def test_the_baseline_of_another_model_is_not_taken(make_model, text, tmp_path, 
     assert two == alone != one
 
 
-@pytest.mark.parametrize("change", ["nothing", "dtype", "texts", "length"])
+CHANGES = ["nothing", "content", "texts", "length", "weights", "tokenizer", "threads", "version", "lm-eval"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_record_is_used_again_where_nothing_changed(make_model, text, tmp_path, monkeypatch, change):
-    folder, calls = make_model("mixtral"), []
-    wanted = EvalSpec({"words": str(text)}, length=64)
-    cached_evaluate(folder, tmp_path, wanted)
+    folder, calls = shutil.copytree(make_model("mixtral"), tmp_path / "model"), []
+    words = tmp_path / "words.txt"
+    words.write_text(text.read_text())
+    wanted = EvalSpec({"words": str(words)}, length=64)
+    cached_evaluate(folder, tmp_path / "out", wanted)
     real = record.evaluate
 
     def counted(*given, **more):
@@ -33,14 +40,28 @@ def test_a_record_is_used_again_where_nothing_changed(make_model, text, tmp_path
         return real(*given, **more)
 
     monkeypatch.setattr("moesvd_quant.compare.bench.evaluate", counted)
-    if change == "dtype":
-        monkeypatch.setattr("moesvd_quant.compare.bench.dtype_on", lambda folder, device: "torch.bfloat16")
+    if change == "content":
+        words.write_text(text.read_text()[::-1])
     if change == "texts":
         wanted = EvalSpec({"other": "demo"}, length=64)
     if change == "length":
-        wanted = EvalSpec({"words": str(text)}, length=32)
-    cached_evaluate(folder, tmp_path, wanted)
+        wanted = EvalSpec({"words": str(words)}, length=32)
+    if change == "lm-eval":
+        wanted = EvalSpec({"words": str(words)}, ("lm-eval",), length=64)
+    if change == "weights":
+        other = make_model("mixtral", seed=1)
+        shutil.copy(other / "model.safetensors", folder)
+    if change == "tokenizer":
+        content = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(content | {"clean_up_tokenization_spaces": True}))
+    if change == "threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    if change == "version":
+        monkeypatch.setattr("moesvd_quant.evaluation.inputs.version", lambda name: "0.0")
+    found = cached_evaluate(folder, tmp_path / "out", wanted)
     assert len(calls) == (change != "nothing")
+    alone = real(folder, wanted)["perplexity"]
+    assert all(found["perplexity"][name]["ppl"] == alone[name]["ppl"] for name in alone if "ppl" in alone[name])
 
 
 def test_a_file_is_hashed_once_in_a_process_unless_it_changes(tmp_path, monkeypatch):

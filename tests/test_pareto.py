@@ -6,7 +6,7 @@ import torch
 
 import moesvd_quant
 from moesvd_quant.compare.pareto import BASELINES, front, nf4_record
-from moesvd_quant.evaluation.record import EvalSpec
+from moesvd_quant.evaluation.inputs import EvalSpec
 
 
 def test_front_holds_budgets_baselines_and_nf4(make_model, tmp_path, text):

@@ -7,7 +7,7 @@ import pytest
 from moesvd_quant.compare.bench import compare
 from moesvd_quant.compare.sweep import sweep
 from moesvd_quant.errors import UsageError
-from moesvd_quant.evaluation.record import EvalSpec
+from moesvd_quant.evaluation.inputs import EvalSpec
 
 
 def test_every_seed_and_size_is_measured_once(make_model, text, tmp_path, small):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_wrong_arguments_to_evaluation_are_seen(tmp_path):
     (tmp_path / "wrong.py").write_text(
-        "from moesvd_quant.evaluation.record import EvalSpec, evaluate\n"
+        "from moesvd_quant.evaluation.inputs import EvalSpec\nfrom moesvd_quant.evaluation.record import evaluate\n"
         "evaluate(3, {'demo': 'demo'}, 256)\nEvalSpec(7)\n"
     )
     found = subprocess.run(

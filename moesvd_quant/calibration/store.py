@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..memory.files import write_json, write_tensors
 from ..memory.limits import Memory, Sizes
 from ..model.experts import find_experts
+from ..model.headers import weight_files
 from ..model.stream import StreamedModel, precision_on
 from ..runtime.modeling_moesvd import file_digest
 from . import effect
@@ -31,9 +32,8 @@ FISHER_SEQUENCES = 1024  # of the calibration windows, as in D2-MoE
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over the contents of a model folder's config and weights."""
-    files = sorted(path for path in Path(folder).iterdir() if path.suffix == ".safetensors")
-    names = [(path.name, file_digest(path)) for path in [Path(folder) / "config.json", *files]]
+    """sha256 over the contents of a model folder's config and weight files."""
+    names = [(path.name, file_digest(path)) for path in [Path(folder) / "config.json", *weight_files(Path(folder))]]
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
@@ -85,6 +85,7 @@ class Statistics:
             "windows": hashlib.sha256(self.windows.numpy().tobytes()).hexdigest(),
             "shape": list(self.shape),
             "walk": [WALK_VERSION, BATCH_TOKENS, str(self.dtype), torch.__version__, transformers.__version__],
+            "device": torch.device(self.device).type,
             "threads": torch.get_num_threads(),
         } | ({"shared": True} if self.shared else {})
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """Text, from a known name or local files, as windows of tokens."""
 
+import hashlib
 import importlib
 import inspect
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import MoesvdError
+from ..runtime.modeling_moesvd import file_digest
+from .rows import TextError, texts_of
 
 PLAIN = (".txt", ".raw", ".tokens")
 TABULAR = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -51,18 +53,18 @@ DEMO_MODULES = (
 DEMO_CODE = ("dataclasses", "heapq", "json.decoder", "textwrap")
 
 
-class TextError(MoesvdError, ValueError):
-    """Text that cannot be read or is too short; the message says what is there and what is needed."""
-
-
 def sources_of(source: str) -> list[str]:
-    """The parts of a comma-joined source; `mixture` stands for several."""
+    """The parts of a comma-joined source; `mixture` stands for several. A path that exists is one part, with its
+    commas."""
+    if Path(source).exists():
+        return [source]
     parts = [part.strip() for part in source.split(",") if part.strip()]
     return [name for part in parts for name in (MIXTURE if part == "mixture" else (part,))]
 
 
-def documents(source: str, split: str = "train") -> Iterator[str]:
-    """Documents of one source, streamed. TextError where it is neither a known name nor a readable file."""
+def documents(source: str, split: str = "train", tokenizer=None) -> Iterator[str]:
+    """Documents of one source, streamed. tokenizer: for conversations. TextError where it is neither a known name nor a
+    readable file."""
     if source == "demo":
         yield from _demo(split)
     elif source == "demo-code":
@@ -71,15 +73,27 @@ def documents(source: str, split: str = "train") -> Iterator[str]:
         yield from _hub(source, split)
     elif Path(source).exists():
         for file in text_files(Path(source)):
-            yield from _local(file)
+            yield from texts_of(local_rows(file), str(file), tokenizer)
     else:
         names = ", ".join(["demo", "demo-code", "mixture", *HUB])
         raise TextError(f"{source}: no such file or folder, and no known text ({names})")
 
 
-def load_documents(source: str, split: str = "test") -> list[str]:
+def load_documents(source: str, split: str = "test", tokenizer=None) -> list[str]:
     """All documents of a comma-joined source."""
-    return [text for part in sources_of(source) for text in documents(part, split)]
+    return [text for part in sources_of(source) for text in documents(part, split, tokenizer)]
+
+
+def text_digest(source: str, split: str = "test") -> str:
+    """sha256 of what a comma-joined source is read from: the contents of files, the place of a text on the hub."""
+    digests = []
+    for part in sources_of(source):
+        if part not in HUB and Path(part).exists():
+            digests += [file_digest(file) for file in text_files(Path(part))]
+        else:
+            given = HUB[part] if part in HUB else list(documents(part, split))
+            digests.append(hashlib.sha256(repr(given).encode()).hexdigest())
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def joiner_of(source: str) -> str:
@@ -116,7 +130,7 @@ def calibration_windows(source: str, tokenizer, samples: int, length: int, seed:
 
 
 def _sample(source, tokenizer, wanted, length, generator):
-    texts = list(documents(source, "train"))
+    texts = list(documents(source, "train", tokenizer))
     order = torch.randperm(len(texts), generator=generator).tolist()
     ids: list[int] = []
     for index in order:
@@ -134,8 +148,21 @@ def _sample(source, tokenizer, wanted, length, generator):
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """Token ids without special tokens."""
-    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    """Token ids without special tokens. TextError for a token that the model has no embedding of."""
+    return known(tokenizer, tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def known(tokenizer, ids: list[int]) -> list[int]:
+    """The ids. TextError where the model that the tokenizer was loaded for has no embedding of one."""
+    rows = getattr(tokenizer, "embedding_rows", None)
+    if rows is not None and ids and max(ids) >= rows:
+        token = max(ids)
+        shown = tokenizer.convert_ids_to_tokens(token)
+        raise TextError(
+            f"{tokenizer.name_or_path}: the text has token {token} ({shown!r}), and the embedding has {rows} rows: "
+            "resize it, or use the tokenizer that belongs to the model"
+        )
+    return ids
 
 
 def text_files(path: Path) -> list[Path]:
@@ -165,13 +192,6 @@ def local_rows(path: Path) -> Iterator[dict]:
         yield from load_dataset(kind, data_files=str(path), split="train", streaming=True, **more)
     except Exception as error:  # datasets wraps every parser's own errors
         raise TextError(f"{path}: cannot be read: {error}") from error
-
-
-def _local(path: Path) -> Iterator[str]:
-    for row in local_rows(path):
-        if "text" not in row:
-            raise TextError(f"{path}: has no column 'text'; it has {', '.join(row)}")
-        yield row["text"]
 
 
 def _hub(name: str, split: str) -> Iterator[str]:

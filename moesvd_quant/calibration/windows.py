@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from ..memory.limits import Memory
-from ..model.folder import ModelError, load_tokenizer
+from ..model.folder import ModelError
+from ..model.tokenizer import load_tokenizer
 from .text import calibration_windows
 from .written import Progress, written_path, written_windows
 

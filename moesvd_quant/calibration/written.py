@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 
 from ..memory.files import write_tensors
 from ..memory.limits import Memory, Sizes
+from ..model.carried import tokenizer_digest
 from ..model.stream import StreamedModel, precision_on
-from ..runtime.modeling_moesvd import file_digest
 from .cache import cache_root, name_of
 from .recording import BATCH_TOKENS, windows_at_once
 
 ROUNDS = 8
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")  # its files
 
 Progress = Callable[[int, int], None]
 
@@ -30,10 +29,9 @@ Progress = Callable[[int, int], None]
 def written_path(folder: Path, digest: str, shape: tuple[int, int], seed: int, device) -> Path:
     """Where the cache keeps windows of this shape that a model wrote, or will. digest: of the model's config and
     weights; its tokenizer, which says what tokens may be written, counts as well."""
-    tokenizer = {path.name: file_digest(path) for name in TOKENIZER for path in folder.glob(name)}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     computed = {"precision": precision_on(device), "threads": torch.get_num_threads(), "batch": BATCH_TOKENS}
-    depends = {"model": digest, "tokenizer": tokenizer, "shape": shape, "seed": seed, "rounds": ROUNDS}
+    depends = {"model": digest, "tokenizer": tokenizer_digest(folder), "shape": shape, "seed": seed, "rounds": ROUNDS}
     return cache_root() / "written" / f"{name_of('windows', **depends, **computed, **versions)}.safetensors"
 
 

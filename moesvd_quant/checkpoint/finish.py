@@ -1,25 +1,11 @@
 """What turns layer files into a checkpoint: index, config, tokenizer, manifest, model card."""
 
 import json
-import shutil
 from pathlib import Path
 
 from ..memory.files import read_json, write_json, write_text
+from ..model.carried import carry_files
 from ..runtime.modeling_moesvd import MANIFEST, finish_folder
-
-# Files of a model folder that travel with it; nothing that holds weights or code.
-CARRIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-)
 
 
 def layer_file(index: int) -> str:
@@ -42,16 +28,20 @@ def write_config(folder: Path, native_config: dict, layout: dict) -> None:
     write_json(folder / "config.json", config | {"model_type": "moesvd", "moesvd": layout})
 
 
-def carry_files(source: Path, folder: Path) -> None:
-    for name in CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
 def write_manifest(folder: Path, manifest: dict) -> None:
     """moesvd.json with the digests of all weight files, the modeling file, and `auto_map` in the config."""
     write_json(folder / MANIFEST, manifest)
     finish_folder(folder)
+
+
+def refresh(source: Path, folder: Path) -> None:
+    """Brings what a finished checkpoint carries of its original up to date: tokenizer, templates, licence ..."""
+    manifest = read_json(folder / MANIFEST)
+    now = {"carried": carry_files(source, folder, manifest.get("carried")), "licence": licence_of(source)}
+    if now["licence"] != manifest.get("licence"):
+        write_card(folder, manifest | now)
+    if any(manifest.get(key) != value for key, value in now.items()):
+        write_json(folder / MANIFEST, manifest | now)
 
 
 def write_card(folder: Path, manifest: dict) -> None:

@@ -1,12 +1,16 @@
 """That a checkpoint holds what its stage made: every target was changed, and computes the same after reload."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from ..model.folder import ModelError
+from ..model.headers import same_bits, same_on_disk
+from ..model.opened import Opened, open_folder
 from ..model.stream import StreamedModel
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import Layout
@@ -64,3 +68,43 @@ def check_reload(streamed: StreamedModel, layout: Layout, expected: dict[str, st
             streamed.drop_layer(index)
         if wrong := [path for path in found if found[path] != expected.get(path)]:
             raise VerifyError(f"{streamed.folder}: reloads to other values at {', '.join(wrong)}; this is a defect")
+
+
+def check_carried(parent: StreamedModel, folder: Path, layout: Layout, changes: Container[str] = ()) -> None:
+    """VerifyError where a tensor that a stage leaves alone is not in the checkpoint as its input has it: the same dtype
+    and bits. What is outside the modules of the layout, not named in `changes`, and no row of a router whose experts
+    changed."""
+    before, after = parent.opened, open_folder(folder)
+    assert before is not None
+    changed = tuple(f"{path}." for path in (*layout.experts, *layout.linears))
+    regrouped = tuple(path.rpartition(".")[0] + "." for path in layout.sources)
+    for name, (stored,) in after.census.sources.items():
+        if name in changes or name.startswith(changed):
+            continue
+        if name.startswith(regrouped) and not _same_shape(parent, name, after, stored):
+            continue
+        sources = before.census.sources.get(name, [])
+        known = len(sources) == 1 and before.tensors[sources[0]].shape == after.tensors[stored].shape
+        if known and before.quantizer is None:
+            same = same_on_disk(before.folder, before.tensors, sources[0], folder, after.tensors, stored)
+        else:
+            same = _same_when_read(parent, name, folder / after.tensors[stored].file, stored)
+        if not same:
+            raise VerifyError(f"{folder}: {name} is not what {parent.folder} has, and no stage changes it; a defect")
+    for name in parent.unused():
+        if not same_on_disk(before.folder, before.tensors, name, folder, after.tensors, name):
+            raise VerifyError(f"{folder}: {name} is not what {parent.folder} has; this is a defect")
+
+
+def _same_shape(parent: StreamedModel, name: str, after: Opened, stored: str) -> bool:
+    tensor = parent.model.state_dict().get(name)
+    return tensor is not None and tuple(tensor.shape) == after.tensors[stored].shape
+
+
+def _same_when_read(parent: StreamedModel, name: str, file: Path, stored: str) -> bool:
+    """The same of a tensor that is made of several on disk, or dequantized."""
+    parent.load(name)
+    with safe_open(file, "pt") as opened:
+        same = same_bits(parent.model.state_dict()[name].cpu(), opened.get_tensor(stored))
+    parent.drop(name.rpartition(".")[0])
+    return same

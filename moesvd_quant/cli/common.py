@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import UsageError
+from .models import resolve_model
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -20,30 +21,6 @@ Executor = Annotated[
     Literal["processes", "ray"], typer.Option(help="Where workers run: this machine, or the cluster of $RAY_ADDRESS.")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example svd.ratio=0.6.")]
-
-
-def resolve_model(name: str | None, recipe=None) -> Path:
-    """Folder of a model: a local path, `reference` for the embedded one, or a hub name that is in the cache
-    or can be downloaded (`name@revision`). ValueError where there is none."""
-    name = name or (recipe.model if recipe else None)
-    if not name:
-        raise UsageError("no model: give --model FOLDER, or `model:` in the recipe")
-    if name == "reference":
-        from ..reference import path
-
-        return path()
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UsageError(f"{name}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = name.partition("@")
-    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja", "README.md"]
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # the hub's many network errors
-        raise UsageError(f"{name}: no such folder, and it cannot be had from the hub: {error}") from error
 
 
 def resolve_device(name: str) -> str:

@@ -55,7 +55,7 @@ def run(
 def _evaluate_run(job, folders: list[Path], device: str, report: Callable) -> list[dict]:
     """Evaluates the original and every checkpoint of a run on the recipe's texts."""
     from ..compare.bench import cached_evaluate
-    from ..evaluation.record import EvalSpec
+    from ..evaluation.inputs import EvalSpec
 
     asked, records = job.recipe.evaluate, []
     if not asked.texts():

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from .common import Device, Json, Model, Out, Overrides, app, print_table, progress_bars, resolve_device, resolve_model
+from .common import Device, Json, Model, Out, Overrides, app, print_table, progress_bars, resolve_device
+from .models import record_places, resolve_model
 
 
 @app.command("eval")
@@ -26,13 +27,15 @@ def evaluate_verb(
     task_data: Annotated[Path | None, typer.Option(help="Folder of local task files; else from the hub.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,
     batch: Annotated[int | None, typer.Option(help="Windows, or requests of tasks, at a time.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the records; default: beside the weights.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the records; default: beside weights.")] = None,
     peak: Annotated[bool, typer.Option(help="Also measure peak memory in a fresh process.")] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Perplexity, zero-shot accuracy and memory of model folders; writes eval.json and prints a table."""
-    from ..evaluation.record import RECORD, EvalSpec, evaluate, write
+    """Perplexity, zero-shot accuracy and memory of models; writes eval.json beside weights and prints a table."""
+    from ..evaluation.inputs import EvalSpec
+    from ..evaluation.record import RECORD, evaluate, write
+    from ..memory.files import require_writable
     from ..recipe.recipe import named_texts
 
     texts = named_texts(text or ([] if tasks else ["wikitext2"]))
@@ -40,12 +43,19 @@ def evaluate_verb(
     data = None if task_data is None else str(task_data)
     wanted = EvalSpec(texts, tuple(protocol or ["gptq"]), length, batch, stream, named, data, limit, peak)
     records = []
+    models = {str(folder): resolve_model(str(folder)) for folder in folders}
+    places = {given: place / RECORD for given, place in record_places(models, out).items()}
+    for place in places.values():
+        require_writable(place.parent)
     with progress_bars(as_json) as report:
-        for folder in folders:
+        for given, folder in models.items():
             say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
-            record = evaluate(resolve_model(str(folder)), wanted, resolve_device(device), None, say)
-            write(record, (out / folder.name if out else folder) / RECORD)
+            record = evaluate(folder, wanted, resolve_device(device), None, say)
             records.append(record)
+            if given in places:
+                write(record, places[given])
+            else:
+                print(f"{given}: is a name and no folder: no record is kept; --out DIR keeps one", file=sys.stderr)
     if as_json:
         print(json.dumps(records))
         return
@@ -159,7 +169,7 @@ def bench(
     with progress_bars(as_json) as report:
         if seeds or samples:
             from ..compare.sweep import sweep
-            from ..evaluation.record import EvalSpec
+            from ..evaluation.inputs import EvalSpec
 
             wanted = EvalSpec(texts, length=length)
             records, found = sweep(

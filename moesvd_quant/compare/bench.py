@@ -5,8 +5,9 @@ from pathlib import Path
 
 from ..calibration.store import fingerprint
 from ..errors import UsageError
+from ..evaluation.inputs import EvalSpec, protocol_of
 from ..evaluation.plot import plot_bytes
-from ..evaluation.record import RECORD, EvalSpec, dtype_on, evaluate, is_record_of, write
+from ..evaluation.record import RECORD, answers, evaluate, write
 from ..evaluation.table import Table, save, table8
 from ..memory.files import read_json
 from ..recipe.recipe import Evaluate, load_recipe
@@ -83,7 +84,7 @@ def cached_evaluate(
     file = folder / RECORD
     if file.is_file():
         found = read_json(file)
-        if is_record_of(found, fingerprint(source), dtype_on(source, device), wanted):
+        if answers(found, fingerprint(source), protocol_of(source, wanted, device), wanted):
             return found
     record = evaluate(source, wanted, device, progress=report or (lambda what, done, total: None))
     write(record, file)

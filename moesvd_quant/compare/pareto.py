@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from ..calibration.store import fingerprint
-from ..checkpoint.finish import carry_files
 from ..errors import UsageError
-from ..evaluation.record import RECORD, EvalSpec, dtype_on, evaluate, is_record_of, write
+from ..evaluation.inputs import EvalSpec, protocol_of
+from ..evaluation.record import RECORD, answers, evaluate, write
 from ..evaluation.table import Table
 from ..memory.files import read_json
+from ..model.carried import carry_files
 from ..model.experts import find_experts, find_linears, weight_parameters
 from ..model.load import load
 from ..model.stream import StreamedModel
@@ -54,7 +55,7 @@ def nf4_record(model: Path, out: Path, wanted: EvalSpec, device: str = "cpu") ->
     if file.is_file():
         found = read_json(file)
         of_source = found | {"fingerprint": found.get("source_fingerprint")}
-        if is_record_of(of_source, source, dtype_on(model, device), wanted):
+        if answers(of_source, source, protocol_of(model, wanted, device), wanted):
             return found
     made = load(model)
     layers = made.get_submodule(StreamedModel(model).layers_path)

@@ -5,8 +5,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..evaluation.inputs import EvalSpec
 from ..evaluation.plot import plot_sweep
-from ..evaluation.record import RECORD, EvalSpec, write
+from ..evaluation.record import RECORD, write
 from ..evaluation.table import Table, save, table12
 from ..recipe.recipe import Recipe, load_recipe
 from ..run.run import Run

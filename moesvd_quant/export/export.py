@@ -10,8 +10,12 @@ import torch
 from torch import nn
 
 from ..checkpoint.accounting import original_model, stored_tensors
-from ..checkpoint.finish import OUTER_FILE, carry_files, layer_file, write_index
+from ..checkpoint.finish import OUTER_FILE, layer_file, write_index
+from ..checkpoint.layout import layout_of
+from ..checkpoint.unused import UNUSED_FILE, write_unused
+from ..checkpoint.verify import check_carried
 from ..memory.files import write_json, write_one_by_one
+from ..model.carried import carry_files
 from ..model.experts import is_shared, split_projections
 from ..model.folder import ModelError
 from ..model.hf_internals import revert_weight_conversion, tied_weights
@@ -52,6 +56,9 @@ def export_checkpoint(folder: Path, out: Path, to: str) -> None:
         write_one_by_one(out / file, tensors)
         names |= dict.fromkeys(tensors, file)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
+    write_unused(parent, out)
+    names |= dict.fromkeys(parent.unused(), UNUSED_FILE)
+    total += sum(tensor.bytes for tensor in parent.unused().values())
     write_index(out, names, total)
     native.config.architectures = [type(native).__name__]
     native.config.save_pretrained(out)
@@ -60,6 +67,8 @@ def export_checkpoint(folder: Path, out: Path, to: str) -> None:
         write_json(out / "config.json", native.config.to_dict() | {"quantization_config": quantization})
         write_json(out / "quantize_config.json", quantization)
     carry_files(folder, out)
+    if to == "dense":
+        check_carried(StreamedModel(out), folder, layout_of(StreamedModel(folder)))
 
 
 def _experts_left(parent: StreamedModel) -> int | None:

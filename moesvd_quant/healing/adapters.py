@@ -2,6 +2,7 @@
 the scales of what is packed."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,10 @@ class Updates:
             kinds[kind][key] = tensor
         return cls(**kinds)
 
+    def names(self) -> set[str]:
+        """The parameters that are updated."""
+        return {*self.left, *self.put}
+
     def parameters(self) -> int:
         return sum(t.numel() for ts in (self.left, self.right, self.put) for t in ts.values())
 
@@ -62,17 +67,17 @@ class Adapters:
 
 
 @torch.no_grad()
-def apply(layer: nn.Module, prefix: str, updates: Updates, stored: torch.dtype) -> None:
-    """Merges into a layer whose parameters are called prefix + path: rounded once, to `stored`, whatever the layer's
-    own dtype. KeyError where an update names no parameter of the layer."""
+def apply(layer: nn.Module, prefix: str, updates: Updates, stored: Callable[[str], torch.dtype]) -> None:
+    """Merges into a layer whose parameters are called prefix + path: each is rounded once, to the dtype `stored(name)`
+    that it has on disk. KeyError where an update names no parameter of the layer."""
     parameters = {prefix + path: p for path, p in layer.named_parameters()}
     for name, left in updates.left.items():
         parameter = parameters[name]
         product = (left @ updates.right[name]).reshape(parameter.shape)
-        parameter.copy_((parameter.float() + product.to(parameter.device)).to(stored))
+        parameter.copy_((parameter.float() + product.to(parameter.device)).to(stored(name)))
     formats = {prefix + path: form for path, form in trained_formats(layer).items()}
     for name, tensor in updates.put.items():
-        parameters[name].copy_(formats[name].stored(tensor) if name in formats else tensor.to(stored))
+        parameters[name].copy_(formats[name].stored(tensor) if name in formats else tensor.to(stored(name)))
 
 
 class Trained:

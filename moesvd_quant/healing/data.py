@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..calibration.text import HUB, TextError, documents, encode, load_documents, local_rows, sources_of, text_files
+from ..calibration.rows import TextError, texts_of
+from ..calibration.text import HUB, documents, encode, load_documents, sources_of
 
 NGRAM = 24  # tokens that have to follow each other to count as copied; less in windows that are short
 LEAK_SHARE = 0.01  # of an evaluation text's n-grams
-ALPACA = "### Instruction:\n{instruction}\n\n{given}### Response:\n{output}"
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,9 @@ def training_documents(source: str, tokenizer) -> Iterator[str]:
     if source in HUB or source in ("demo", "demo-code"):
         yield from documents(source, "train")
     elif Path(source).exists():
-        for file in text_files(Path(source)):
-            yield from (render(row, tokenizer, str(file)) for row in local_rows(file))
+        yield from documents(source, "train", tokenizer)
     elif source.count("/") == 1 and not source.startswith((".", "~")):
-        yield from (render(row, tokenizer, source) for row in _hub_rows(source))
+        yield from texts_of(_hub_rows(source), source, tokenizer)
     else:
         yield from documents(source, "train")  # says which names there are
 
@@ -97,20 +96,6 @@ def _hub_rows(name: str) -> Iterator[dict]:
         raise TextError(f"{name}: no such file, and the hub could not be read ({error}); give a local file") from error
 
 
-def render(row: dict, tokenizer, where: str) -> str:
-    """The text of a row. TextError where the columns are unknown, or a template is needed and missing."""
-    if "text" in row:
-        return row["text"]
-    if "messages" in row:
-        if not getattr(tokenizer, "chat_template", None):
-            raise TextError(f"{where}: holds conversations, and the model's tokenizer has no chat template")
-        return tokenizer.apply_chat_template(row["messages"], tokenize=False)
-    if {"instruction", "output"} <= row.keys():
-        given = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
-        return ALPACA.format(instruction=row["instruction"], given=given, output=row["output"])
-    raise TextError(f"{where}: has columns {', '.join(row)}; text, messages, or instruction and output are read")
-
-
 def refuse_leaks(training: Training, texts: dict[str, str], tokenizer) -> None:
     """TextError where an evaluation text {name: source} is in the training windows: by content, not by name."""
     length = training.train.shape[1]
@@ -118,7 +103,9 @@ def refuse_leaks(training: Training, texts: dict[str, str], tokenizer) -> None:
     whole = (length - size + 1) / length  # of the n-grams of a text that is cut into windows, those inside one
     known = np.unique(np.concatenate([ngrams(ids, size) for ids in training.train.numpy()]))
     for name, source in texts.items():
-        found = ngrams(np.array(encode(tokenizer, "\n\n".join(load_documents(source))), dtype=np.int64), size)
+        found = ngrams(
+            np.array(encode(tokenizer, "\n\n".join(load_documents(source, tokenizer=tokenizer))), dtype=np.int64), size
+        )
         share = min(1.0, float(np.isin(found, known).mean()) / whole) if len(found) else 0.0
         if share > LEAK_SHARE:
             raise TextError(

@@ -21,10 +21,10 @@ def layer_seed(seed: int, index: int) -> int:
 
 
 def heal_layer(streamed: StreamedModel, index: int, layer: nn.Module, layout: Layout, updates: Updates, seed: int):
-    """Brings a loaded layer of the parent to the layout and merges its updates, rounded to the stored dtype."""
+    """Brings a loaded layer of the parent to the layout and merges its updates, each rounded to its dtype on disk."""
     name = streamed.layer_names[index]
     into_layout(layer, name, layout, streamed.dtype, layer_seed(seed, index))
-    apply(layer, name + ".", updates, streamed.stored_dtype)
+    apply(layer, name + ".", updates, streamed.dtype_on_disk)
 
 
 def validation_loss(streamed: StreamedModel, windows: torch.Tensor, heal=None, scratch: Path | None = None) -> float:

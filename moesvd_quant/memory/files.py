@@ -6,12 +6,13 @@ import math
 import os
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..errors import ModelError, MoesvdError
+from ..errors import ModelError, MoesvdError, UsageError
 
 # In the order in which safetensors writes them.
 NAMES = {
@@ -160,6 +161,16 @@ def require_space(folder: Path, needed: int) -> None:
             f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room or choose "
             "another --out. Nothing that was finished is lost"
         )
+
+
+def require_writable(folder: Path) -> None:
+    """UsageError where a folder, or the one that it would be made in, cannot be written into."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
 
 
 def _temporary(path: Path) -> Path:

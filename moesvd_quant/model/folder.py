@@ -1,4 +1,4 @@
-"""What a folder with a model says of itself: config, class, tokenizer. Code that comes with it is never run."""
+"""What a folder with a model says of itself: config and class. Code that comes with it is never run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from ..errors import ModelError
 from ..memory.files import read_json
@@ -28,12 +28,6 @@ def require_whole(folder: Path) -> None:
     """ModelError where a weight file of one of our checkpoints is missing or is not the one its manifest names."""
     with _reading(folder):
         check_digests(folder)
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a model folder; ModelError where it has none that can be read without code of its own."""
-    with _reading(Path(folder)):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def read_config(folder: Path):

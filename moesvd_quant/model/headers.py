@@ -20,6 +20,7 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()} | {
     "U32": torch.uint32,
     "U64": torch.uint64,
 }
+ROWS = 4096  # of a tensor that are compared at a time
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # that models compute with
 
 
@@ -120,3 +121,25 @@ def _header(path: Path):
         if kind not in DTYPES:
             raise ModelError(f"{path}: {name} has dtype {kind}, which is not supported")
         yield name, StoredTensor(path.name, shape, DTYPES[kind])
+
+
+def same_on_disk(
+    folder: Path, tensors: dict[str, StoredTensor], name: str, other: Path, others: dict[str, StoredTensor], second: str
+) -> bool:
+    """Whether two tensors in files have the same shape, dtype and bits."""
+    one, two = tensors[name], others[second]
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    with safe_open(folder / one.file, "pt") as first_file, safe_open(other / two.file, "pt") as second_file:
+        if not one.shape:
+            return same_bits(first_file.get_tensor(name), second_file.get_tensor(second))
+        first, last = first_file.get_slice(name), second_file.get_slice(second)
+        return all(same_bits(first[i : i + ROWS], last[i : i + ROWS]) for i in range(0, one.shape[0], ROWS))
+
+
+def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two tensors are the same in shape, dtype and every bit; NaN equals NaN."""
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    raw = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, two)] if one.numel() else []
+    return not raw or torch.equal(*raw)

@@ -121,6 +121,10 @@ class LayeredModel:
                 raise ModelError(f"{self.folder}: {key} is not finite at {where}; the checkpoint is damaged")
         malloc_trim()
 
+    def dtype_on_disk(self, key: str) -> torch.dtype:
+        """Of a parameter; of one that is not there yet, the model's."""
+        return self.opened.census.dtypes.get(key, self.stored_dtype) if self.opened else self.stored_dtype
+
     def is_tied(self, key: str) -> bool:
         """Whether a parameter is not on disk because it shares the tensor of another."""
         return key in tied_weights(self.model)

@@ -8,18 +8,15 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import nn
 
 from ..errors import ModelError
 from ..runtime.modeling_moesvd import MoesvdConfig, model_class
 from .census import Census, take_census
 from .folder import class_for, read_config, require_whole
-from .headers import FLOATS, StoredTensor, read_headers, signature
+from .headers import FLOATS, StoredTensor, read_headers, same_on_disk, signature
 from .hf_internals import conversions, tied_weights
 from .sources import take_dequantizer
-
-ROWS = 4096  # of a matrix that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,7 @@ class Opened:
     folder: Path
     config: Any
     dtype: torch.dtype
+    embedding_rows: int  # tokens that the model knows
     quantizer: Any
     mapping: list
     census: Census
@@ -77,7 +75,8 @@ def _open(folder: Path, described: str, signature: tuple) -> Opened:
                 "different values for them"
             )
         census = take_census(folder, model, mapping, quantizer, tensors)
-    return Opened(folder, config, dtype, quantizer, mapping, census, tensors)
+    rows = model.get_input_embeddings().weight.shape[0]
+    return Opened(folder, config, dtype, rows, quantizer, mapping, census, tensors)
 
 
 def empty_model(config, dtype: torch.dtype) -> nn.Module:
@@ -109,15 +108,8 @@ def _differing_ties(folder: Path, model, census: Census, tensors: dict[str, Stor
     found = {}
     for target, source in tied_weights(model).items():
         names = [*census.sources.get(target, []), *census.sources.get(source, [])]
-        if len(names) > 1 and not (len(names) == 2 and _equal(folder, names, tensors)):
+        if len(names) > 1 and not (
+            len(names) == 2 and same_on_disk(folder, tensors, names[0], folder, tensors, names[1])
+        ):
             found[target] = source
     return found
-
-
-def _equal(folder: Path, names: list[str], tensors: dict[str, StoredTensor]) -> bool:
-    """Whether two matrices on disk are the same, row by row."""
-    first, second = (tensors[name] for name in names)
-    if (first.shape, first.dtype) != (second.shape, second.dtype):
-        return False
-    one, two = (safe_open(folder / tensors[name].file, "pt").get_slice(name) for name in names)
-    return all(torch.equal(one[row : row + ROWS], two[row : row + ROWS]) for row in range(0, first.shape[0], ROWS))

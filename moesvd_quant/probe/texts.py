@@ -9,8 +9,8 @@ from ..calibration.store import Statistics, fingerprint
 from ..calibration.text import joiner_of, load_documents, token_windows
 from ..calibration.windows import length_of, windows_of
 from ..memory.limits import Memory
-from ..model.folder import load_tokenizer
 from ..model.stream import StreamedModel
+from ..model.tokenizer import load_tokenizer
 from .survey import Progress, Survey, survey
 
 WINDOWS = 128  # of each text to judge on, spread over it evenly

@@ -113,6 +113,11 @@ class Stage(BaseModel):
         """Changes what is not in a layer, which is loaded. Returns the errors of its matrices."""
         return {}
 
+    def changes(self, context: "Context", plan: "Plan") -> set[str]:
+        """Names of the tensors outside the modules of its layout that the stage changed. All others are compared with
+        the stage's input when it is done. Called after the last layer."""
+        return set()
+
     def conclude(self, folder: Path) -> None:
         """Removes from the finished checkpoint what served the work alone."""
 

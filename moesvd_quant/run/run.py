@@ -18,14 +18,15 @@ import torch
 from .. import __version__
 from ..calibration.store import Statistics, fingerprint
 from ..checkpoint.accounting import account
+from ..checkpoint.finish import refresh
 from ..checkpoint.layout import layout_of
 from ..checkpoint.unused import require_carried
 from ..errors import MoesvdError
-from ..memory.files import read_json, require_space, write_json, write_text
+from ..memory.files import read_json, require_space, require_writable, write_json, write_text
 from ..memory.limits import Memory, PeakMeter, disable_malloc_cache
 from ..memory.pool import Pool
-from ..model.folder import load_tokenizer
 from ..model.stream import StreamedModel
+from ..model.tokenizer import load_tokenizer
 from ..plan.context import Context, Plan
 from ..recipe.recipe import Recipe
 from ..recipe.stage import TrainingText
@@ -69,7 +70,8 @@ class Run:
         self.report = report or (lambda what, done, total: None)
         if self.out.resolve() == self.model.resolve():
             raise RunError(f"{out}: is the model's own folder; choose another --out")
-        self.meta = self._opened(self.model)
+        require_writable(self.out)
+        self.meta = self.opened(self.model)
         require_carried(self.meta)
         self.model_digest = fingerprint(self.model)
         disable_malloc_cache()
@@ -80,7 +82,8 @@ class Run:
         texts = {index: stage.training_text() for index, stage in enumerate(recipe.stages)}
         self._training = {index: self._training_windows(text, index) for index, text in texts.items() if text}
 
-    def _opened(self, folder: Path) -> StreamedModel:
+    def opened(self, folder: Path) -> StreamedModel:
+        """A model folder as the recipe takes it."""
         leave_out = self.recipe.unused_tensors == "leave_out"
         return StreamedModel(folder, None, self.device, self.recipe.experts == "all", leave_out)
 
@@ -228,6 +231,8 @@ class Run:
     def _stage(self, index: int) -> Path:
         folder = self.folder(index)
         if self._done(index):
+            if folder.exists():
+                refresh(self.model, folder)
             return folder
         context = self.context(index)
         started, meter = time.time(), PeakMeter()
@@ -256,7 +261,7 @@ class Run:
         parent = self.model if index == 0 else self.folder(index - 1)
         stage = self.recipe.stages[index]
         progress = lambda done, total: self.report(f"{stage.name}: reading the model", done, total)  # noqa: E731
-        context = Context(self._opened(parent), self.statistics, stage, self.recipe.seed, self.device, progress)
+        context = Context(self.opened(parent), self.statistics, stage, self.recipe.seed, self.device, progress)
         context.pool = self.pool
         context.training, context.report = self._training_with_written(index), self.report
         context.folder = self.work_folder(index)

@@ -11,6 +11,7 @@ from ..checkpoint import finish, verify
 from ..checkpoint.accounting import Accounting, by_file, planned_model
 from ..checkpoint.unused import UNUSED_FILE, empty_tensors, without_unused, write_unused
 from ..memory.files import commit_folder, write_json, write_tensors
+from ..model.carried import carry_files
 from ..model.layered import is_finite
 from ..model.stream import StreamedModel
 from ..plan.context import Context, Plan, StageError
@@ -73,6 +74,7 @@ class StageWork:
             "name": self._name(origin["names"]),
             "base_model": self.run.recipe.model or origin["base_model"],
             "licence": finish.licence_of(self.run.model),
+            "carried": carry_files(self.run.model, self.folder),
             "stages": self.run.key(self.index)["stages"],
             "key": self.run.key(self.index),
             "versions": self.run.key(self.index)["versions"],
@@ -110,12 +112,13 @@ class StageWork:
         if self.parent.leave_out:
             config = without_unused(config)
         finish.write_config(self.folder, config, plan.layout.to_dict())
-        finish.carry_files(self.run.model, self.folder)
 
     def _verify(self, plan: Plan, outputs: dict) -> dict:
         """Reads the checkpoint back from disk: every target computes what it did in memory, bit for bit, and
         the whole model runs. {"kl": nats per token to its input, "tokens"}; StageError otherwise."""
         verify.check_reload(StreamedModel(self.folder, device=self.run.device), plan.layout, outputs)
+        changed = self.stage.changes(self.context, plan)
+        verify.check_carried(self.run.opened(self.parent.folder), self.folder, plan.layout, changed)
         windows = self.run.windows[:CHECK_WINDOWS, :CHECK_LENGTH]
         before, after = (
             next(self.run.statistics.model(folder).logits(windows, len(windows))).flatten(0, 1)

@@ -95,6 +95,11 @@ class Lora(Stage):
 
         return run_layer(context, self, index, layer, statistics, plan)
 
+    def changes(self, context, plan):
+        from .lora_work import changes
+
+        return changes(context, plan)
+
     def conclude(self, folder: Path) -> None:
         """Optimizer states and all else that served training stay out of the checkpoint."""
         shutil.rmtree(folder / TRAINING, ignore_errors=True)

@@ -126,3 +126,11 @@ def run_layer(context: Context, options: Lora, index: int, layer, statistics: di
         updates = Updates.read(update_file(context.folder / TRAINING, index))
     heal_layer(context.parent, index, layer, plan.layout, updates, context.seed)
     return {}
+
+
+def changes(context: Context, plan: Plan) -> set[str]:
+    """Names of all that training changed."""
+    if not plan.notes["healing"]["healed"]:
+        return set()
+    count = len(context.parent.layer_names)
+    return set().union(*(Updates.read(update_file(context.folder / TRAINING, index)).names() for index in range(count)))

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from moesvd_quant.calibration.text import TextError, calibration_windows, load_documents, token_windows
+from moesvd_quant.calibration.rows import TextError
+from moesvd_quant.calibration.text import calibration_windows, load_documents, token_windows
 from tiny import tiny_tokenizer
 
 TEXTS = ["first line\nsecond line", "another text"]
@@ -54,7 +55,7 @@ def test_calibration_is_drawn_by_seed_in_equal_shares(tokenizer, tmp_path):
     "name,content,message",
     [
         ("short.txt", "few", r"3 tokens.*one window needs 64"),
-        ("wrong.jsonl", '{"body": "x"}\n', r"wrong\.jsonl: has no column 'text'; it has body"),
+        ("wrong.jsonl", '{"body": "x"}\n', r"wrong\.jsonl, row 1: has columns body; text, messages"),
         ("broken.jsonl", "{no json\n", r"broken\.jsonl: cannot be read"),
         ("picture.png", "x", r"picture\.png: not a text file"),
     ],

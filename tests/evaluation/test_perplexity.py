@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +15,17 @@ import transformers
 
 from moesvd_quant import load
 from moesvd_quant.errors import MoesvdError
+from moesvd_quant.evaluation.inputs import EvalSpec
 from moesvd_quant.evaluation.memory import disk_bytes, peak_bytes, resident_bytes
-from moesvd_quant.evaluation.perplexity import document_perplexity, in_memory, perplexity, relative_change
+from moesvd_quant.evaluation.perplexity import (
+    document_perplexity,
+    in_memory,
+    perplexity,
+    relative_change,
+    rolling_windows,
+)
 from moesvd_quant.evaluation.plot import family, plot_bytes
-from moesvd_quant.evaluation.record import EvalSpec, collect, evaluate, is_record_of, streamed, write
+from moesvd_quant.evaluation.record import answers, collect, evaluate, streamed, write
 from moesvd_quant.evaluation.table import render, table8
 from tiny import tiny_model
 
@@ -85,7 +93,9 @@ def test_documents_are_rolled_as_lm_eval_rolls_them(make_model):
     lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=48, batch_size=2)
     asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
     total = -sum(lm.loglikelihood_rolling(asked, disable_tqdm=True))
-    found = document_perplexity(streamed(folder, torch.float32, "cpu").logits, texts, tokenizer, 48, 2)
+    found = document_perplexity(
+        streamed(folder, torch.float32, "cpu").logits, texts, rolling_windows(texts, tokenizer, 48), 48, 2
+    )
     assert found["byte_ppl"] == pytest.approx(math.exp(total / (160 + 11 + 1)), rel=1e-5)
     assert found["word_ppl"] == pytest.approx(math.exp(total / (41 + 3 + 1)), rel=1e-5)  # a trailing blank counts one
     assert found["bits_per_byte"] == pytest.approx(math.log2(found["byte_ppl"]))
@@ -125,7 +135,7 @@ def test_peak_is_measured_in_a_process_of_its_own(make_model):
 def test_record_holds_what_was_measured_and_how(make_model, text):
     record = evaluate(make_model("mixtral"), EvalSpec({"words": str(text)}, length=64))
     assert record["name"] == "original" and record["accounting"]["bits_per_expert_weight"] == 32
-    assert record["protocol"]["length"] == 64 and record["protocol"]["texts"] == {"words": str(text)}
+    assert record["protocol"]["length"] == 64 and record["protocol"]["texts"]["words"]["source"] == str(text)
     assert record["perplexity"]["words"]["ppl"] > 1
     with pytest.raises(ValueError, match="protocol gptq2: is none of gptq, lm-eval"):
         evaluate(make_model("mixtral"), EvalSpec({"words": str(text)}, ("gptq2",)))
@@ -145,29 +155,56 @@ def test_what_does_not_fit_streams_and_says_the_same(make_model, text, monkeypat
         evaluate(folder, EvalSpec(tasks=("piqa",)))
 
 
+PROTOCOL = {"length": 64, "dtype": "f", "tokenizer": "t", "computed": {"torch": "2"}}
+
+
+def a_record(texts: dict, fingerprint="a", names=("gptq",), **more) -> dict:
+    """A record of texts {name: digest}, with `more` in another protocol."""
+    protocol = {"perplexity": dict.fromkeys(names, "..."), **PROTOCOL, "texts": texts} | more.pop("protocol", {})
+    figures = {text: {name: digest for name in names} for text, digest in texts.items()}
+    return {"fingerprint": fingerprint, "protocol": protocol, "perplexity": figures, "memory": {"a": 1}} | more
+
+
+def written(folder, *records) -> dict:
+    for made in records:
+        write(made, folder / "eval.json")
+    return json.loads((folder / "eval.json").read_text())
+
+
 def test_a_record_keeps_what_was_measured_before_of_the_same_weights(tmp_path):
-    def record(texts, length=64, fingerprint="a", **more):
-        protocol = {"perplexity": {"gptq": "..."}, "length": length, "dtype": "f", "texts": {t: t for t in texts}}
-        figures = {t: {"ppl": length} for t in texts}
-        return {"fingerprint": fingerprint, "protocol": protocol, "perplexity": figures, "memory": {"a": 1}} | more
-
-    def after(*records):
-        for made in records:
-            write(made, tmp_path / "eval.json")
-        return json.loads((tmp_path / "eval.json").read_text())
-
-    zero_shot = {"tasks": {"piqa": {}}, "protocol": {"limit": None}}
-    joined = after(record(["x"]), record(["y"]), record([], zero_shot=zero_shot))
+    zero_shot = {"tasks": {"piqa": {}}, "protocol": {"limit": None}, "data": None}
+    joined = written(tmp_path, a_record({"x": 1}), a_record({"y": 1}), a_record({}, zero_shot=zero_shot))
     assert set(joined["perplexity"]) == set(joined["protocol"]["texts"]) == {"x", "y"} and "zero_shot" in joined
-    assert is_record_of(joined, "a", "f", EvalSpec({"x": "x"}, tasks=("piqa",)))
-    assert is_record_of(joined, "a", "f", EvalSpec({}, length=64))
-    assert not is_record_of(joined, "b", "f", EvalSpec()) and not is_record_of(joined, "a", "g", EvalSpec())
-    others = [EvalSpec({"z": "z"}), EvalSpec({"x": "x"}, length=32), EvalSpec(tasks=("zero-shot",)),
-              EvalSpec(peak=True), EvalSpec(tasks=("piqa",), limit=3), EvalSpec({"x": "x"}, ("lm-eval",))]  # fmt: skip
-    for other in others:
-        assert not is_record_of(joined, "a", "f", other)
-    assert set(after(record(["z"], 32))["perplexity"]) == {"z"}  # figures by two protocols do not mix
-    assert "zero_shot" not in after(record(["z"], 32, "other weights"))
+    both = written(tmp_path, a_record({"x": 1}, names=("lm-eval",)))
+    assert both["perplexity"]["x"] == {"gptq": 1, "lm-eval": 1}
+    # Another content of a text: its figures go, those of other texts stay.
+    other = written(tmp_path, a_record({"x": 2}))
+    assert other["perplexity"] == {"x": {"gptq": 2}, "y": {"gptq": 1}} and other["protocol"]["texts"]["x"] == 2
+    shorter = written(tmp_path, a_record({"z": 1}, protocol={"length": 32}))
+    assert set(shorter["perplexity"]) == {"z"} and "zero_shot" in shorter
+    assert "zero_shot" not in written(tmp_path, a_record({"z": 1}, "other weights"))
+    written(tmp_path, a_record({}, zero_shot=zero_shot))
+    assert "zero_shot" not in written(tmp_path, a_record({"z": 1}, protocol={"tokenizer": "another"}))
+
+
+def test_a_record_answers_for_nothing_but_its_own_inputs():
+    zero_shot = {"tasks": {"piqa": {}}, "protocol": {"limit": None}, "data": None}
+    record, asked = a_record({"x": 1}, zero_shot=zero_shot), PROTOCOL | {"texts": {"x": 1}}
+    assert answers(record, "a", asked, EvalSpec({"x": "x"}, tasks=("piqa",)))
+    assert answers(record, "a", asked, EvalSpec({}))
+    assert not answers(record, "b", asked, EvalSpec())
+    for key, other in {"length": 32, "dtype": "g", "tokenizer": "u", "computed": {"torch": "3"}}.items():
+        assert not answers(record, "a", asked | {key: other}, EvalSpec())
+    assert not answers(record, "a", asked | {"texts": {"x": 2}}, EvalSpec({"x": "x"}))
+    more = [
+        EvalSpec(tasks=("zero-shot",)),
+        EvalSpec(peak=True),
+        EvalSpec(tasks=("piqa",), limit=3),
+        EvalSpec({"x": "x"}, ("lm-eval",)),
+        EvalSpec(tasks=("piqa",), task_data=str(Path(__file__).parent)),
+    ]
+    for wanted in more:
+        assert not answers(record, "a", asked, wanted)
 
 
 RECORDS = [

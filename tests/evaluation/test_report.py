@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from moesvd_quant.evaluation.record import RECORD, EvalSpec, evaluate, write
+from moesvd_quant.evaluation.inputs import EvalSpec
+from moesvd_quant.evaluation.record import RECORD, evaluate, write
 from moesvd_quant.evaluation.report import _stage, expert_bits, write_report
 from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.run.run import Run

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from moesvd_quant.calibration.text import TextError
-from moesvd_quant.healing.data import NGRAM, ngrams, refuse_leaks, render, training_windows
+from moesvd_quant.calibration.rows import TextError
+from moesvd_quant.healing.data import NGRAM, ngrams, refuse_leaks, training_windows
 from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.run.run import Run
 from tiny import tiny_tokenizer
@@ -45,21 +45,6 @@ def test_documents_are_packed_end_to_end_and_held_out_ones_are_not_trained_on(do
 def test_too_little_text_is_said(documents, tokenizer):
     with pytest.raises(TextError, match=r"docs\.jsonl: \d+ windows of 32 tokens; 900 are held out.*lora\.validation"):
         training_windows(str(documents), tokenizer, 10, 900, 32, 0)
-
-
-def test_rows_become_text(tokenizer):
-    assert render({"text": "plain"}, tokenizer, "f") == "plain"
-    alpaca = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
-    assert render(alpaca, tokenizer, "f") == "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n3"
-    assert render(alpaca | {"input": ""}, tokenizer, "f") == "### Instruction:\nAdd.\n\n### Response:\n3"
-    talk = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-    with pytest.raises(TextError, match="has no chat template"):
-        render(talk, tokenizer, "f")
-    chatty = tiny_tokenizer()
-    chatty.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    assert render(talk, chatty, "f") == "<user>Hi<assistant>Hello"
-    with pytest.raises(TextError, match="f: has columns question; text, messages, or instruction"):
-        render({"question": "?"}, tokenizer, "f")
 
 
 def test_ngrams_meet_exactly_where_tokens_do():

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moesvd_quant
-from moesvd_quant.evaluation.record import EvalSpec, collect, evaluate, write
+from moesvd_quant.evaluation.inputs import EvalSpec
+from moesvd_quant.evaluation.record import collect, evaluate, write
 from moesvd_quant.evaluation.report import write_report
 from moesvd_quant.evaluation.table import render, table8
 from moesvd_quant.export.export import export_checkpoint

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import moesvd_quant
 from moesvd_quant.checkpoint.layout import dense_layout, layout_of
 from moesvd_quant.evaluation.flops import flops_per_token
-from moesvd_quant.evaluation.record import EvalSpec, evaluate
+from moesvd_quant.evaluation.inputs import EvalSpec
+from moesvd_quant.evaluation.record import evaluate
 from moesvd_quant.evaluation.report import write_report
 from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import dense_weight, expert_count, find_experts, shapes_of
