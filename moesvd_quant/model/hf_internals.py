@@ -79,6 +79,11 @@ def kept_in_float32(model: nn.Module, dtype: torch.dtype) -> re.Pattern | None:
     return build_glob_alternation(list(plan))[0] if plan else None
 
 
+def set_eager_experts(config) -> None:
+    """Models of this config compute experts one by one, which takes matrices of any size."""
+    config._experts_implementation = "eager"
+
+
 def tied_weights(model: nn.Module) -> dict[str, str]:
     """{parameter: the one that it shares its tensor with}, by the config of the model."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})

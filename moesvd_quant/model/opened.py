@@ -15,7 +15,7 @@ from ..runtime.modeling_moesvd import MoesvdConfig, model_class
 from .census import Census, take_census
 from .folder import class_for, read_config, require_whole
 from .headers import FLOATS, StoredTensor, read_headers, same_on_disk, signature
-from .hf_internals import conversions, tied_weights
+from .hf_internals import conversions, set_eager_experts, tied_weights
 from .sources import take_dequantizer
 
 
@@ -63,6 +63,8 @@ def _open(folder: Path, described: str, signature: tuple) -> Opened:
     for part in (config, config.get_text_config(decoder=True)):
         part.dtype = dtype
     model = empty_model(config, dtype)
+    if not _fits_grouped_products(model):
+        set_eager_experts(config)
     mapping = conversions(model, quantizer)
     census = take_census(folder, model, mapping, quantizer, tensors)
     if differing := _differing_ties(folder, model, census, tensors):
@@ -87,6 +89,11 @@ def empty_model(config, dtype: torch.dtype) -> nn.Module:
         else:
             made = class_for(config)._from_config(config, dtype=dtype)
     return made.eval().requires_grad_(False)
+
+
+def _fits_grouped_products(model: nn.Module) -> bool:
+    """Whether transformers' grouped products take the experts: rows have to be multiples of 16 bytes, in 16 bit too."""
+    return all(size % 8 == 0 for p in model.parameters() if p.ndim == 3 for size in p.shape[1:])
 
 
 def _dtype_of(folder: Path, config, quantizer, tensors: dict[str, StoredTensor]) -> torch.dtype:

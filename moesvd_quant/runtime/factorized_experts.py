@@ -94,7 +94,8 @@ class FactorizedExperts(PrunedBase):
         order = None if self.owns_rows(part, bank) else torch.argsort(rows, stable=True)
         x = x if order is None else x[order]
         sizes = torch.bincount(rows, minlength=count)
-        if not part.form(bank).packed and x.device.type not in ONE_BY_ONE:
+        aligned = out % 8 == 0 and x.shape[-1] % 8 == 0  # the grouped product wants rows of 16 bytes
+        if aligned and not part.form(bank).packed and x.device.type not in ONE_BY_ONE:
             weight = self.bank(projection, i, bank, x.dtype)
             y = F.grouped_mm(x, weight.transpose(1, 2), offs=sizes.cumsum(0).int())
             if y.requires_grad:
