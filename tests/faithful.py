@@ -1,6 +1,7 @@
 """What tests of faithfulness share: models of every architecture with the dtypes that checkpoints have, and the
 comparison of a checkpoint with the tensors that its original had in memory."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -14,9 +15,11 @@ from tiny import tiny_tokenizer
 
 
 def kept_names(model: PreTrainedModel) -> list[str]:
-    """What the class says that it keeps in float32, from its attribute alone."""
+    """What the class keeps in float32: by its attribute, or because it makes it so in a model of bfloat16."""
     patterns = {*(model._keep_in_fp32_modules_strict or ())}
-    return [name for name in model.state_dict() if any(re.search(p.replace("*", ".*"), name) for p in patterns)]
+    made = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16).state_dict()
+    named = [name for name in made if any(re.search(p.replace("*", ".*"), name) for p in patterns)]
+    return [*named, *(name for name, tensor in made.items() if tensor.dtype == torch.float32 and name not in named)]
 
 
 def write_original(name: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -46,7 +49,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_outside(found: dict, before: dict, changed: tuple[str, ...], absent: set[str]) -> None:
-    """Asserts that all but what starts with `changed` has the dtype and bits that it had; only `absent` may be missing."""
+    """All but what starts with `changed` has the dtype and bits that it had; only `absent` may be missing."""
     outside = {key for key in before if not key.startswith(changed)}
     assert outside - set(found) <= absent, sorted(outside - set(found) - absent)[:5]
     for key in outside & set(found):

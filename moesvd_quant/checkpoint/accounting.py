@@ -9,7 +9,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..memory.files import NAMES
-from ..model.dtypes import keep_dtypes
+from ..model.dtypes import keep_dtypes, keep_float32
 from ..model.experts import expert_count, find_experts, is_shared, mark_shared_experts, shapes_of
 from ..model.hf_internals import tied_weights
 from ..model.opened import empty_model
@@ -42,11 +42,25 @@ class Accounting:
         return asdict(self)
 
 
-def planned_model(parent: StreamedModel, layout: Layout):
-    """The model that a layout describes, on the meta device. What it does not change has the parent's dtypes."""
+def _planned(parent: StreamedModel, layout: Layout):
     native = config_class(layout.native_type)
     config = native.from_dict(parent.config.to_dict() | {"moesvd": layout.to_dict()})
-    made = empty_model(config, parent.stored_dtype)
+    return empty_model(config, parent.stored_dtype)
+
+
+def loaded_bytes(parent: StreamedModel, layout: Layout) -> int:
+    """Bytes of the tensors and buffers of the model that a layout describes, when transformers has loaded it."""
+    made = _planned(parent, layout)
+    keep_float32(made, parent.stored_dtype)
+    tensors = stored_tensors(made)
+    buffers = {name: buffer for name, buffer in made.named_buffers() if name not in tensors}
+    return sum(t.numel() * t.element_size() for t in [*tensors.values(), *buffers.values()])
+
+
+def planned_model(parent: StreamedModel, layout: Layout):
+    """The model that a layout describes, on the meta device, as it will be stored: what the layout does not change has
+    the parent's dtypes."""
+    made = _planned(parent, layout)
     keep_dtypes(made, parent.model, [*layout.experts, *layout.linears])
     return made
 
@@ -127,16 +141,14 @@ def account(parent: StreamedModel, layout: Layout) -> Accounting:
     dropped = sum(_beside_weights(original, path) - _beside_weights(planned, path) for path in layout.sources)
     params = original_params - original_weights + weights - dropped
     files = by_file(planned, parent.layer_names)
-    stored = stored_tensors(planned)
-    used_bytes = sum(t.numel() * t.element_size() for t in stored.values())
+    used_bytes = sum(t.numel() * t.element_size() for t in stored_tensors(planned).values())
     if unused := parent.unused():
         files["unused"] = empty_tensors(unused)
     unused_bytes = sum(tensor.bytes for tensor in unused.values())
-    buffers = sum(b.numel() * b.element_size() for name, b in planned.named_buffers() if name not in stored)
     return Accounting(
         disk_bytes=sum(file_bytes(tensors) for tensors in files.values()),
         tensor_bytes=used_bytes + unused_bytes,
-        resident_bytes=used_bytes + buffers,
+        resident_bytes=loaded_bytes(parent, layout),
         expert_bytes=size,
         expert_params=weights,
         original_bytes=layout.source_bytes or sum(t.numel() * t.element_size() for t in everything.values()),

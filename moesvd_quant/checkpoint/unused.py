@@ -71,6 +71,8 @@ def write_unused(parent: LayeredModel, folder: Path) -> None:
 
 def without_unused(config: dict[str, Any]) -> dict[str, Any]:
     """A config (also in its parts) that says there are no layers for multi-token prediction."""
-    counts = {key for key in config if re.search("nextn|mtp", key) and "layer" in key and type(config[key]) is int}
+    counts = {
+        key for key in config if type(config[key]) is int and re.search("(nextn|mtp).*layer|layer.*mtp", str(key))
+    }
     parts = {key: without_unused(value) for key, value in config.items() if isinstance(value, dict)}
     return config | parts | dict.fromkeys(counts, 0)

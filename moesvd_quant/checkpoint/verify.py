@@ -84,8 +84,7 @@ def check_carried(parent: StreamedModel, folder: Path, layout: Layout, changes: 
         if name.startswith(regrouped) and not _same_shape(parent, name, after, stored):
             continue
         sources = before.census.sources.get(name, [])
-        known = len(sources) == 1 and before.tensors[sources[0]].shape == after.tensors[stored].shape
-        if known and before.quantizer is None:
+        if len(sources) == 1 and name not in before.census.converted and before.quantizer is None:
             same = same_on_disk(before.folder, before.tensors, sources[0], folder, after.tensors, stored)
         else:
             same = _same_when_read(parent, name, folder / after.tensors[stored].file, stored)

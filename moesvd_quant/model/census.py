@@ -18,12 +18,14 @@ NAMED = 5  # tensors that a message names
 class Census:
     """The tensors of a folder by what the model's class does with them. Nothing falls between.
 
-    sources: {parameter: names on disk that it is made of}. unused: names on disk that the class knows and does not use
+    sources: {parameter: names on disk that it is made of}. converted: parameters whose values are not those on disk as
+    they are there. unused: names on disk that the class knows and does not use
     (layers for multi-token prediction). dtypes: {parameter: its dtype on disk}, without those that are stored
     quantized.
     """
 
     sources: dict[str, list[str]]
+    converted: set[str]
     unused: list[str]
     dtypes: dict[str, torch.dtype]
 
@@ -33,13 +35,12 @@ def take_census(where, model: nn.Module, mapping: list, quantizer, tensors: dict
 
     Raises ModelError that names the tensors which are missing, have another shape, or have no place in the model.
     """
-    goes_to = dict(renamed(tensors, model, mapping))
+    found = list(renamed(tensors, model, mapping))
+    goes_to = {name: targets for name, targets, _ in found}
     state = model.state_dict()
     unused = [name for name, targets in goes_to.items() if targets[0] not in state]
     if lost := [name for name in unused if not ignored_unexpected(model, goes_to[name][0])]:
-        raise ModelError(
-            f"{where}: {_listed(lost)}: {type(model).__name__} has no place for these tensors{_why(model)}"
-        )
+        raise ModelError(f"{where}: {type(model).__name__} has no place for the tensors {_listed(lost)}{_why(model)}")
     sources: dict[str, list[str]] = {}
     for name, targets in goes_to.items():
         for target in targets if targets[0] in state else ():
@@ -47,13 +48,19 @@ def take_census(where, model: nn.Module, mapping: list, quantizer, tensors: dict
     _require_no_gaps(where, sources)
     _require_all(where, model, mapping, quantizer, {n: t for n, t in tensors.items() if n not in set(unused)})
     stored = {target: [tensors[name].dtype for name in names] for target, names in sources.items()}
-    plain = {t: found for t, found in stored.items() if _is_plain(found) and (quantizer is None or len(found) == 1)}
-    return Census(sources, unused, {target: common_dtype(found) for target, found in plain.items()})
+    plain = {t: dtypes for t, dtypes in stored.items() if _is_plain(dtypes) and (quantizer is None or len(dtypes) == 1)}
+    converted = {target for _, targets, is_converted in found if is_converted for target in targets}
+    return Census(sources, converted, unused, {target: common_dtype(dtypes) for target, dtypes in plain.items()})
 
 
 def _why(model: nn.Module) -> str:
-    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    return f"; config.json says num_hidden_layers {layers}. Correct it, or remove these tensors" if layers else ""
+    config = model.config.get_text_config(decoder=True)
+    layers = getattr(config, "num_hidden_layers", None)
+    if layers is None:
+        return ""
+    predicted = getattr(config, "num_nextn_predict_layers", None)
+    more = f" and num_nextn_predict_layers {predicted}: multi-token prediction is not read" if predicted else ""
+    return f". config.json says num_hidden_layers {layers}{more}. Correct it, or remove these tensors"
 
 
 def _is_plain(dtypes: Iterable[torch.dtype]) -> bool:

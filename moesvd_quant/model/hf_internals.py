@@ -33,8 +33,9 @@ def conversions(model: nn.Module, quantizer=None) -> list:
     return get_model_conversion_mapping(model, None, quantizer)
 
 
-def renamed(names, model: nn.Module, mapping: list) -> Iterator[tuple[str, list[str]]]:
-    """(name on disk, parameters of the model that it goes to), in the order in which transformers renames."""
+def renamed(names, model: nn.Module, mapping: list) -> Iterator[tuple[str, list[str], bool]]:
+    """(name on disk, parameters of the model that it goes to, whether its values are converted on the way), in the
+    order in which transformers renames."""
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     outputs = {source: m.target_patterns for m in converters for source in m.source_patterns}
@@ -44,7 +45,7 @@ def renamed(names, model: nn.Module, mapping: list) -> Iterator[tuple[str, list[
         if target not in meta and name in meta:
             target, pattern = rename_source_key(name, [], [], prefix, meta)
         made = outputs[pattern] if pattern is not None else []
-        yield name, [target, *(target.replace(made[0], other) for other in made[1:])]
+        yield name, [target, *(target.replace(made[0], other) for other in made[1:])], pattern is not None
 
 
 def fill(model: nn.Module, tensors: dict[str, Any], mapping: list, dtype, device, quantizer=None):

@@ -15,9 +15,7 @@ class WeightFiles:
 
     def __init__(self, folder: Path, census: Census, tensors: dict[str, StoredTensor]):
         self.folder, self.tensors = folder, tensors
-        # A tensor that becomes several parameters is read with the first of them.
-        firsts = {name: target for target, names in reversed(census.sources.items()) for name in names}
-        self.targets = sorted((target, name) for name, target in firsts.items())
+        self.targets = sorted((target, name) for target, names in census.sources.items() for name in names)
 
     def slices(self, *prefixes: str) -> dict[str, Any]:
         """{name on disk: slice that reads it} of all that goes under the prefixes."""
@@ -34,8 +32,8 @@ class WeightFiles:
 
     def _under(self, prefixes: tuple[str, ...]) -> dict[str, list[str]]:
         """{file name: names on disk}."""
+        names = dict.fromkeys(name for target, name in self.targets if target.startswith(prefixes))
         wanted: dict[str, list[str]] = {}
-        for target, name in self.targets:
-            if target.startswith(prefixes):
-                wanted.setdefault(self.tensors[name].file, []).append(name)
+        for name in names:
+            wanted.setdefault(self.tensors[name].file, []).append(name)
         return wanted

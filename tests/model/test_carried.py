@@ -17,11 +17,11 @@ from moesvd_quant.run.run import Run
 
 # Of each way to keep something in float32 one: a router's bias, its weight with sinks, parts of recurrent layers.
 FEW = ["deepseek_v3", "mixtral", "nemotron_h", "bailing_hybrid", "gpt_oss"]
-LORA = "lora: {windows: 4, validation: 2, batch: 2, rank: 2}"
+LORA = "lora: {steps: 2, validation: 2, batch: 2, microbatch: 2, rank: 8, objective: lm}"
 RECIPES = {
     "gptq4": "stages: [{gptq: {bits: 4}}]",
     "svd-gptq4": "stages: [{svd: {ratio: 0.2}}, {gptq: {bits: 4}}]",
-    "d2-gptq4": "stages: [{d2: {ratio: 0.2}}, {gptq: {bits: 4}}]",
+    "d2-gptq4": "stages: [{d2: {ratio: 0.2, merge: mean}}, {gptq: {bits: 4}}]",
     "svd-lora": "stages: [{svd: {ratio: 0.2}}, {" + LORA + "}]",
 }
 
@@ -36,11 +36,12 @@ def run(recipe: str, model, out, text) -> list:
 def follow(name: str, recipe: str, tmp_path, text) -> None:
     """Runs a recipe on an architecture and compares every checkpoint, in all the ways that it can be opened."""
     before = write_original(name, tmp_path / "model")
-    tied = set(tied_weights(StreamedModel(tmp_path / "model").model))
+    original = StreamedModel(tmp_path / "model").model
+    tied = set(tied_weights(original))
     for checkpoint in run(recipe, tmp_path / "model", tmp_path / recipe, text):
         changed = targets(checkpoint)
-        if checkpoint.name.endswith("lora"):  # it trains attention and shared experts, too
-            changed += tuple(key for key in before if key.endswith("proj.weight") or "linear" in key)
+        if checkpoint.name.endswith("lora"):  # it trains the linears of the layers, too
+            changed += tuple(f"{path}." for path, m in original.named_modules() if isinstance(m, torch.nn.Linear))
         same_outside(stored(checkpoint), before, changed, tied)
         model = moesvd_quant.load(checkpoint)
         same_outside(model.state_dict(), before, changed, tied)
@@ -62,6 +63,8 @@ def test_what_is_not_in_the_plan_is_equal(name, tmp_path, text):
 def test_what_is_not_in_the_plan_is_equal_in_every_architecture(name, recipe, tmp_path, text):
     if name in REFUSED:
         pytest.skip(f"{name}: {REFUSED[name]}")
+    if (name, recipe) == ("ernie4_5_vl_moe", "d2-gptq4"):
+        pytest.skip("d2 has no base of experts for images, which no text reaches; it says so")
     follow(name, recipe, tmp_path, text)
 
 
