@@ -190,6 +190,7 @@ def collect(folders: list[Path]) -> list[dict]:
 
 
 def _with_speed(path: Path) -> dict:
-    """A record, with what `moesvd speed` measured beside it."""
-    speed = path.with_name(SPEED)
-    return read_json(path) | ({"speed": read_json(speed)} if speed.is_file() else {})
+    """A record, with what `moesvd speed` measured of the same weights."""
+    record, file = read_json(path), path.with_name(SPEED)
+    speed = read_json(file) if file.is_file() else {}
+    return record | ({"speed": speed} if speed.get("fingerprint") == record["fingerprint"] else {})

@@ -11,6 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from ..calibration.store import fingerprint
 from ..errors import UsageError
 from ..memory.files import read_json, write_json
 from ..model.experts import expert_count, find_experts
@@ -138,7 +139,8 @@ def run_speed(
     for folder in folders:
         if any(folder.glob("*.safetensors")):
             mine = [cell for cell in result["cells"] if cell["model"] == _name(folder)]
-            write_json(folder / SPEED, {"machine": result["machine"], "cells": mine})
+            found = {"fingerprint": fingerprint(folder), "machine": result["machine"], "cells": mine}
+            write_json(folder / SPEED, found)
     return result
 
 

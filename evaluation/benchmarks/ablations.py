@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 import yaml
 
-from moesvd_quant.cli.common import progress_bars, resolve_device, resolve_model
+from moesvd_quant.cli.common import progress_bars, resolve_device
+from moesvd_quant.cli.models import resolve_model
 from moesvd_quant.compare.bench import compare
 from moesvd_quant.errors import ModelError
 from moesvd_quant.evaluation.table import Table, render

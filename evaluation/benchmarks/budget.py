@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from moesvd_quant.calibration.text import joiner_of, load_documents
-from moesvd_quant.cli.common import progress_bars, resolve_device, resolve_model
+from moesvd_quant.cli.common import progress_bars, resolve_device
+from moesvd_quant.cli.models import resolve_model
 from moesvd_quant.compare.bench import compare, written
 from moesvd_quant.evaluation.benchmarks.quality import EQUAL, SEEDS, Increases
 from moesvd_quant.evaluation.table import Table, render

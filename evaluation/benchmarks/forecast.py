@@ -10,18 +10,19 @@ import numpy as np
 import torch
 import typer
 from scipy.stats import spearmanr
-from transformers import AutoTokenizer
 
 from moesvd_quant.calibration.text import joiner_of, load_documents, token_windows
 from moesvd_quant.checkpoint.accounting import account, planned_model
 from moesvd_quant.checkpoint.layout import layout_of
-from moesvd_quant.cli.common import progress_bars, resolve_device, resolve_model
+from moesvd_quant.cli.common import progress_bars, resolve_device
+from moesvd_quant.cli.models import resolve_model
 from moesvd_quant.evaluation.benchmarks.quality import Bar
 from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 from moesvd_quant.evaluation.plot import plot_ranking
 from moesvd_quant.memory.files import write_json
 from moesvd_quant.model.load import load
 from moesvd_quant.model.stream import StreamedModel
+from moesvd_quant.model.tokenizer import load_tokenizer
 from moesvd_quant.plan.allocation import allowed_storages, forecast_error, plan_of
 from moesvd_quant.plan.choices import choices_of
 from moesvd_quant.plan.context import Context
@@ -153,7 +154,7 @@ def main(
     given = [f"calibration.dataset={calibration}", f"calibration.samples={samples}", f"calibration.length={length}"]
     recipe = load_recipe("fit-fast", [*given, "budget=1bpw", "evaluate.perplexity=[]"])
     folder = resolve_model(model)
-    every = token_windows(load_documents(text), AutoTokenizer.from_pretrained(folder), length, joiner_of(text))
+    every = token_windows(load_documents(text), load_tokenizer(folder), length, joiner_of(text))
     chosen = every[:: max(1, len(every) // windows)][:windows]
     out.mkdir(parents=True, exist_ok=True)
     with progress_bars() as report:

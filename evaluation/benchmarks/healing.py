@@ -18,16 +18,17 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers import AutoTokenizer
 
 import moesvd_quant
 from moesvd_quant.calibration.store import fingerprint
 from moesvd_quant.calibration.text import joiner_of, load_documents, token_windows
-from moesvd_quant.cli.common import progress_bars, resolve_model
+from moesvd_quant.cli.common import progress_bars
+from moesvd_quant.cli.models import resolve_model
 from moesvd_quant.evaluation.memory import disk_bytes
 from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 from moesvd_quant.evaluation.table import Table, render
 from moesvd_quant.memory.files import read_json, write_json
+from moesvd_quant.model.tokenizer import load_tokenizer
 from moesvd_quant.recipe.recipe import Evaluate, load_recipe, named_texts
 from moesvd_quant.run.run import Run, sync_threads
 
@@ -51,7 +52,7 @@ class Bench:
     def __init__(self, model: Path, out: Path, calibrate: str, train: str, texts: dict, stride: int, report: Report):
         self.model, self.out, self.calibrate, self.train = model, out, calibrate, train
         self.texts, self.stride, self.report = texts, stride, report
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = load_tokenizer(model)
         self.windows = {
             name: token_windows(load_documents(source), tokenizer, LENGTH, joiner_of(source))[::stride]
             for name, source in texts.items()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import typer
 
-from moesvd_quant.cli.common import resolve_model
+from moesvd_quant.cli.models import resolve_model
 from moesvd_quant.decompose.whitening import energy, gram_root, whitened_spectrum
 from moesvd_quant.evaluation.table import Table as Shown
 from moesvd_quant.evaluation.table import render

@@ -13,7 +13,8 @@ import typer
 
 from moesvd_quant.checkpoint.accounting import account
 from moesvd_quant.checkpoint.layout import layout_of
-from moesvd_quant.cli.common import progress_bars, resolve_device, resolve_model
+from moesvd_quant.cli.common import progress_bars, resolve_device
+from moesvd_quant.cli.models import resolve_model
 from moesvd_quant.compare.bench import compare, written
 from moesvd_quant.decompose.whitening import balance, gram_root, whitened_directions, whitened_error, whitened_svd
 from moesvd_quant.evaluation.table import Table, render

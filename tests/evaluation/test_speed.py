@@ -7,9 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, JetMoeConfig
 
+from moesvd_quant.calibration.store import fingerprint
 from moesvd_quant.checkpoint.layout import dense_part, factor_part
 from moesvd_quant.evaluation.flops import flops_per_token
 from moesvd_quant.evaluation.plot import plot_speed
+from moesvd_quant.evaluation.record import collect
 from moesvd_quant.evaluation.speed import bytes_touched, measure, open_model, run_speed, uniform_layout
 from moesvd_quant.evaluation.table import speed_table
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of
@@ -129,6 +131,11 @@ def test_speed_of_folders_is_kept_beside_their_weights(make_model, tmp_path):
     folder = make_model("mixtral")
     run_speed([folder], [], [1], [4], 2, 1, "cpu", lambda *_: None)
     assert json.loads((folder / "speed.json").read_text())["cells"][0]["model"] == "original"
+    record = {"fingerprint": fingerprint(folder), "name": "original", "perplexity": {}}
+    for own, shown in ((record, True), (record | {"fingerprint": "of other weights"}, False)):
+        (folder / "eval.json").write_text(json.dumps(own))
+        assert ("speed" in collect([folder])[0]) == shown
+    (folder / "eval.json").unlink()
     (folder / "speed.json").unlink()
     with pytest.raises(ValueError, match="is called 'original' like another"):
         run_speed([folder, folder], [], [1], [4], 2, 1, "cpu", lambda *_: None)
