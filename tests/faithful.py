@@ -31,7 +31,8 @@ def write_original(name: str, folder: Path) -> dict[str, torch.Tensor]:
     for key in kept_names(model):
         if state[key].is_floating_point():
             noise = torch.rand(state[key].shape, generator=generator) * 1e-3
-            state[key].data = state[key].data.float() + noise
+            value = state[key].data.float()
+            state[key].data = torch.where(value == -1, value, value + noise)  # zaya sets its -1 anew
     before = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

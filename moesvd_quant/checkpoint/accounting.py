@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..memory.files import NAMES
 from ..model.dtypes import keep_dtypes, keep_float32
 from ..model.experts import expert_count, find_experts, is_shared, mark_shared_experts, shapes_of
+from ..model.folder import EXPERT_COUNTS
 from ..model.hf_internals import tied_weights
 from ..model.opened import empty_model
 from ..model.stream import StreamedModel
@@ -63,10 +64,6 @@ def planned_model(parent: StreamedModel, layout: Layout):
     made = _planned(parent, layout)
     keep_dtypes(made, parent.model, [*layout.experts, *layout.linears])
     return made
-
-
-# What configs call the number of routed experts of a layer.
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def original_model(parent: StreamedModel, experts: int | None = None):

@@ -49,6 +49,7 @@ def take_census(where, model: nn.Module, mapping: list, quantizer, tensors: dict
     _require_all(where, model, mapping, quantizer, {n: t for n, t in tensors.items() if n not in set(unused)})
     stored = {target: [tensors[name].dtype for name in names] for target, names in sources.items()}
     plain = {t: dtypes for t, dtypes in stored.items() if _is_plain(dtypes) and (quantizer is None or len(dtypes) == 1)}
+    _require_kinds(where, state, plain)
     converted = {target for _, targets, is_converted in found if is_converted for target in targets}
     return Census(sources, converted, unused, {target: common_dtype(dtypes) for target, dtypes in plain.items()})
 
@@ -73,6 +74,22 @@ def common_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
     for dtype in dtypes[1:]:
         found = torch.promote_types(found, dtype)
     return found
+
+
+def _require_kinds(where, state: dict[str, torch.Tensor], stored: dict[str, list[torch.dtype]]) -> None:
+    """ModelError for integers where floating point is wanted, or other integers than those that are: a cast would give
+    other values."""
+    wrong = [
+        f"{name} (on disk {found[0]}, wanted {state[name].dtype})"
+        for name, found in stored.items()
+        if name in state and any(dtype not in _like(state[name].dtype) for dtype in found)
+    ]
+    if wrong:
+        raise ModelError(f"{where}: tensors of another dtype: {_listed(wrong)}")
+
+
+def _like(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return FLOATS if dtype.is_floating_point else (dtype,)
 
 
 def _require_no_gaps(where, sources: dict[str, list[str]]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import ModelError
 from ..runtime.modeling_moesvd import MoesvdConfig, model_class
 from .census import Census, take_census
-from .folder import class_for, read_config, require_whole
+from .folder import class_for, read_config, require_routing, require_whole
 from .headers import FLOATS, StoredTensor, read_headers, same_on_disk, signature
 from .hf_internals import conversions, set_eager_experts, tied_weights
 from .sources import take_dequantizer
@@ -62,7 +62,11 @@ def _open(folder: Path, described: str, signature: tuple) -> Opened:
     dtype = _dtype_of(folder, config, quantizer, tensors)
     for part in (config, config.get_text_config(decoder=True)):
         part.dtype = dtype
-    model = empty_model(config, dtype)
+    require_routing(folder, config)
+    try:
+        model = empty_model(config, dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"{folder}: no model can be made of config.json: {error!r}") from error
     if not _fits_grouped_products(model):
         set_eager_experts(config)
     mapping = conversions(model, quantizer)

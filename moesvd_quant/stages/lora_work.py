@@ -33,6 +33,9 @@ def plan(context: Context, options: Lora) -> Plan:
         raise StageError("lora.train: scales: nothing is packed yet; put lora after gptq")
     if packed and options.frozen == "nf4":
         raise StageError("lora.frozen: nf4: this checkpoint is packed already; leave it out")
+    if options.checkpointing and not context.parent.model.supports_gradient_checkpointing:
+        kind = type(context.parent.model).__name__
+        raise StageError(f"lora.checkpointing: {kind} cannot recompute activations; set checkpointing: false")
     _require_original(context, options)
     try:
         layout = healed_layout(context.parent, options.rank, options.train == "adapters", options.attention)

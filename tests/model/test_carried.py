@@ -17,7 +17,7 @@ from moesvd_quant.run.run import Run
 
 # Of each way to keep something in float32 one: a router's bias, its weight with sinks, parts of recurrent layers.
 FEW = ["deepseek_v3", "mixtral", "nemotron_h", "bailing_hybrid", "gpt_oss"]
-LORA = "lora: {steps: 2, validation: 2, batch: 2, microbatch: 2, rank: 8, objective: lm}"
+LORA = "lora: {steps: 2, validation: 2, batch: 2, microbatch: 2, rank: 8, objective: lm, checkpointing: false}"
 RECIPES = {
     "gptq4": "stages: [{gptq: {bits: 4}}]",
     "svd-gptq4": "stages: [{svd: {ratio: 0.2}}, {gptq: {bits: 4}}]",
