@@ -163,7 +163,8 @@ def test_the_record_of_a_name_does_not_hide_the_model(model, text, tmp_path):
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     (tmp_path / "here").mkdir()
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    cache = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_CACHE": str(tmp_path / "hf" / "hub")}
+    environment = os.environ | cache | {"HF_HUB_OFFLINE": "1"}
     command = [*CLI, "eval", "acme/tiny", "--text", str(text), "--length", "64", "--json"]
     run = lambda *more: subprocess.run(  # noqa: E731
         [*command, *more], cwd=tmp_path / "here", env=environment, capture_output=True, text=True, timeout=300
