@@ -181,7 +181,7 @@ def test_a_folder_of_records_is_no_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "acme" / "tiny").mkdir(parents=True)
     (tmp_path / "acme" / "tiny" / "eval.json").write_text("{}")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="it cannot be had from the hub"):
         resolve_model("acme/tiny")
 

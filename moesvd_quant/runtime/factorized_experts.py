@@ -90,7 +90,7 @@ class FactorizedExperts(PrunedBase):
         part = self.layout[projection][i]
         count, (out, _) = max(part.users(bank)) + 1, part.sizes(*self.shapes[projection])[bank]
         if count == 1:
-            return F.linear(x, self.bank(projection, i, bank, x.dtype, 0))
+            return self.products(f"{projection}_{i}_{bank}", x, [len(x)], out)
         order = None if self.owns_rows(part, bank) else torch.argsort(rows, stable=True)
         x = x if order is None else x[order]
         sizes = torch.bincount(rows, minlength=count)
@@ -100,13 +100,8 @@ class FactorizedExperts(PrunedBase):
             y = F.grouped_mm(x, weight.transpose(1, 2), offs=sizes.cumsum(0).int())
             if y.requires_grad:
                 y.register_hook(torch.Tensor.contiguous)  # its backward takes no gradient with gaps
-        else:  # one expert's weight is dequantized at a time; on a CPU this is as fast as the grouped product
-            chunks = [
-                F.linear(chunk, self.bank(projection, i, bank, x.dtype, row))
-                for row, chunk in enumerate(x.split(sizes.tolist()))
-                if len(chunk)
-            ]
-            y = torch.cat(chunks) if chunks else x.new_zeros(0, out)
+        else:  # on a CPU as fast as the grouped product
+            y = self.products(f"{projection}_{i}_{bank}", x, sizes.tolist(), out)
         return y if order is None else torch.empty_like(y).index_copy(0, order, y)
 
     def owns_rows(self, part, bank):
@@ -127,6 +122,11 @@ class FactorizedExperts(PrunedBase):
             served = alone and not any(map(self.shared_input, parts))
             self._maps[key] = {name: self._terms(name) for name in self.layout} if served else None
         return self._maps[key]
+
+    def has_kernels(self, x):
+        """Whether a packed bank is multiplied by a kernel, which takes the tokens of all experts at once."""
+        found = (name for name, form in self.formats.items() if form.packed)
+        return any(self.formats[name].has_kernel(self.bank_tensors(name), x) for name in found)
 
     def _terms(self, projection):
         terms: list[list] = [[] for _ in range(self.experts)]
@@ -233,7 +233,7 @@ class FactorizedExperts(PrunedBase):
         return self._compute(x, token, ids)
 
     def _compute(self, x, token, ids):
-        if steps := self.steps(x.device.type):
+        if (steps := self.steps(x.device.type)) and not self.has_kernels(x):
             y = self.by_expert(x, token, ids, steps)
         else:
             masks: dict[str, torch.Tensor] = {}

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,20 @@ class Format:
     def dequantize(self, stored: dict, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """(..., rows, columns) in `dtype`, from the tensors by kind."""
         raise NotImplementedError
+
+    def has_kernel(self, stored: dict, x: torch.Tensor) -> bool:
+        """Whether `products` multiplies without making dense matrices."""
+        return False
+
+    def products(self, stored: dict, shape: tuple[int, int], x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """x (tokens, columns), sorted by the matrices (rows, columns) = shape of a bank, sizes[i] tokens of matrix i ->
+        (tokens, rows). Here one dense matrix is made at a time."""
+        done = [x.new_zeros(0, shape[0])]
+        for row, own in enumerate(x.split(sizes)):
+            if len(own):
+                matrix = {kind: tensor[row] for kind, tensor in stored.items()}
+                done.append(F.linear(own, self.dequantize(matrix, shape[1], x.dtype)))
+        return torch.cat(done)
 
     def trainable(self, tensor: torch.Tensor) -> torch.Tensor:
         """float32 that training may change, in place of the tensor of kind `trained`; `dequantize` takes it as well."""

@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from .formats import Format, register
+from .grid_kernels import products, usable
 from .packing import unpack
 
 STEPS = 16  # levels of scales to an octave
 SCALES = torch.tensor([2.0 ** (-level / STEPS) for level in range(256)])  # a table, so that all routes give equal bits
+
+TABLE = SCALES.numpy()
 
 
 def scale_levels(scale: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
@@ -65,6 +68,14 @@ class Grid(Format):
             zero = unpack(stored["zeros"], bits, rows * groups).unflatten(-1, (rows, groups)).float().unsqueeze(-1)
         value = F.pad(unpack(codes, bits, columns).float(), (0, groups * size - columns)).unflatten(-1, (groups, size))
         return ((value - zero) * scale).flatten(-2)[..., :columns].to(dtype)
+
+    def has_kernel(self, stored, x):
+        return usable(self, stored, x)
+
+    def products(self, stored, shape, x, sizes):
+        if not self.has_kernel(stored, x):
+            return super().products(stored, shape, x, sizes)
+        return products(self, stored, shape[1], x, sizes, TABLE)
 
     def trainable(self, tensor):
         """-log(scale / base) of levels."""

@@ -29,7 +29,7 @@ from .stored import StoredLinear
 # What a checkpoint needs to open itself.
 SHIPPED = (
     "modeling_moesvd.py", "factorized_experts.py", "pruned_base.py", "parts.py", "stored.py", "formats.py", "grids.py",
-    "packing.py", "routers.py", "native_experts.py", "modeling_deepseek.py", "more_formats.py",
+    "packing.py", "routers.py", "grid_kernels.py", "native_experts.py", "modeling_deepseek.py", "more_formats.py",
 )  # fmt: skip
 MANIFEST = "moesvd.json"
 

@@ -37,6 +37,22 @@ class Stored(nn.Module):
         for kind in self.kinds[name]:
             self._parameters[tensor_name(name, kind)].copy_(tensors[kind])
 
+    def products(self, name: str, x: torch.Tensor, sizes: list[int], rows: int) -> torch.Tensor:
+        """x (tokens, columns), sorted by the matrices of a bank, sizes[i] tokens of matrix i -> (tokens, rows)."""
+        self._align(name)
+        stored = self.bank_tensors(name)
+        if stored[self.kinds[name][0]].ndim == 2:  # a single matrix
+            stored = {kind: tensor.unsqueeze(0) for kind, tensor in stored.items()}
+        return self.formats[name].products(stored, (rows, x.shape[-1]), x, sizes)
+
+    def _align(self, name: str) -> None:
+        """Kernels read whole words, and products differ in the last bit with the address: tensors that were mapped from
+        a file are copied to where any tensor begins, once."""
+        for kind in self.kinds[name]:
+            parameter = self._parameters.get(tensor_name(name, kind))
+            if parameter is not None and parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
+
     def stored_tensors(self) -> dict[str, tuple[Format, str]]:
         """{name of each tensor of a bank: (its format, its kind)}."""
         return {tensor_name(n, kind): (self.formats[n], kind) for n, kinds in self.kinds.items() for kind in kinds}
@@ -83,7 +99,12 @@ class StoredLinear(Stored):
         return weight + self.left.to(dtype) @ self.right.to(dtype) if self.rank else weight
 
     def forward(self, x):
-        y = F.linear(x, self.packed_weight(x.dtype), self.bias)
+        if self.layout.form.has_kernel(self.bank_tensors("weight"), x):
+            flat = x.reshape(-1, self.in_features)
+            y = self.products("weight", flat, [len(flat)], self.out_features).view(*x.shape[:-1], self.out_features)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = F.linear(x, self.packed_weight(x.dtype), self.bias)
         if not self.rank:
             return y
         return y + F.linear(F.linear(x, self.right.to(x.dtype)), self.left.to(x.dtype))

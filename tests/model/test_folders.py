@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers import AutoModelForCausalLM
 
 import moesvd_quant
 from architecture_check import IDS, apart, logits
+from architectures import tiny_architecture
 from faithful import stored
 from moesvd_quant.checkpoint.accounting import account
 from moesvd_quant.checkpoint.layout import layout_of
@@ -220,32 +221,29 @@ def test_weights_that_are_not_there(make_model, tmp_path, file, message):
 
 @pytest.fixture(scope="module")
 def with_mtp(tmp_path_factory):
-    """GLM-4-MoE of 46 layers with a layer for multi-token prediction after them, as it is published."""
-    shape = dict(hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_attention_heads=2, head_dim=16)
-    more = dict(num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1)
-    config = Glm4MoeConfig(vocab_size=320, num_hidden_layers=46, max_position_embeddings=256, **shape, **more)
-    config.num_nextn_predict_layers = 1
+    """A model with a layer for multi-token prediction, which its class knows and does not use."""
+    model = tiny_architecture("ernie4_5_moe", BF16)
+    model.config.num_nextn_predict_layers = 1
     folder = tmp_path_factory.mktemp("mtp") / "model"
-    Glm4MoeForCausalLM(config).to(BF16).save_pretrained(folder)
+    model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     found = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    extra = {f"model.layers.46.{name}": torch.randn(5, 3, generator=generator) for name in ("eh_proj.weight", "enorm")}
+    extra = {f"model.mtp_block.0.{name}": torch.randn(5, 3, generator=generator) for name in ("proj.weight", "norm")}
     save_file(found | extra, folder / "model.safetensors", {"format": "pt"})
     return folder, extra
 
 
 def test_what_the_class_does_not_use_is_carried(with_mtp, small, tmp_path):
     folder, extra = with_mtp
-    job = Run(load_recipe("gptq4", small), folder, tmp_path / "out")
-    checkpoint = job.run()[-1]
+    checkpoint = Run(load_recipe("gptq4", small), folder, tmp_path / "out").run()[-1]
     export_checkpoint(checkpoint, tmp_path / "plain", "dense")
     for place in (checkpoint, tmp_path / "plain"):
         assert all(torch.equal(stored(place)[name], tensor) for name, tensor in extra.items())
         assert json.loads((place / "config.json").read_text())["num_nextn_predict_layers"] == 1
         assert torch.isfinite(logits(moesvd_quant.load(place))).all()
     manifest = json.loads((checkpoint / "moesvd.json").read_text())
-    assert "carried as they are: 2 tensors (0.00 MB: model.layers.46.*)" in str(manifest["notes"])
+    assert "carried as they are: 2 tensors (0.00 MB: model.mtp_block.0.*)" in str(manifest["notes"])
     assert manifest["accounting"]["disk_bytes"] == sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
 
 
@@ -253,7 +251,7 @@ def test_or_left_out_on_request_and_then_the_config_says_so(with_mtp, small, tmp
     folder, _ = with_mtp
     recipe = load_recipe("gptq4", [*small, "unused_tensors=leave_out"])
     checkpoint = Run(recipe, folder, tmp_path / "out").run()[-1]
-    assert not [name for name in stored(checkpoint) if "layers.46" in name]
+    assert not [name for name in stored(checkpoint) if "mtp" in name]
     assert json.loads((checkpoint / "config.json").read_text())["num_nextn_predict_layers"] == 0
     manifest = json.loads((checkpoint / "moesvd.json").read_text())
     assert "left out: 2 tensors" in str(manifest["notes"])

@@ -43,8 +43,8 @@ def test_names_on_disk_become_parameters(mixtral):
     found = {
         name: (targets, is_converted) for name, targets, is_converted in renamed(on_disk(mixtral), mixtral, mapping)
     }
-    assert found[EXPERT.format(3, "w1")] == [["model.layers.0.mlp.experts.gate_up_proj"], True]
-    assert found["model.layers.0.block_sparse_moe.gate.weight"] == [["model.layers.0.mlp.gate.weight"], False]
+    assert found[EXPERT.format(3, "w1")] == (["model.layers.0.mlp.experts.gate_up_proj"], True)
+    assert found["model.layers.0.block_sparse_moe.gate.weight"] == (["model.layers.0.mlp.gate.weight"], False)
     assert {target for targets, _ in found.values() for target in targets} == set(mixtral.state_dict())
 
 
