@@ -11,8 +11,10 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from ..errors import ModelError
+from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.modeling_moesvd import MoesvdConfig, model_class
 from .census import Census, take_census
+from .experts import find_experts, weight_parameters
 from .folder import class_for, read_config, require_routing, require_whole
 from .headers import FLOATS, StoredTensor, read_headers, same_on_disk, signature
 from .hf_internals import conversions, set_eager_experts, tied_weights
@@ -97,7 +99,9 @@ def empty_model(config, dtype: torch.dtype) -> nn.Module:
 
 def _fits_grouped_products(model: nn.Module) -> bool:
     """Whether transformers' grouped products take the experts: rows have to be multiples of 16 bytes, in 16 bit too."""
-    return all(size % 8 == 0 for p in model.parameters() if p.ndim == 3 for size in p.shape[1:])
+    native = [experts for _, experts in find_experts(model) if not isinstance(experts, FactorizedExperts)]
+    fused = [weight for experts in native for weight in weight_parameters(experts) if weight.ndim == 3]
+    return all(size % 8 == 0 for weight in fused for size in weight.shape[1:])
 
 
 def _dtype_of(folder: Path, config, quantizer, tensors: dict[str, StoredTensor]) -> torch.dtype:
