@@ -68,7 +68,7 @@ def export_checkpoint(folder: Path, out: Path, to: str) -> None:
         write_json(out / "quantize_config.json", quantization)
     carry_files(folder, out)
     if to == "dense":
-        check_carried(StreamedModel(out), folder, layout_of(StreamedModel(folder)))
+        check_carried(StreamedModel(out), folder, layout_of(parent))
 
 
 def _experts_left(parent: StreamedModel) -> int | None:

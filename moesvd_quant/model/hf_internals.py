@@ -1,6 +1,6 @@
-"""The interfaces of transformers that are not public: all that reading a model needs of them.
+"""The interfaces of transformers that are not public: what reading a model needs of them.
 
-`tests/model/test_hf_internals.py` holds what is expected of them. No other file imports them.
+`tests/model/test_hf_internals.py` holds what is expected of them. No other file imports these.
 """
 
 import os

@@ -37,11 +37,13 @@ class Format:
     def products(self, stored: dict, shape: tuple[int, int], x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """x (tokens, columns), sorted by the matrices (rows, columns) = shape of a bank, sizes[i] tokens of matrix i ->
         (tokens, rows). Here one dense matrix is made at a time."""
-        done = [x.new_zeros(0, shape[0])]
+        done = []
         for row, own in enumerate(x.split(sizes)):
             if len(own):
                 matrix = {kind: tensor[row] for kind, tensor in stored.items()}
                 done.append(F.linear(own, self.dequantize(matrix, shape[1], x.dtype)))
+        if len(done) < 2:  # of a bank that all experts share there is one: no copy
+            return done[0] if done else x.new_zeros(0, shape[0])
         return torch.cat(done)
 
     def trainable(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,8 @@ class Stored(nn.Module):
 
     def products(self, name: str, x: torch.Tensor, sizes: list[int], rows: int) -> torch.Tensor:
         """x (tokens, columns), sorted by the matrices of a bank, sizes[i] tokens of matrix i -> (tokens, rows)."""
-        self._align(name)
+        if self.formats[name].packed:
+            self._align(name)
         stored = self.bank_tensors(name)
         if stored[self.kinds[name][0]].ndim == 2:  # a single matrix
             stored = {kind: tensor.unsqueeze(0) for kind, tensor in stored.items()}
