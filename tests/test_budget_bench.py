@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from moesvd_quant.evaluation.benchmarks import budget
-from moesvd_quant.evaluation.benchmarks.budget import baselines_of, least_ratio, measure, verdicts
+from moesvd_quant.evaluation.benchmarks.budget import baselines_of, expert_bytes, least_ratio, measure, verdicts
 
 
 def record(size: int, seen: float, unseen: float) -> dict:
     texts = {"seen": {"nll": 4 + seen}, "unseen": {"nll": 3 + unseen}}
-    return {"memory": {"disk_bytes": size}, "perplexity": texts}
+    return {"memory": {"disk": {"experts": size}}, "perplexity": texts}
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def records():
 
 def test_only_what_fits_in_the_bytes_is_a_baseline(records):
     assert baselines_of(records, 3.0) == ["gptq-fit@3.0", "gptq2", "uniform3@3.0"]  # gptq3 is a byte too large
-    records["gptq3"]["memory"]["disk_bytes"] = 300
+    records["gptq3"]["memory"]["disk"]["experts"] = 300
     assert baselines_of(records, 3.0) == ["gptq-fit@3.0", "gptq3", "uniform3@3.0"]
     assert baselines_of(records, 1.0) == ["gptq-fit@1.0", "uniform3@1.0"]
 
@@ -65,6 +65,6 @@ def test_every_run_on_a_miniature(make_model, tmp_path, text, small, monkeypatch
     folder, texts = make_model("mixtral", torch.bfloat16), {"words": str(text)}
     records, table = measure(folder, tmp_path, texts, {}, small, 64, (), "cpu", lambda what, done, total: None)
     assert set(records) == {"original", "fit@2.5", "gptq-fit@2.5", "gptq2", "uniform4@2.5"}
-    limit = records["fit@2.5"]["memory"]["disk_bytes"]
-    assert 0.9 * limit < records["uniform4@2.5"]["memory"]["disk_bytes"] <= limit
+    limit = expert_bytes(records["fit@2.5"])
+    assert 0.9 * limit < expert_bytes(records["uniform4@2.5"]) <= limit
     assert [row[:2] for row in table.rows] == [[2.5, "words"]]

@@ -61,7 +61,7 @@ def test_open_rank_with_fixed_bits_and_open_rank_alone(make_model, tmp_path, sma
     folder = make_model("mixtral", torch.bfloat16)
     fixed = plan_stages(make("fit", folder, tmp_path, small, "budget=2bpw", "gptq.bits=3"))
     parts = [p for m in fixed[-1]["layout"]["experts"].values() for ps in m.values() for p in ps]
-    assert {q["bits"] for part in parts for q in part["formats"].values()} == {3}
+    assert {q.get("bits", q.get("rate")) for part in parts for q in part["formats"].values()} == {3}
     assert fixed[-1]["accounting"]["bits_per_expert_weight"] <= 2
     (tmp_path / "ranks.yaml").write_text("budget: 8bpw\nstages: [svd]")
     alone = plan_stages(make(tmp_path / "ranks.yaml", folder, tmp_path, small))
@@ -102,7 +102,8 @@ def layout_bits(stages, name=""):
         for projection, parts in projections.items():
             if name in f"{path}.{projection}":
                 banks = [(p, bank) for p in parts for bank in ("dense", "left", "right") if bank in p]
-                found[f"{path}.{projection}"] = [p["formats"].get(bank, {"bits": 16})["bits"] for p, bank in banks]
+                forms = [p["formats"].get(bank, {"bits": 16}) for p, bank in banks]
+                found[f"{path}.{projection}"] = [form.get("bits", form.get("rate")) for form in forms]
     return found
 
 

@@ -24,6 +24,8 @@ def record(increase: float, other: float) -> dict:
 @pytest.fixture
 def records():
     made = {"original": record(0.0, 0.0), "gptq2": record(0.2, 0.4), "gptq3": record(0.04, 0.05)}
+    made |= {"trellis2": record(0.08, 0.1), "trellis3": record(0.02, 0.03)}
+    made |= {f"fit-grids@{bits}": record(0.1, 0.8) for bits in BUDGETS}
     for ratio in RATIOS:
         made |= {f"svd{percent(ratio)}": record(0.01, 0.02)}
         made |= {f"svd-llm{percent(ratio)}": record(0.3, 0.3), f"d2{percent(ratio)}": record(0.02, 0.3)}
@@ -39,6 +41,10 @@ def test_bars_compare_increases_of_log_perplexity(records):
     assert bars["fit at 1.5 bits against widths allocated alone"].figure == pytest.approx(0.5)
     assert bars["fit at 2.28 bits against gptq2, uncalibrated unseen"].figure == pytest.approx(1.25)
     assert not bars["fit at 2.28 bits against gptq2, uncalibrated unseen"].met
+    assert bars["fit at 1.0 bits against fit on grids, seen"].figure == pytest.approx(0.5)
+    assert bars["fit at 1.5 bits against fit on grids, unseen"].figure == pytest.approx(0.625)
+    assert bars["trellis2 against gptq2"].figure == pytest.approx(0.4)
+    assert bars["fit at 1.0 bits against gptq2, unseen"].figure == pytest.approx(1.25)
     assert bars["svd, 40% removed, against svd-llm, calibrated text"].figure == pytest.approx(1 / 30)
     assert bars["svd, 40% removed, against d2, calibrated text"].figure == pytest.approx(0.5)
 

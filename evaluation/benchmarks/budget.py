@@ -44,8 +44,12 @@ def least_ratio(size: Callable[[float], int], wanted: int, steps: int = 6) -> fl
 
 
 def fits(records: dict[str, dict], bits: float, baseline: str) -> bool:
-    """Whether a run is no larger on disk than what the planner made of the budget."""
-    return records[baseline]["memory"]["disk_bytes"] <= records[f"fit@{bits}"]["memory"]["disk_bytes"]
+    """Whether the experts of a run are no larger on disk than what the planner made of the budget."""
+    return expert_bytes(records[baseline]) <= expert_bytes(records[f"fit@{bits}"])
+
+
+def expert_bytes(record: dict) -> int:
+    return record["memory"]["disk"]["experts"]
 
 
 def baselines_of(records: dict[str, dict], bits: float) -> list[str]:

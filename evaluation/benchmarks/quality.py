@@ -31,7 +31,9 @@ from moesvd_quant.stages.gptq import Gptq
 RATIOS = (0.2, 0.4, 0.6)
 BUDGETS = (3.32, 2.28, 1.5, 1.0)  # bits per original expert weight; the first two are those of 3 and of 2 bit GPTQ
 SEEDS = (1, 2)  # of the calibration, besides 0
-RESEEDED = ("gptq2", "fit@2.28", "fit@1.5", "gptq-fit@1.5")
+RESEEDED = ("gptq2", "fit@2.28", "fit-grids@2.28", "fit@1.5", "fit-grids@1.5", "gptq-fit@1.5")
+# What `fit` may lose beside itself on grids alone: on calibrated text, and on each other one.
+OF_GRIDS = {3.32: (0.8, 1.0), 2.28: (0.6, 0.6), 1.5: (0.75, 0.65), 1.0: (0.65, 0.65)}
 EQUAL = 0.002  # nats per token below which a difference says nothing, whatever the seeds say
 
 
@@ -58,9 +60,10 @@ def recipes() -> dict[str, tuple[str, list[str]]]:
     for ratio in RATIOS:
         for name, recipe in (("svd", "svd"), ("svd-llm", "svd-llm"), ("d2", "d2-paper")):
             made[f"{name}{percent(ratio)}"] = recipe, [f"{'d2' if name == 'd2' else 'svd'}.ratio={ratio}"]
-    made |= {"gptq3": ("gptq3", []), "gptq2": ("gptq2", [])}
+    made |= {name: (name, []) for name in ("gptq3", "gptq2", "trellis3", "trellis2")}
     for bits in BUDGETS:
         made |= {f"{name}@{bits}": (name, [f"budget={bits}bpw"]) for name in ("fit", "gptq-fit")}
+        made[f"fit-grids@{bits}"] = "fit", [f"budget={bits}bpw", "limits.formats=[grid]"]
     for seed in SEEDS:
         made |= {f"{name}~{seed}": (made[name][0], [*made[name][1], f"seed={seed}"]) for name in RESEEDED}
     return made
@@ -105,6 +108,14 @@ def bars_of(found: Increases) -> list[Bar]:
     for bits in BUDGETS:
         figure = found.over(f"fit@{bits}", f"gptq-fit@{bits}", found.seen)
         bars.append(Bar(f"fit at {bits} bits against widths allocated alone", figure, 1.0 if bits > 1.5 else 0.6))
+    for bits, (seen, unseen) in OF_GRIDS.items():
+        for texts, limit in ((found.seen, seen), *(([text], unseen) for text in found.unseen)):
+            figure = found.over(f"fit@{bits}", f"fit-grids@{bits}", texts)
+            bars.append(Bar(f"fit at {bits} bits against fit on grids, {', '.join(texts)}", figure, limit))
+    for name, base, limit in (("trellis2", "gptq2", 0.5), ("trellis3", "gptq3", 0.7)):
+        bars.append(Bar(f"{name} against {base}", found.over(name, base, found.seen), limit))
+    for text in (*found.seen, *found.unseen):
+        bars.append(Bar(f"fit at 1.0 bits against gptq2, {text}", found.over("fit@1.0", "gptq2", [text]), 1.0))
     for bits, base in zip(BUDGETS, ("gptq3", "gptq2")):
         for text in found.unseen:
             claim = f"fit at {bits} bits against {base}, uncalibrated {text}"
@@ -146,15 +157,16 @@ def factor_bar(job: Run, ratio: float = 0.4, bits: Literal[2, 3, 4] = 3) -> Bar:
 
 def excess_quotient(weight: torch.Tensor, gram: torch.Tensor, rank: int, bits: Literal[2, 3, 4]) -> float:
     """Of one matrix (out, in) and the Gram matrix (in, in) of its inputs."""
-    codec = Gptq(bits=bits).codec()
-    forms = {"right": codec.form(bits, weight.shape[1]), "left": codec.form(bits, rank, rank_axis=True)}
+    stage = Gptq(bits=bits)
+    codec, (storage,) = stage.codec(), stage.storages()
+    forms = {"right": codec.form(storage, weight.shape[1], "right"), "left": codec.form(storage, rank, "left")}
     left, right = whitened_svd(weight, gram, rank)
     (mine,), (rights,) = quantize_factors([weight], [gram], [left], [right], [0], [0], forms, codec, 0)
     _, basis, plain = (found.double() for found in whitened_directions(weight, gram, rank))
     sigma = (plain @ gram.double() * plain).sum(1).sqrt()
     v = plain / sigma[:, None]
-    naive = codec.pack(basis * sigma, codec.inputs(v @ gram.double() @ v.T), forms["left"]).dense()
-    naive = naive @ codec.pack(v, codec.inputs(gram), forms["right"]).dense()
+    naive = codec.pack(basis * sigma, codec.inputs(v @ gram.double() @ v.T, forms["left"]), forms["left"]).dense()
+    naive = naive @ codec.pack(v, codec.inputs(gram, forms["right"]), forms["right"]).dense()
     truncated = whitened_error(weight, left @ right, gram)
     return (whitened_error(weight, mine.dense() @ rights.dense(), gram) - truncated) / (
         whitened_error(weight, naive, gram) - truncated

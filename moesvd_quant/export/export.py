@@ -162,7 +162,7 @@ def _packed_modules(modules: dict):
         if isinstance(module, StoredLinear):
             if module.rank:
                 raise ModelError(f"{path}: has a low-rank term beside its packed weight; export it --to dense")
-            packed = PackedMatrix(module.bank_tensors("weight"), module.layout.form, module.in_features)
+            packed = PackedMatrix(module.bank_tensors("weight"), module.layout.form, module.bank_shapes["weight"])
             yield path, packed, module.bias
         if isinstance(module, FactorizedExperts):
             if module.flags.has_bias:
@@ -172,11 +172,11 @@ def _packed_modules(modules: dict):
                     form = part.form("dense")
                     if not form.packed:
                         raise ModelError(f"{path}.{name}: is factorized or not quantized; export it --to dense")
-                    _, columns = part.sizes(*module.shapes[name])["dense"]
+                    shape = module.bank_shapes[f"{name}_{i}_dense"]
                     for expert, row in zip(part.experts, part.users("dense")):
                         tensors = module.bank_tensors(f"{name}_{i}_dense", row)
                         home = path if is_shared(module) else f"{path}.{expert}"
-                        for own, half in _halves(name, PackedMatrix(tensors, form, columns)):
+                        for own, half in _halves(name, PackedMatrix(tensors, form, shape)):
                             yield f"{home}.{own}_proj", half, None
 
 
@@ -193,7 +193,8 @@ def _halves(name: str, packed: PackedMatrix) -> Iterator[tuple[str, PackedMatrix
         values = unpack(tensors["zeros"], form.bits, tensors["scales"].numel())
         apart["zeros"] = tuple(pack(half, form.bits) for half in values.chunk(2))
     for at, own in enumerate(("gate", "up")):
-        yield own, PackedMatrix({kind: halves[at] for kind, halves in apart.items()}, form, packed.columns)
+        half = packed.shape[0] // 2, packed.shape[1]
+        yield own, PackedMatrix({kind: halves[at] for kind, halves in apart.items()}, form, half)
 
 
 def _standard(modules: dict, quants: dict[str, dict]) -> dict[str, torch.Tensor]:

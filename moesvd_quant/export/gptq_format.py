@@ -31,10 +31,9 @@ def to_standard(packed: PackedMatrix, bias: torch.Tensor | None) -> dict[str, to
 
     QuantizeError where the format cannot hold the matrix.
     """
-    form, columns = packed.form, packed.columns
+    form, (out, columns) = packed.form, packed.shape
     if not isinstance(form, Grid):
         raise QuantizeError(f"the GPTQ format holds grids, the matrix is in format {form.name}")
-    out = packed.tensors["scales"].shape[0]
     if columns % 32 or out % 32 or columns % form.group_size:
         raise QuantizeError(f"the GPTQ format needs multiples of 32 and whole groups, the matrix is {out} x {columns}")
     scale = form.scale(packed.tensors)

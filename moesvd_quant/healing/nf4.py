@@ -36,8 +36,8 @@ def _freeze_banks(experts: FactorizedExperts, keys: list[str]) -> None:
         zeros = torch.zeros(1, dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
         parameter.data = zeros
 
-    def weight_rows(self, name, columns, dtype, row):
-        rows = FactorizedExperts.weight_rows(self, name, columns, dtype, row)
+    def weight_rows(self, name, dtype, row=None):
+        rows = FactorizedExperts.weight_rows(self, name, dtype, row)
         if name not in held:
             return rows
         with torch.no_grad():

@@ -52,13 +52,15 @@ def allowed_storages(context: Context) -> list[Storage]:
     packing, widths = context.packing, context.limits.widths
     if packing is None:
         return [FLOAT]
-    storages = packing.storages()
+    storages = in_formats(packing.storages(), context.limits)
     if not packing.needs_budget():
         return storages
-    if widths is None:
-        return [*storages, FLOAT]
-    known = {storage.rate: storage for storage in [*storages, FLOAT]}
-    return [known[width] for width in widths]
+    return [storage for storage in [*storages, FLOAT] if widths is None or storage.rate in widths]
+
+
+def in_formats(storages: list[Storage], limits: Limits) -> list[Storage]:
+    """Those whose format the limits allow."""
+    return [storage for storage in storages if limits.formats is None or storage.format in limits.formats]
 
 
 def plan_of(context: Context, found: Choices, choices: dict[tuple[str, str], list[Choice]]) -> Plan:

@@ -8,7 +8,7 @@ import torch
 
 from ..calibration.metric import METRIC
 from ..model.experts import dense_weight, expert_count, find_experts, shapes_of, split_projections
-from ..quantize.codec import QuantizeError
+from ..quantize.codec import Bank, QuantizeError
 from ..quantize.noise import NOISE
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.formats import FLOAT as FLOAT_FORMAT
@@ -62,8 +62,8 @@ def _layer_choices(effects, storages, ranks, context: Context, index: int, layer
 
     codec = context.packing.codec() if context.packing else None
 
-    def form(storage: Storage, columns: int, left: bool) -> Format:
-        return FLOAT_FORMAT if storage == FLOAT or codec is None else codec.form(storage.rate, columns, left)
+    def form(storage: Storage, columns: int, bank: Bank) -> Format:
+        return FLOAT_FORMAT if storage == FLOAT or codec is None else codec.form(storage, columns, bank)
 
     def noise(form: Format) -> float:
         return 0.0 if codec is None or not form.packed else codec.noise(form)

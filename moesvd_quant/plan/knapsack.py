@@ -6,6 +6,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from ..quantize.registry import FLOAT, Storage
+
 Key = TypeVar("Key", bound=Hashable)
 RANK_STEP = 16
 DENSE = -1  # in place of a rank: the matrix stays whole
@@ -14,19 +16,6 @@ MAX_RANKS = 4  # distinct choices per layer and projection: each is one tensor a
 NEGLIGIBLE = 1e-3
 # Which few choices of a group are best depends on the price, and the price on them: tried from around the free price.
 STARTS, ROUNDS = (0.7, 0.85, 1.0, 1.2, 1.5), 2
-
-
-class Storage(NamedTuple):
-    """How a matrix is to be stored: bits per weight, and the name of the format."""
-
-    rate: float
-    format: str
-
-    def __str__(self) -> str:
-        return f"{self.rate:g} bit" if self.format == "grid" else f"{self.rate:g} bit {self.format}"
-
-
-FLOAT = Storage(16, "float")  # not quantized
 
 
 class Choice(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 
 from ..calibration.effect import perturbed
 from ..decompose.whitening import energy, whitened_directions
+from ..quantize.codec import Bank
 from ..quantize.feedback import conditional_variance
 from ..quantize.noise import dense_noise, factor_noise
 from ..runtime.formats import Format
@@ -16,8 +17,8 @@ from .knapsack import DENSE, FLOAT, NOTHING, Choice, Storage, Table, useful_rank
 # Measured at one size of error, effects are trusted to this power (docs/results.md has the ablation).
 SENSITIVITY_POWER, LEAST_SENSITIVITY = 0.7, 1e-7
 
-# The format of a bank: (how it is to be stored, its columns, whether it is a left factor) -> Format.
-FormatOf = Callable[[Storage, int, bool], Format]
+# The format of a bank: (how it is to be stored, its columns, what it is) -> Format.
+FormatOf = Callable[[Storage, int, Bank], Format]
 
 
 def settings() -> dict[str, float]:
@@ -62,15 +63,15 @@ def fit_table(
     out, in_features = shape
     choices, costs, errors = [NOTHING], [0], [[float(p.spectrum.sum()) for p in profiles]]
     for storage in storages:
-        whole = form(storage, in_features, False)
+        whole, factor = form(storage, in_features, "dense"), form(storage, in_features, "right")
         rounding = noise(whole)
         choices.append(Choice(DENSE, storage))
         costs.append(whole.bank_bytes(shape, dtype))
         errors.append([rounding * p.dense for p in profiles])
         for rank in useful_ranks(shape) if ranks else ():
             choices.append(Choice(rank, storage))
-            right = whole.bank_bytes((rank, in_features), dtype)
-            costs.append(right + form(storage, rank, True).bank_bytes((out, rank), dtype))
+            right = factor.bank_bytes((rank, in_features), dtype)
+            costs.append(right + form(storage, rank, "left").bank_bytes((out, rank), dtype))
             lost = [float(p.spectrum[rank:].sum() + rounding * p.factors[rank - 1]) for p in profiles]
             errors.append(lost)
     return Table(choices, np.array(costs, dtype=float), np.array(errors).T)

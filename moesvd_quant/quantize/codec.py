@@ -1,12 +1,15 @@
 """How weights are brought into a format: what a format is to compression."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..errors import MoesvdError
 from ..runtime.formats import Format
+from .registry import Storage
+
+Bank = Literal["dense", "left", "right"]  # a whole matrix, or a factor: (out, rank) or (rank, in)
 
 
 class QuantizeError(MoesvdError, ValueError):
@@ -19,10 +22,33 @@ class PackedMatrix:
 
     tensors: dict[str, torch.Tensor]
     form: Format
-    columns: int
+    shape: tuple[int, int]
 
     def dense(self, dtype=torch.float64) -> torch.Tensor:
-        return self.form.dequantize(self.tensors, self.columns, dtype)
+        return self.form.dequantize(self.tensors, self.shape, dtype)
+
+
+class Codecs:
+    """Makes matrices of several formats: `of` has the codec of each by its name."""
+
+    def __init__(self, of: dict[str, "Codec"]):
+        self.of = of
+
+    def form(self, storage: Storage, columns: int, bank: Bank = "dense", pruned: bool = False) -> Format:
+        """See `Codec.form`."""
+        return self.of[storage.format].form(storage.rate, columns, bank, pruned)
+
+    def noise(self, form: Format) -> float:
+        """See `Codec.noise`."""
+        return self.of[form.name].noise(form)
+
+    def inputs(self, gram: torch.Tensor, form: Format) -> Any:
+        """See `Codec.inputs`."""
+        return self.of[form.name].inputs(gram, form)
+
+    def pack(self, weight: torch.Tensor, inputs: Any, form: Format) -> PackedMatrix:
+        """See `Codec.pack`."""
+        return self.of[form.name].pack(weight, inputs, form)
 
 
 class Codec:
@@ -31,17 +57,18 @@ class Codec:
     def __init__(self, options):
         self.options = options
 
-    def form(self, rate: float, columns: int, rank_axis: bool = False) -> Format:
-        """The format of a matrix with so many columns; rank_axis: they are the rank of a left factor. QuantizeError
-        where there is none."""
+    def form(self, rate: float, columns: int, bank: Bank = "dense", pruned: bool = False) -> Format:
+        """The format of a matrix with so many columns. bank: what the matrix is; pruned: its columns are what is left
+        of an input dimension. QuantizeError where there is none."""
         raise NotImplementedError
 
     def noise(self, form: Format) -> float:
         """Mean squared rounding error of a unit Gaussian."""
         raise NotImplementedError
 
-    def inputs(self, gram: torch.Tensor) -> Any:
-        """All that `pack` has to know of inputs with a Gram matrix (n, n). It serves every matrix that has them."""
+    def inputs(self, gram: torch.Tensor, form: Format) -> Any:
+        """All that `pack` has to know of inputs with a Gram matrix (n, n). It serves every matrix in this format that
+        has them."""
         raise NotImplementedError
 
     def pack(self, weight: torch.Tensor, inputs: Any, form: Format) -> PackedMatrix:

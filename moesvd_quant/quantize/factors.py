@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import connected_components
 from ..decompose.whitening import balance, energy, left_sums, refit_right, solved_left
 from ..memory.lazy import LazySequence, select
 from ..runtime.formats import Format
-from .codec import Codec, PackedMatrix
+from .codec import Codecs, PackedMatrix
 
 # How often both factors are fitted anew, each to the quantized other: 2 take a fifth off the error that quantization
 # adds, 6 not quite a third (docs/results.md).
@@ -33,7 +33,7 @@ def quantize_factors(
     left_rows: list[int],
     right_rows: list[int],
     forms: dict[str, Format],
-    codec: Codec,
+    codec: Codecs,
     seed: int,
 ) -> tuple[list[PackedMatrix], list[PackedMatrix]]:
     """Packs the banks left n_left x (out, r) and right n_right x (r, in) of the experts that use them.
@@ -96,7 +96,7 @@ class _Together(NamedTuple):
     left_rows: list[int]
     right_rows: list[int]
     forms: dict[str, Format]
-    codec: Codec
+    codec: Codecs
     turn: torch.Tensor
 
     def quantized(self) -> tuple[list[PackedMatrix], list[PackedMatrix]]:
@@ -116,7 +116,7 @@ class _Together(NamedTuple):
             return [self.codec.pack(wanted(row), inputs[row], self.forms["right"]) for row in range(len(users))]
 
         def known(row: int):
-            return self.codec.inputs(sum(self.grams[e] for e in users[row]))
+            return self.codec.inputs(sum(self.grams[e] for e in users[row]), self.forms["right"])
 
         inputs = _kept(LazySequence(len(users), known))
         rights = quantized_rights(balanced)
@@ -143,7 +143,8 @@ class _Together(NamedTuple):
             grams, inputs = select(self.grams, users), self._opened(rights, [self.right_rows[e] for e in users])
             cross, bottleneck = left_sums(select(self.targets, users), grams, inputs)
             wanted = solved_left(cross, bottleneck)
-            made.append(self.codec.pack(wanted, self.codec.inputs(bottleneck), self.forms["left"]))
+            form = self.forms["left"]
+            made.append(self.codec.pack(wanted, self.codec.inputs(bottleneck, form), form))
         return made
 
     def _lost(self, lefts: list[PackedMatrix], rights: list[PackedMatrix]) -> float:

@@ -23,10 +23,10 @@ class HessianFactor(NamedTuple):
     conditional_variance: torch.Tensor
 
     @classmethod
-    def of(cls, gram: torch.Tensor, damp: float) -> "HessianFactor":
-        """gram (n, n): of the inputs; damp: share of the mean diagonal that is added. QuantizeError where that is not
-        positive definite."""
-        order, root, _ = _root(gram, damp)
+    def of(cls, gram: torch.Tensor, damp: float, together: int = 1) -> "HessianFactor":
+        """gram (n, n): of the inputs; damp: share of the mean diagonal that is added; together: so many neighbouring
+        inputs follow each other in the order. QuantizeError where the damped matrix is not positive definite."""
+        order, root, _ = _root(gram, damp, together)
         diagonal = root.diagonal()
         upper = (root / diagonal).flip(0, 1).float()
         return cls(order.flip(0), upper, _placed(diagonal, order))
@@ -41,13 +41,23 @@ def conditional_variance(gram: torch.Tensor, damp: float) -> torch.Tensor:
     return _placed(root.diagonal(), order) * mean
 
 
-def _root(gram: torch.Tensor, damp: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _least_active_first(activity: torch.Tensor, together: int) -> torch.Tensor:
+    """Order of inputs (n,) by their activity (n,), or by the mean of each group of neighbours; groups backwards."""
+    if together == 1:
+        return activity.argsort(stable=True)
+    group = torch.arange(len(activity), device=activity.device) // together
+    sums = torch.zeros_like(activity).index_add_(0, group, activity)
+    means = sums / torch.bincount(group, minlength=len(sums)).clamp(min=1)
+    return len(activity) - 1 - means[group].flip(0).argsort(stable=True)
+
+
+def _root(gram: torch.Tensor, damp: float, together: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The order with what is quantized last first, the lower Cholesky factor in that order, and the mean diagonal of
     gram, by which it is divided: far from under- and overflow."""
     mean = gram.diagonal().mean(dtype=torch.float64)
     if not torch.isfinite(mean) or mean <= 0:
         raise QuantizeError("the Gram matrix of the inputs is zero or not finite")
-    order = gram.diagonal().argsort(stable=True)
+    order = _least_active_first(gram.diagonal(), together)
     for dtype in (torch.promote_types(gram.dtype, torch.float32), torch.float64):
         hessian = gram[order][:, order].to(dtype) / mean.to(dtype)
         hessian.diagonal().add_(damp)

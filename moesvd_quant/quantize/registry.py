@@ -7,6 +7,19 @@ if TYPE_CHECKING:
     from .codec import Codec
 
 
+class Storage(NamedTuple):
+    """How a matrix is to be stored: bits per weight, and the name of the format."""
+
+    rate: float
+    format: str
+
+    def __str__(self) -> str:
+        return f"{self.rate:g} bit" if self.format == "grid" else f"{self.rate:g} bit {self.format}"
+
+
+FLOAT = Storage(16, "float")  # not quantized
+
+
 class Known(NamedTuple):
     """A format that recipes can name. codec: the class that makes it, or `module:class` to be imported on use."""
 
@@ -30,3 +43,4 @@ def register_codec(name: str, rates: tuple[float, ...], codec: Any) -> None:
 
 
 register_codec("grid", (2, 3, 4, 8), "moesvd_quant.quantize.grid_codec:GridCodec")
+register_codec("trellis", (1, 1.5, 2, 2.5, 3, 3.5, 4), "moesvd_quant.quantize.trellis_codec:TrellisCodec")

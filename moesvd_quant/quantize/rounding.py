@@ -43,7 +43,7 @@ def packed_matrix(codes, scale, zero, base, form: Grid) -> PackedMatrix:
     }
     if not form.sym:
         tensors["zeros"] = pack(zero.to(torch.uint8).flatten(), form.bits)
-    return PackedMatrix(tensors, form, codes.shape[1])
+    return PackedMatrix(tensors, form, (codes.shape[0], codes.shape[1]))
 
 
 @torch.no_grad()

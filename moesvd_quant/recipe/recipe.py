@@ -77,19 +77,13 @@ class Limits(_Part):
 
     of: Literal["disk", "resident"] = Field("disk", description="a budget in bytes: of all files, or when loaded")
     kv_cache: KvCache | None = Field(None, description="bytes of the budget that are left to keys and values")
-    widths: list[int] | None = Field(None, description="the only widths there are kernels for")
+    widths: list[float] | None = Field(None, description="the only widths there are kernels for; 16: not quantized")
+    formats: list[str] | None = Field(None, description="the only formats there are kernels for, of those of `gptq`")
     one_width_per_layer: bool = Field(False, description="all experts of a layer in one width, as kernels want it")
     keep: list[str] = Field(default_factory=list, description="patterns of matrices that stay as they are")
-    min_bits: dict[str, Literal[2, 3, 4, 8, 16]] = Field(
+    min_bits: dict[str, Annotated[float, Field(ge=1, le=16)]] = Field(
         default_factory=dict, description="pattern: fewest bits of the matrices it matches"
     )
-
-    @field_validator("widths")
-    @classmethod
-    def _widths(cls, value):
-        if value is not None and (not value or set(value) - {2, 3, 4, 8, 16}):
-            raise ValueError("give some of 2, 3, 4, 8, 16")
-        return value
 
 
 class Recipe(_Part):
@@ -221,13 +215,20 @@ def _limit_problems(recipe: Recipe) -> list[str]:
     limits, problems = recipe.limits, []
     if parse_budget(recipe.budget).unit == "bpw" and (limits.of != "disk" or limits.kv_cache):
         problems.append("limits.of, limits.kv_cache: only with a budget in bytes, not in bits per weight")
+    packing = packing_stage(recipe.stages)
+    storages = packing.storages() if packing is not None else []
+    for name, given, known in (
+        ("widths", limits.widths, [*(f"{storage.rate:g}" for storage in storages), "16"]),
+        ("formats", limits.formats, [storage.format for storage in storages]),
+    ):
+        if given is not None and not (given and {str(v) if name == "formats" else f"{v:g}" for v in given} <= {*known}):
+            problems.append(f"limits.{name}: give some of {', '.join(dict.fromkeys(known))}")
     if limits.widths is not None:
         problems += [
             f"limits.min_bits.{pattern}: {bits} is more than any of limits.widths {limits.widths}"
             for pattern, bits in limits.min_bits.items()
             if bits > max(limits.widths)
         ]
-        packing = packing_stage(recipe.stages)
         if packing is not None and not packing.needs_budget():
             key = f"{packing.name}.{packing.budget_option}"
             problems.append(f"limits.widths: {key} is given; remove it, or remove the widths")

@@ -10,14 +10,14 @@ from inspect import isfunction
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..plan.context import Context, Plan
-    from ..plan.knapsack import Storage
-    from ..quantize.codec import Codec
+    from ..quantize.codec import Codecs
+    from ..quantize.registry import Storage
 
 
 class Form(IntEnum):
@@ -61,6 +61,16 @@ class Stage(BaseModel):
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise TypeError(f"{cls.__name__}.{name}: stages have no such hook, nobody would call it{hint}")
 
+    @model_validator(mode="after")
+    def _no_unused(self):
+        given: dict[str, list[str]] = {}
+        for name, need in self.unused_options().items():
+            if name in self.model_fields_set:
+                given.setdefault(need, []).append(name)
+        if given:
+            raise ValueError("; ".join(f"{', '.join(sorted(given[need]))}: only with {need}" for need in given))
+        return self
+
     def label(self) -> str:
         """The stage in the names of tables: svd40, gptq3."""
         return self.name
@@ -89,7 +99,7 @@ class Stage(BaseModel):
         """The text that the stage trains on; None where it does not train."""
         return None
 
-    def codec(self) -> "Codec":
+    def codec(self) -> "Codecs":
         """How a stage that quantizes brings weights into its format."""
         raise NotImplementedError(f"{type(self).__name__}.codec")
 

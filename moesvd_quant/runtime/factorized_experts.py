@@ -30,7 +30,7 @@ class FactorizedExperts(PrunedBase):
             self.sources, self.experts = sources, len(sources or range(self.original_experts))
             # Weights are banks (rows, out, in), whatever they were in the native module.
             self.flags = self.form.flags(native)._replace(is_transposed=False)
-        own = ("formats", "kinds")
+        own = ("formats", "kinds", "bank_shapes")
         state = {k: v for k, v in vars(native).items() if not k.startswith("_") and k not in own}
         self.__dict__.update(state)  # alpha, limit, flags, config: all that is not a weight
         weights = set(native.stored_tensors()) if ours else set(self.form.parameters(native))
@@ -58,8 +58,7 @@ class FactorizedExperts(PrunedBase):
 
     def bank(self, projection, i, bank, dtype, row=None):
         """Bank of part i of a projection: float (rows, a, b), or (a, b) of one row."""
-        _, columns = self.layout[projection][i].sizes(*self.shapes[projection])[bank]
-        return self.weight_rows(f"{projection}_{i}_{bank}", columns, dtype, row)
+        return self.weight_rows(f"{projection}_{i}_{bank}", dtype, row)
 
     def dense(self, projection, expert, dtype=torch.float32):
         """Effective weight (out, in) of one expert."""
@@ -90,7 +89,7 @@ class FactorizedExperts(PrunedBase):
         part = self.layout[projection][i]
         count, (out, _) = max(part.users(bank)) + 1, part.sizes(*self.shapes[projection])[bank]
         if count == 1:
-            return self.products(f"{projection}_{i}_{bank}", x, [len(x)], out)
+            return self.products(f"{projection}_{i}_{bank}", x, [len(x)])
         order = None if self.owns_rows(part, bank) else torch.argsort(rows, stable=True)
         x = x if order is None else x[order]
         sizes = torch.bincount(rows, minlength=count)
@@ -101,7 +100,7 @@ class FactorizedExperts(PrunedBase):
             if y.requires_grad:
                 y.register_hook(torch.Tensor.contiguous)  # its backward takes no gradient with gaps
         else:  # on a CPU as fast as the grouped product
-            y = self.products(f"{projection}_{i}_{bank}", x, sizes.tolist(), out)
+            y = self.products(f"{projection}_{i}_{bank}", x, sizes.tolist())
         return y if order is None else torch.empty_like(y).index_copy(0, order, y)
 
     def owns_rows(self, part, bank):
@@ -131,9 +130,8 @@ class FactorizedExperts(PrunedBase):
     def _terms(self, projection):
         terms: list[list] = [[] for _ in range(self.experts)]
         for i, part in enumerate(self.layout[projection]):
-            sizes = part.sizes(*self.shapes[projection])
             for row, expert in enumerate(part.experts):
-                terms[expert].append([(f"{projection}_{i}_{bank}", sizes[bank][1], row) for bank in part.chain])
+                terms[expert].append([(f"{projection}_{i}_{bank}", row) for bank in part.chain])
         return terms
 
     def by_expert(self, x, token, ids, steps):
@@ -154,8 +152,8 @@ class FactorizedExperts(PrunedBase):
         y = None
         for banks in terms:
             h = x
-            for name, columns, row in banks:
-                h = F.linear(h, self.weight_rows(name, columns, x.dtype, row))
+            for name, row in banks:
+                h = F.linear(h, self.weight_rows(name, x.dtype, row))
             y = h if y is None else y + h
         return x.new_zeros(len(x), self.shapes[projection][0]) if y is None else y
 

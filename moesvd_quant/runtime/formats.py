@@ -26,8 +26,8 @@ class Format:
         """{kind: (shape, dtype)} of a bank of `shape` (..., rows, columns) in a model of `dtype`."""
         raise NotImplementedError
 
-    def dequantize(self, stored: dict, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """(..., rows, columns) in `dtype`, from the tensors by kind."""
+    def dequantize(self, stored: dict, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """(..., rows, columns) in `dtype`, from the tensors by kind; shape: (rows, columns)."""
         raise NotImplementedError
 
     def has_kernel(self, stored: dict, x: torch.Tensor) -> bool:
@@ -41,7 +41,7 @@ class Format:
         for row, own in enumerate(x.split(sizes)):
             if len(own):
                 matrix = {kind: tensor[row] for kind, tensor in stored.items()}
-                done.append(F.linear(own, self.dequantize(matrix, shape[1], x.dtype)))
+                done.append(F.linear(own, self.dequantize(matrix, shape, x.dtype)))
         if len(done) < 2:  # of a bank that all experts share there is one: no copy
             return done[0] if done else x.new_zeros(0, shape[0])
         return torch.cat(done)
@@ -99,7 +99,7 @@ class Float(Format):
     def tensors(self, shape, dtype):
         return {"": (tuple(shape), dtype)}
 
-    def dequantize(self, stored, columns, dtype):
+    def dequantize(self, stored, shape, dtype):
         return stored[""].to(dtype)
 
 

@@ -60,7 +60,8 @@ class Grid(Format):
         below = torch.exp(-scales) if scales.is_floating_point() else SCALES.to(scales.device)[scales.int()]
         return below * stored["base"].view(torch.float32).unsqueeze(-1)
 
-    def dequantize(self, stored, columns, dtype):
+    def dequantize(self, stored, shape, dtype):
+        columns = shape[1]
         codes, scale = stored["codes"], self.scale(stored).unsqueeze(-1)
         bits, size, (rows, groups) = self.bits, self.group_size, stored["scales"].shape[-2:]
         zero: Any = 2 ** (bits - 1)

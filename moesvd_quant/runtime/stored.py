@@ -9,17 +9,19 @@ from .parts import LinearLayout
 
 
 class Stored(nn.Module):
-    """Base of modules whose weights are banks. `formats` says how each bank is stored, `kinds` which tensors it has."""
+    """Base of modules whose weights are banks. `formats` says how each bank is stored, `kinds` which tensors it
+    has, `bank_shapes` (rows, columns) of its matrices."""
 
     def __init__(self) -> None:
         super().__init__()
         self.formats: dict[str, Format] = {}
         self.kinds: dict[str, tuple[str, ...]] = {}
+        self.bank_shapes: dict[str, tuple[int, int]] = {}
 
     def add_bank(self, name: str, shape: tuple, form: Format, dtype, device) -> None:
         """Empty tensors of a bank (..., rows, columns)."""
         tensors = form.tensors(shape, dtype)
-        self.formats[name], self.kinds[name] = form, tuple(tensors)
+        self.formats[name], self.kinds[name], self.bank_shapes[name] = form, tuple(tensors), tuple(shape[-2:])
         for kind, (size, stored) in tensors.items():
             tensor = torch.empty(size, dtype=stored, device=device)
             parameter = nn.Parameter(tensor, requires_grad=stored.is_floating_point)
@@ -37,14 +39,14 @@ class Stored(nn.Module):
         for kind in self.kinds[name]:
             self._parameters[tensor_name(name, kind)].copy_(tensors[kind])
 
-    def products(self, name: str, x: torch.Tensor, sizes: list[int], rows: int) -> torch.Tensor:
+    def products(self, name: str, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """x (tokens, columns), sorted by the matrices of a bank, sizes[i] tokens of matrix i -> (tokens, rows)."""
         if self.formats[name].packed:
             self._align(name)
         stored = self.bank_tensors(name)
         if stored[self.kinds[name][0]].ndim == 2:  # a single matrix
             stored = {kind: tensor.unsqueeze(0) for kind, tensor in stored.items()}
-        return self.formats[name].products(stored, (rows, x.shape[-1]), x, sizes)
+        return self.formats[name].products(stored, self.bank_shapes[name], x, sizes)
 
     def _align(self, name: str) -> None:
         """Kernels read whole words, and products differ in the last bit with the address: tensors that were mapped from
@@ -63,9 +65,9 @@ class Stored(nn.Module):
         """Of its tensors. A module that lost all of them is nowhere, and its zeros may be anywhere."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
-    def weight_rows(self, name: str, columns: int, dtype: torch.dtype, row: int | None) -> torch.Tensor:
+    def weight_rows(self, name: str, dtype: torch.dtype, row: int | None = None) -> torch.Tensor:
         """The matrices of a bank (row None) or one of them, in `dtype`."""
-        return self.formats[name].dequantize(self.bank_tensors(name, row), columns, dtype)
+        return self.formats[name].dequantize(self.bank_tensors(name, row), self.bank_shapes[name], dtype)
 
 
 class StoredLinear(Stored):
@@ -88,7 +90,7 @@ class StoredLinear(Stored):
         return self.layout.rank
 
     def packed_weight(self, dtype=torch.float32):
-        return self.weight_rows("weight", self.in_features, dtype, None)
+        return self.weight_rows("weight", dtype)
 
     @property
     def weight(self):
@@ -102,7 +104,7 @@ class StoredLinear(Stored):
     def forward(self, x):
         if self.layout.form.has_kernel(self.bank_tensors("weight"), x):
             flat = x.reshape(-1, self.in_features)
-            y = self.products("weight", flat, [len(flat)], self.out_features).view(*x.shape[:-1], self.out_features)
+            y = self.products("weight", flat, [len(flat)]).view(*x.shape[:-1], self.out_features)
             y = y if self.bias is None else y + self.bias
         else:
             y = F.linear(x, self.packed_weight(x.dtype), self.bias)

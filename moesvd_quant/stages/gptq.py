@@ -1,18 +1,25 @@
-"""Stage `gptq`: experts (dense or factorized) and other linear layers in 2, 3, 4 or 8 bits."""
+"""Stage `gptq`: experts (dense or factorized) and other linear layers in 1 to 8 bits."""
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..quantize.registry import CODECS
+from ..quantize.registry import CODECS, Storage
 from ..recipe.stage import Form, Stage
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..plan.context import Context, Plan
-    from ..plan.knapsack import Storage
-    from ..quantize.codec import Codec
+    from ..quantize.codec import Codecs
+
+
+BEST = "best"  # in place of a format
+
+
+def _formats(name: str) -> list[str]:
+    """What the option `format` allows."""
+    return list(CODECS) if name == BEST else [name]
 
 
 class Gptq(Stage):
@@ -21,7 +28,11 @@ class Gptq(Stage):
     leaves: ClassVar[Form] = Form.PACKED
     budget_option: ClassVar[str | None] = "bits"
 
-    format: str = Field("grid", description="how weights are stored; grid: GPTQ's grids of groups")
+    format: str = Field(
+        "grid",
+        description="how weights are stored; grid: GPTQ's grids of groups; trellis: trellis codes, which lose half as "
+        "much in the same bytes; best: whichever serves each matrix best",
+    )
     bits: int | float | None = Field(
         None, description="bits per weight; left open: the budget decides for each expert, other linears get 4"
     )
@@ -40,24 +51,32 @@ class Gptq(Stage):
     @field_validator("format")
     @classmethod
     def _format(cls, value):
-        if value not in CODECS:
-            raise ValueError(f"{value!r} is no known format ({', '.join(CODECS)})")
+        if value not in CODECS and value != BEST:
+            raise ValueError(f"{value!r} is no known format ({', '.join([*CODECS, BEST])})")
         return value
 
     @field_validator("bits")
     @classmethod
     def _bits(cls, value, info):
-        known = CODECS.get(info.data.get("format"))
-        if value is not None and known and value not in known.rates:
-            rates = ", ".join(f"{rate:g}" for rate in known.rates)
-            raise ValueError(f"{value} is none of the {rates} bits of format {info.data['format']}")
+        name = info.data.get("format")
+        if value is not None and name is not None:
+            rates = sorted({rate for known in _formats(name) for rate in CODECS[known].rates})
+            if value not in rates:
+                named = ", ".join(f"{rate:g}" for rate in rates)
+                raise ValueError(f"{value} is none of the {named} bits of format {name}")
         return value
 
     @model_validator(mode="after")
     def _rounds_blindly(self):
         if self.rtn and self.error_aware:
             raise ValueError("error_aware: not with rtn, which looks at no inputs")
+        if self.rtn and self.format != "grid":
+            raise ValueError(f"rtn: rounds to grids; leave out format {self.format}")
         return self
+
+    def unused_options(self) -> dict[str, str]:
+        grids = self.format in ("grid", BEST)
+        return {} if grids else {"group_size": "format: grid", "sym": "format: grid"}
 
     def calibration_walks(self) -> int:
         return 2 * self.error_aware
@@ -73,17 +92,20 @@ class Gptq(Stage):
         return value
 
     def label(self) -> str:
-        name = self.name if self.format == "grid" else self.format
+        name = self.name if self.format in ("grid", BEST) else self.format
         return f"{'rtn' if self.rtn else name}{self.bits or ''}{'-aware' if self.error_aware else ''}"
 
-    def codec(self) -> "Codec":
-        return CODECS[self.format].make(self)
+    def codec(self) -> "Codecs":
+        from ..quantize.codec import Codecs
 
-    def storages(self) -> list["Storage"]:
-        from ..plan.knapsack import Storage
+        return Codecs({name: CODECS[name].make(self) for name in _formats(self.format)})
 
+    def storages(self) -> list[Storage]:
         return [
-            Storage(rate, self.format) for rate in (CODECS[self.format].rates if self.bits is None else [self.bits])
+            Storage(rate, name)
+            for name in _formats(self.format)
+            for rate in CODECS[name].rates
+            if self.bits in (None, rate)
         ]
 
     def plan(self, context: "Context") -> "Plan":

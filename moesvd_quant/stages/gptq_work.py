@@ -11,12 +11,12 @@ from ..checkpoint.layout import layout_of, projections_of
 from ..decompose.whitening import whitened_error
 from ..memory.lazy import LazySequence, select
 from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of, sources_of
-from ..plan.allocation import plan_budget
+from ..plan.allocation import in_formats, plan_budget
 from ..plan.context import UNREACHED, Context, Plan, StageError, factorized, require_experts, weak_experts
-from ..plan.knapsack import FLOAT, Storage
-from ..quantize.codec import Codec, PackedMatrix, QuantizeError
+from ..quantize.codec import Bank, Codecs, PackedMatrix, QuantizeError
 from ..quantize.factors import quantize_factors
-from ..quantize.registry import CODECS
+from ..quantize.registry import FLOAT, Storage
+from ..recipe.recipe import Limits
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.formats import Format
 from ..runtime.parts import DensePart, LinearLayout, Part, Projections
@@ -38,9 +38,7 @@ def plan(context: Context, options: Gptq) -> Plan:
     )
     storages, layout, kept = context.storages or made.storages, made.layout, {}
     codec = options.codec()
-    other = Storage(
-        options.bits or min(CODECS[options.format].rates, key=lambda r: abs(r - OTHER_BITS)), options.format
-    )
+    other = _storage_of_others(options, context.limits, codec)
     for layer, name in zip(parent.layers, parent.layer_names):
         for path, experts in find_experts(layer):
             full = f"{name}.{path}"
@@ -71,15 +69,23 @@ def plan(context: Context, options: Gptq) -> Plan:
     return made
 
 
-def _form(codec: Codec, storage: Storage, columns: int, where: str, rank_axis: bool = False) -> Format:
+def _storage_of_others(options: Gptq, limits: Limits, codec: Codecs) -> Storage:
+    """Of linears outside the experts: as the recipe says, or where a budget decides about experts, OTHER_BITS or near
+    it, in the format that loses least."""
+    storages = in_formats(options.storages(), limits)
+    # Any size will do to compare by: as if it were pruned, it need not suit the groups.
+    return min(storages, key=lambda s: (abs(s.rate - OTHER_BITS), codec.noise(codec.form(s, 1024, pruned=True))))
+
+
+def _form(codec: Codecs, storage: Storage, columns: int, where: str, bank: Bank = "dense", pruned=False) -> Format:
     try:
-        return codec.form(storage.rate, columns, rank_axis)
+        return codec.form(storage, columns, bank, pruned)
     except QuantizeError as error:
         raise StageError(f"{where}: {error}") from error
 
 
 def _pack_experts(
-    layout: Projections, shapes: dict, full: str, codec: Codec, plain: Storage, storages: dict | None
+    layout: Projections, shapes: dict, full: str, codec: Codecs, plain: Storage, storages: dict | None
 ) -> None:
     """Sets how each bank of an experts module is stored; storages: {projection: of each part}, `plain` without."""
     for name, parts in layout.items():
@@ -90,8 +96,8 @@ def _pack_experts(
             if storage == FLOAT:  # the budget left it as it is
                 continue
             for bank, (_, columns) in part.sizes(*shapes[name]).items():
-                rank_axis = bank == "left" or part.columns is not None
-                part.formats[bank] = _form(codec, storage, columns, f"{full}.{name}", rank_axis)
+                pruned = part.columns is not None
+                part.formats[bank] = _form(codec, storage, columns, f"{full}.{name}", bank, pruned)
 
 
 def run_layer(context: Context, options: Gptq, index: int, layer, statistics: dict, plan: Plan) -> dict:
@@ -146,12 +152,12 @@ def _named(where: str) -> Iterator[None]:
         raise StageError(f"{where}: {error}") from error
 
 
-def _quantize(codec: Codec, where: str, weight, gram, form: Format) -> PackedMatrix:
+def _quantize(codec: Codecs, where: str, weight, gram, form: Format) -> PackedMatrix:
     with _named(where):
-        return codec.pack(weight, codec.inputs(gram), form)
+        return codec.pack(weight, codec.inputs(gram, form), form)
 
 
-def _quantize_linear(codec: Codec, where: str, linear, gram, layout: LinearLayout) -> tuple[StoredLinear, float]:
+def _quantize_linear(codec: Codecs, where: str, linear, gram, layout: LinearLayout) -> tuple[StoredLinear, float]:
     packed = _quantize(codec, where, linear.weight, gram, layout.form)
     kind = dict(dtype=linear.weight.dtype, device=linear.weight.device)
     made = StoredLinear(linear.in_features, linear.out_features, linear.bias is not None, layout, **kind)
@@ -161,7 +167,7 @@ def _quantize_linear(codec: Codec, where: str, linear, gram, layout: LinearLayou
     return made, whitened_error(linear.weight, packed.dense(), gram)
 
 
-def _quantize_experts(codec: Codec, seed: int, full: str, experts, given, layout: Projections) -> FactorizedExperts:
+def _quantize_experts(codec: Codecs, seed: int, full: str, experts, given, layout: Projections) -> FactorizedExperts:
     """The packed experts module."""
     module = factorized(experts, layout, _floats(experts, layout))
     for name in sorted(layout, key=lambda name: name == "down"):  # whose inputs the others decide
@@ -215,7 +221,7 @@ def _product(experts, part: Part, made: dict, at: int) -> torch.Tensor:
 
 
 def _quantize_part(
-    codec: Codec, seed: int, full: str, name: str, i: int, part: Part, experts, targets, grams
+    codec: Codecs, seed: int, full: str, name: str, i: int, part: Part, experts, targets, grams
 ) -> dict[str, list[PackedMatrix]]:
     """Packed matrices of each bank of one part."""
     if isinstance(part, DensePart):

@@ -79,15 +79,7 @@ class Svd(Stage):
         return {name: need for name, (met, need) in needs.items() if not met}
 
     @model_validator(mode="after")
-    def _no_unused(self):
-        given: dict[str, list[str]] = {}
-        for name, need in self.unused_options().items():
-            if name in self.model_fields_set:
-                given.setdefault(need, []).append(name)
-        if given:
-            raise ValueError(
-                "; ".join(f"{', '.join(sorted(names))}: only with {need}" for need, names in given.items())
-            )
+    def _has_ratio(self):
         if self.method != "global" and self.ratio is None:
             raise ValueError("ratio: is required (fraction of routed-expert parameters removed, between 0 and 1)")
         return self

@@ -188,7 +188,7 @@ def test_trained_scales_are_the_stored_ones_until_they_move():
     codes = pack(torch.randint(0, 8, (1, 256 * 8), dtype=torch.uint8), 3)
     given = levels, form.trainable(levels), form.trainable(levels) - math.log(2)
     stored, trained, doubled = (
-        form.dequantize({"codes": codes, "scales": scales, "base": base}, 2048, torch.float32) for scales in given
+        form.dequantize({"codes": codes, "scales": scales, "base": base}, (1, 2048), torch.float32) for scales in given
     )
     assert torch.allclose(stored, trained, rtol=1e-5)
     assert torch.allclose(doubled, 2 * stored, rtol=1e-5)

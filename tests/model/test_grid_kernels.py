@@ -28,7 +28,8 @@ def random_bank(form: Grid, rows: int, columns: int) -> dict[str, torch.Tensor]:
 
 
 def by_hand(form, stored, columns, x, sizes) -> torch.Tensor:
-    dense = form.dequantize(stored, columns, torch.float32).double()
+    shape = stored["scales"].shape[-2], columns
+    dense = form.dequantize(stored, shape, torch.float32).double()
     return torch.cat([own.double() @ dense[e].T for e, own in enumerate(x.split(sizes))])
 
 
@@ -88,5 +89,7 @@ def test_a_packed_linear_and_a_tensor_at_an_odd_address():
     torch.nn.init.normal_(linear.bias)
     x = torch.randn(2, 5, 64)
     with torch.no_grad():
-        expected = F.linear(x, form.dequantize({k: t[0] for k, t in bank.items()}, 64, torch.float32), linear.bias)
+        expected = F.linear(
+            x, form.dequantize({k: t[0] for k, t in bank.items()}, (64, 64), torch.float32), linear.bias
+        )
         assert torch.allclose(linear(x), expected, rtol=1e-5, atol=1e-5)

@@ -31,7 +31,7 @@ def test_dequantize_is_code_minus_zero_times_scale(bits, sym):
     form = Grid(bits, size, sym)
     stored = {"codes": pack(codes, bits), "scales": levels, "base": base.view(torch.int32)}
     stored |= {} if sym else {"zeros": pack(zeros.flatten(), bits)}
-    got = form.dequantize(stored, columns, torch.float64)
+    got = form.dequantize(stored, (3, columns), torch.float64)
     for i in range(3):
         for j in range(columns):
             zero = 2 ** (bits - 1) if sym else int(zeros[i, j // size])

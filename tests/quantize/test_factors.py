@@ -32,7 +32,7 @@ class Lossless(Codec):
     def noise(self, form):
         return 0.031
 
-    def inputs(self, gram):
+    def inputs(self, gram, form):
         return gram
 
     def pack(self, weight, inputs, form):
@@ -72,8 +72,8 @@ def test_rotation_is_orthogonal_and_drawn_by_seed():
 def test_better_than_quantizing_the_factors_one_by_one():
     weight, gram, left, right = problem()
     ours = whitened_error(weight, run(GPTQ, weight, gram, left, right), gram)
-    plain_right = GPTQ.pack(right, GPTQ.inputs(gram), FORMS["right"]).dense()
-    plain_left = GPTQ.pack(left, GPTQ.inputs(right @ gram @ right.T), FORMS["left"]).dense()
+    plain_right = GPTQ.pack(right, GPTQ.inputs(gram, FORMS["right"]), FORMS["right"]).dense()
+    plain_left = GPTQ.pack(left, GPTQ.inputs(right @ gram @ right.T, FORMS["left"]), FORMS["left"]).dense()
     lost = whitened_error(weight, left @ right, gram)
     assert ours - lost < 0.65 * (whitened_error(weight, plain_left @ plain_right, gram) - lost)
 

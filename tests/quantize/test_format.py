@@ -44,10 +44,10 @@ class Sign(Format):
             "length": ((*lead, rows, 1), torch.int32),
         }
 
-    def dequantize(self, stored, columns, dtype):
+    def dequantize(self, stored, shape, dtype):
         length = stored["length"]
         length = length if length.is_floating_point() else length.view(torch.float32)
-        return ((unpack(stored["codes"], 2, columns).float() - 1) * length).to(dtype)
+        return ((unpack(stored["codes"], 2, shape[1]).float() - 1) * length).to(dtype)
 
     def trainable(self, tensor):
         return tensor.view(torch.float32).clone()
@@ -57,20 +57,20 @@ class Sign(Format):
 
 
 class SignCodec(Codec):
-    def form(self, rate, columns, rank_axis=False):
+    def form(self, rate, columns, bank="dense", pruned=False):
         return Sign()
 
     def noise(self, form):
         return 1 - 2 / torch.pi  # E(|x| - E|x|)^2 of a unit Gaussian
 
-    def inputs(self, gram):
+    def inputs(self, gram, form):
         return None
 
     def pack(self, weight, inputs, form):
         weight = weight.detach().float()
         length = weight.abs().mean(-1, keepdim=True)
         codes = (weight.sign() + 1).to(torch.uint8)
-        return PackedMatrix({"codes": pack(codes, 2), "length": length.view(torch.int32)}, form, weight.shape[-1])
+        return PackedMatrix({"codes": pack(codes, 2), "length": length.view(torch.int32)}, form, tuple(weight.shape))
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def test_a_format_of_one_file_goes_through_everything(run, tmp_path):
     for _, experts in find_experts(model):
         for name, bank in experts.banks():
             if bank.form == Sign():  # an independent truth: the values that a row of such a bank has
-                row = experts.weight_rows(name, bank.shape[-1], torch.float32, 0)[0]
+                row = experts.weight_rows(name, torch.float32, 0)[0]
                 assert set((row / row.abs().max()).tolist()) <= {-1.0, 0.0, 1.0}
     expected = logits(model)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(second)), expected)
@@ -176,7 +176,7 @@ def test_recipes_check_formats_and_their_rates(tmp_path):
     with pytest.raises(RecipeError, match=r"gptq\.bits: 3 is none of the 2 bits of format sign"):
         load_recipe(file)
     file.write_text("stages: [{gptq: {format: signs, bits: 3}}]")
-    with pytest.raises(RecipeError, match=r"gptq\.format: 'signs' is no known format \(grid, sign\)"):
+    with pytest.raises(RecipeError, match=r"gptq\.format: 'signs' is no known format \(grid, trellis, sign, best\)"):
         load_recipe(file)
 
 
@@ -184,7 +184,7 @@ def test_a_checkpoint_in_a_format_that_is_not_known_is_refused_by_name(run):
     checkpoint = run.run()[-1]
     del FORMATS["sign"]
     try:
-        with pytest.raises(ModelError, match="format 'sign' of a matrix is none of float, grid"):
+        with pytest.raises(ModelError, match="format 'sign' of a matrix is none of float, grid, trellis"):
             moesvd_quant.load(checkpoint)
     finally:
         register(Sign)

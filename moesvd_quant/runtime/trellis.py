@@ -1,0 +1,175 @@
+"""Trellis codes: 1 to 4 bits a weight, in steps of a half. A copy lies in every checkpoint.
+
+As in QTIP (Tseng et al. 2024) and EXL3: a ring of bits holds the weights of a sequence, and each weight is read from a
+window of 12 neighbouring bits. From one weight to the next the window moves on by `rate` bits, on average: where that
+is no whole number, the moves take turns (1.5 bits: 1, 2, 1, 2 ...). So windows overlap, any of them can be read alone,
+and one table of values serves all rates.
+
+The matrix is stored turned: signs, then Hadamard matrices in blocks, on its rows or columns or both. Values are whole
+numbers, and so is what turning them back adds up to: every machine and every order of sums gives the same bits.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from .formats import Format, register
+from .trellis_code import VALUES, WINDOW, padded, ring_bounds
+from .trellis_kernels import mixed_first, products, read_all, usable
+
+BLOCK = 256  # size of a Hadamard matrix, at most: sums of 60 * BLOCK * BLOCK are exact in float32
+
+
+@lru_cache(maxsize=64)
+def _places(rate: float, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each weight: the three bytes that its window lies in (3, weights) int64, and its first bit in them (weights,)
+    int32."""
+    bounds = ring_bounds(rows, columns)
+    sizes = np.diff(bounds)
+    start = np.repeat(bounds[:-1], sizes)
+    bit = ((np.arange(bounds[-1]) - start) * rate).astype(np.int64)
+    first, length = (start * rate).astype(np.int64) // 8, np.repeat(sizes * rate, sizes).astype(np.int64) // 8
+    places = np.stack([first + (bit // 8 + byte) % length for byte in range(3)])
+    return torch.from_numpy(places).to(device), torch.from_numpy((bit % 8).astype(np.int32)).to(device)
+
+
+def read_windows(codes: torch.Tensor, rate: float, rows: int) -> torch.Tensor:
+    """Values float32 (..., columns, rows) of codes uint8 (..., columns, bytes)."""
+    columns, length = codes.shape[-2], padded(rows)
+    if usable(codes):
+        values = read_all(codes, rate, ring_bounds(rows, columns))
+    else:
+        places, first = _places(rate, rows, columns, codes.device)
+        stream = codes.flatten(-2).int()
+        low, middle, high = (stream[..., place] for place in places)
+        windows = ((low | middle << 8 | high << 16) >> first) & (2**WINDOW - 1)
+        values = torch.from_numpy(VALUES).to(codes.device)[windows].float()
+    return values.unflatten(-1, (columns, length))[..., :rows]
+
+
+def block_of(size: int) -> int:
+    """Size of the Hadamard matrices of an axis: the largest power of two that divides it, at most BLOCK."""
+    return min(size & -size, BLOCK)
+
+
+@lru_cache(maxsize=64)
+def signs(size: int, device: torch.device) -> torch.Tensor:
+    """(size,) float32 of 1 and -1, the same for every matrix: the bits of a mixed counter."""
+    mixed = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bit = (mixed >> np.uint64(40)) & np.uint64(1)
+    return torch.from_numpy(bit.astype(np.float32) * 2 - 1).to(device)
+
+
+@lru_cache(maxsize=64)
+def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(size, size) of 1 and -1, symmetric; size a power of two."""
+    made = torch.ones(1, 1)
+    while len(made) < size:
+        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
+    return made.to(device, dtype)
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """x (..., n) times the blocks of Hadamard matrices, not normalized: twice gives `block_of(n)` times x."""
+    block = block_of(x.shape[-1])
+    return (x.unflatten(-1, (-1, block)) @ hadamard(block, x.dtype, x.device)).flatten(-2)
+
+
+def turn(x: torch.Tensor) -> torch.Tensor:
+    """x (..., n) -> (..., n), an orthogonal map: signs, then blocks. Of inputs before, of rows after."""
+    size = x.shape[-1]
+    return mix(x * signs(size, x.device).to(x.dtype)) / block_of(size) ** 0.5
+
+
+def turn_back(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of `turn`."""
+    size = x.shape[-1]
+    return mix(x) * (signs(size, x.device).to(x.dtype) / block_of(size) ** 0.5)
+
+
+def _mixed(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x (..., size, n) float32 of whole numbers -> the same along the axis before the last, contiguous."""
+    if usable(x):
+        return mixed_first(x.contiguous(), block_of(size))
+    return mix(x.transpose(-1, -2)).transpose(-1, -2).contiguous()
+
+
+@register
+@dataclass(frozen=True)
+class Trellis(Format):
+    """A trellis code of `rate` bits with one scale for a matrix. rows, columns: which sides are stored turned.
+
+    Tensors: codes uint8 (..., columns, bytes), rings along the rows of a column; scale int32 (..., 1), the bits of an
+    fp32: what a value of 1 stands for, before turning back.
+    """
+
+    name: ClassVar[str] = "trellis"
+    trained: ClassVar[str | None] = "scale"
+
+    rate: float
+    rows: bool
+    columns: bool
+
+    def __str__(self) -> str:
+        return f"{self.rate:g} bit trellis"
+
+    def tensors(self, shape, dtype):
+        *lead, rows, columns = shape
+        size = int(padded(rows) * self.rate) // 8
+        # How many rows there are is told by no other tensor.
+        return {"codes": ((*lead, columns, size), torch.uint8), "scale": ((*lead, 1), torch.int32)}
+
+    def dequantize(self, stored, shape, dtype):
+        return (self._turned_back(stored["codes"], shape) * self.scale(stored, shape)).to(dtype)
+
+    def _turned_back(self, codes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """Values (..., rows, columns) float32, turned back but for the norm: whole numbers."""
+        rows, columns = shape
+        values = read_windows(codes, self.rate, rows)  # (..., columns, rows)
+        values = _mixed(values, columns) if self.columns else values
+        values = values.transpose(-1, -2)
+        values = _mixed(values, rows) if self.rows else values.contiguous()
+        if self.rows:
+            values = values * signs(rows, values.device)[:, None]
+        return values * signs(columns, values.device) if self.columns else values
+
+    def has_kernel(self, stored, x):
+        plain = x.dtype in (torch.float32, torch.bfloat16) and not x.requires_grad
+        return plain and usable(stored["codes"]) and not stored["scale"].is_floating_point()
+
+    def products(self, stored, shape, x, sizes):
+        if not self.has_kernel(stored, x):
+            return super().products(stored, shape, x, sizes)
+        rows, columns = shape
+        given = x.float()
+        if self.columns:
+            given = mix(given * signs(columns, x.device))
+        y = products(stored["codes"], self.rate, rows, given.contiguous(), sizes, x.dtype)
+        scale = self.scale(stored, shape).flatten().repeat_interleave(torch.tensor(sizes))[:, None]
+        if self.rows:
+            y = mix(y) * signs(rows, x.device)
+        return (y * scale).to(x.dtype)
+
+    def scale(self, stored: dict, shape: tuple[int, int]) -> torch.Tensor:
+        """(..., 1, 1) float32: what a value stands for, after turning back."""
+        scale = stored["scale"]
+        rows, columns = (block_of(size) if turned else 1 for size, turned in zip(shape, (self.rows, self.columns)))
+        whole = torch.exp(scale) if scale.is_floating_point() else scale.view(torch.float32)
+        return (whole / (rows * columns) ** 0.5).unsqueeze(-1)
+
+    def trainable(self, tensor):
+        """log(scale)."""
+        return tensor.view(torch.float32).log()
+
+    def stored(self, trained):
+        return torch.exp(trained.float()).contiguous().view(torch.int32)
+
+    def random(self, kind: str, tensor: torch.Tensor, generator: Any) -> None:
+        if kind == "scale":
+            tensor.view(torch.float32).fill_(0.001)
+        else:
+            super().random(kind, tensor, generator)
