@@ -13,6 +13,7 @@ from . import (
     compress,  # noqa: F401 (they register their verbs)
     measure,  # noqa: F401 (they register their verbs)
     probe,  # noqa: F401 (they register their verbs)
+    serve,  # noqa: F401 (they register their verbs)
 )
 from .common import app
 

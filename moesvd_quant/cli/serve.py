@@ -1,0 +1,57 @@
+"""Verbs that run a model: serve, chat."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Device, app, resolve_device
+from .models import resolve_model
+
+Folder = Annotated[str, typer.Argument(help="Checkpoint, Hugging Face folder, or `reference`.")]
+
+
+@app.command()
+def serve(
+    model: Folder,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: from other machines, too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    device: Device = "auto",
+) -> None:
+    """Serve a model to OpenAI's clients: chat and completions, streamed (transformers' own server)."""
+    from ..run.run import sync_threads
+    from ..serving.local import make_server
+
+    sync_threads()
+    folder = Path(resolve_model(model)).resolve()
+    server = make_server(folder, resolve_device(device), host, port)
+    print(f"model {folder.name}: http://{host}:{port}/v1 (chat/completions, completions, models); stop with Ctrl-C")
+    server.run()
+
+
+@app.command()
+def chat(
+    model: Folder,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.7,
+    device: Device = "auto",
+) -> None:
+    """Talk to a model in the terminal, or have it continue your text where it has no chat template. Empty line: end."""
+    from ..run.run import sync_threads
+    from ..serving.talk import Talk
+
+    sync_threads()
+    talk = Talk(Path(resolve_model(model)), resolve_device(device), tokens, temperature)
+    print(talk.greeting)
+    while text := _asked("> "):
+        for piece in talk.answer(text):
+            print(piece, end="", flush=True)
+        print(f"\n[{talk.figures}]")
+
+
+def _asked(prompt: str) -> str:
+    """A line from the terminal; empty at its end."""
+    try:
+        return input(prompt)
+    except EOFError:
+        return ""
