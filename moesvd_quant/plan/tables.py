@@ -64,7 +64,7 @@ def fit_table(
     choices, costs, errors = [NOTHING], [0], [[float(p.spectrum.sum()) for p in profiles]]
     for storage in storages:
         whole, factor = form(storage, in_features, "dense"), form(storage, in_features, "right")
-        rounding = noise(whole)
+        rounding, of_factors = noise(whole), noise(factor)
         choices.append(Choice(DENSE, storage))
         costs.append(whole.bank_bytes(shape, dtype))
         errors.append([rounding * p.dense for p in profiles])
@@ -72,7 +72,7 @@ def fit_table(
             choices.append(Choice(rank, storage))
             right = factor.bank_bytes((rank, in_features), dtype)
             costs.append(right + form(storage, rank, "left").bank_bytes((out, rank), dtype))
-            lost = [float(p.spectrum[rank:].sum() + rounding * p.factors[rank - 1]) for p in profiles]
+            lost = [float(p.spectrum[rank:].sum() + of_factors * p.factors[rank - 1]) for p in profiles]
             errors.append(lost)
     return Table(choices, np.array(costs, dtype=float), np.array(errors).T)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .formats import Format, register
-from .trellis_code import VALUES, WINDOW, padded, ring_bounds
+from .trellis_code import VALUES, WINDOW, joint_columns, padded, ring_bounds
 from .trellis_kernels import mixed_first, products, read_all, usable
 
 BLOCK = 256  # size of a Hadamard matrix, at most: sums of 60 * BLOCK * BLOCK are exact in float32
@@ -25,8 +25,8 @@ BLOCK = 256  # size of a Hadamard matrix, at most: sums of 60 * BLOCK * BLOCK ar
 
 @lru_cache(maxsize=64)
 def _places(rate: float, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each weight: the three bytes that its window lies in (3, weights) int64, and its first bit in them (weights,)
-    int32."""
+    """Of each weight of a few columns: the three bytes that its window lies in (3, weights) int64, and its first bit in
+    them (weights,) int32."""
     bounds = ring_bounds(rows, columns)
     sizes = np.diff(bounds)
     start = np.repeat(bounds[:-1], sizes)
@@ -38,16 +38,23 @@ def _places(rate: float, rows: int, columns: int, device: torch.device) -> tuple
 
 def read_windows(codes: torch.Tensor, rate: float, rows: int) -> torch.Tensor:
     """Values float32 (..., columns, rows) of codes uint8 (..., columns, bytes)."""
-    columns, length = codes.shape[-2], padded(rows)
+    columns, joint = codes.shape[-2], joint_columns(rows)
     if usable(codes):
         values = read_all(codes, rate, ring_bounds(rows, columns))
     else:
-        places, first = _places(rate, rows, columns, codes.device)
-        stream = codes.flatten(-2).int()
-        low, middle, high = (stream[..., place] for place in places)
-        windows = ((low | middle << 8 | high << 16) >> first) & (2**WINDOW - 1)
-        values = torch.from_numpy(VALUES).to(codes.device)[windows].float()
-    return values.unflatten(-1, (columns, length))[..., :rows]
+        whole = columns - columns % joint
+        apart = (codes[..., :whole, :], joint), (codes[..., whole:, :], columns - whole)
+        values = torch.cat([_read_rings(part, rate, rows, count) for part, count in apart if part.numel()], -1)
+    return values.unflatten(-1, (columns, padded(rows)))[..., :rows]
+
+
+def _read_rings(codes: torch.Tensor, rate: float, rows: int, joint: int) -> torch.Tensor:
+    """Values float32 (..., weights) of codes uint8 (..., columns, bytes), of which each `joint` columns share rings or
+    have the same ones."""
+    (low, middle, high), first = _places(rate, rows, joint, codes.device)
+    stream = codes.unflatten(-2, (-1, joint)).flatten(-2).int()
+    windows = (stream[..., low] | stream[..., middle] << 8 | stream[..., high] << 16) >> first & (2**WINDOW - 1)
+    return torch.from_numpy(VALUES).to(codes.device)[windows].float().flatten(-2)
 
 
 def block_of(size: int) -> int:

@@ -8,6 +8,7 @@ from moesvd_quant.quantize.factors import quantize_factors
 from moesvd_quant.quantize.feedback import HessianFactor, conditional_variance
 from moesvd_quant.quantize.gptq import gptq
 from moesvd_quant.quantize.noise import ROUNDING, dense_noise, factor_noise
+from moesvd_quant.quantize.registry import CODECS, Storage
 from moesvd_quant.runtime.grids import Grid
 from moesvd_quant.stages.gptq import Gptq
 
@@ -54,6 +55,26 @@ def test_dense_error_is_forecast(bits):
         float(weight.square().sum()), 128, float(conditional_variance(gram, DAMP).sum())
     )
     assert measured == pytest.approx(forecast, rel=0.2)
+
+
+@pytest.mark.parametrize("rate", CODECS["trellis"].rates)
+def test_errors_of_trellis_codes_are_forecast(rate):
+    weight, gram = problem(256, 192, seed=1)
+    codec, storage = Gptq(format="trellis", damp=DAMP).codec(), Storage(rate, "trellis")
+    whole, energy = codec.form(storage, 192), float(((weight @ gram) * weight).sum())
+    spread = float(conditional_variance(gram, DAMP).sum())
+    measured = whitened_error(weight, codec.pack(weight, codec.inputs(gram, whole), whole).dense(), gram) * energy
+    assert measured == pytest.approx(
+        codec.noise(whole) * dense_noise(float(weight.square().sum()), 192, spread), rel=0.12
+    )
+    left, right = whitened_svd(weight, gram, 32)
+    forms = {"left": codec.form(storage, 32, "left"), "right": codec.form(storage, 192, "right")}
+    lefts, rights = quantize_factors([weight], [gram], left[None], right[None], [0], [0], forms, codec, seed=0)
+    truncated = whitened_error(weight, left @ right, gram)
+    measured = (whitened_error(weight, lefts[0].dense() @ rights[0].dense(), gram) - truncated) * energy
+    spectrum, _, rows = whitened_directions(weight, gram, min(weight.shape))
+    forecast = codec.noise(forms["right"]) * factor_noise(spectrum, rows.norm(dim=1), 192, spread, DAMP)[31]
+    assert 0.75 < measured / float(forecast) < 1.25
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
