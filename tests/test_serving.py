@@ -126,4 +126,4 @@ def test_the_verb_chat_reads_lines_until_an_empty_one(checkpoint):
 def test_without_a_server_it_says_what_to_install(checkpoint, monkeypatch):
     monkeypatch.setattr(local, "find_spec", lambda name: None if name == "uvicorn" else True)
     with pytest.raises(UsageError, match=r"uvicorn: not installed; pip install 'moesvd_quant\[serve\]'"):
-        local.make_server(checkpoint, "cpu", "127.0.0.1", 0)
+        local.run_server(checkpoint, "cpu", "127.0.0.1", 0)

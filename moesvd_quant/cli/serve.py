@@ -20,13 +20,12 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI's clients: chat and completions, streamed (transformers' own server)."""
     from ..run.run import sync_threads
-    from ..serving.local import make_server
+    from ..serving.local import run_server
 
     sync_threads()
     folder = Path(resolve_model(model)).resolve()
-    server = make_server(folder, resolve_device(device), host, port)
     print(f"model {folder.name}: http://{host}:{port}/v1 (chat/completions, completions, models); stop with Ctrl-C")
-    server.run()
+    run_server(folder, resolve_device(device), host, port)
 
 
 @app.command()

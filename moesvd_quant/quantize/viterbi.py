@@ -7,29 +7,16 @@ Tseng et al. 2024, section 3.3). Rings are searched from the end: the bits that 
 Weights are rounded to eighths of the code's unit first. All sums are then exact, and every machine finds the same path.
 """
 
-from functools import cache
-from typing import Any
-
 import numpy as np
 import torch
 
+from ..runtime.numba_here import use_torchs_threads
 from ..runtime.trellis_code import RING, VALUES, WINDOW, column_bounds, joint_columns, padded
 from .feedback import HessianFactor
 
 BLOCK = 128  # inputs whose errors are passed on one by one; those of whole blocks before them in one product
 MANY_ROWS = 1024  # from which on rings of a column are worth a thread each
 STATES = 2**WINDOW
-
-
-@cache
-def _compiled() -> Any:
-    """What numba compiles, at its first use."""
-    from numba import get_num_threads, set_num_threads
-
-    from .viterbi_numba import encode_columns
-
-    set_num_threads(min(torch.get_num_threads(), get_num_threads()))
-    return encode_columns
 
 
 class Encoder:
@@ -66,6 +53,9 @@ class Encoder:
 
     def _columns(self, wanted, passed_on, rest, edges) -> tuple[torch.Tensor, torch.Tensor]:
         """(errors, codes) of a block of columns; see `viterbi_numba.encode_columns`."""
+        from .viterbi_numba import encode_columns
+
+        use_torchs_threads()
         rows = rest.shape[1]
         length, joint = padded(rows), joint_columns(rows)
         bounds = column_bounds(rows) if joint == 1 else np.array([0, joint * length])
@@ -74,5 +64,5 @@ class Encoder:
         codes = np.empty((len(rest), int(length * self.rate) // 8), np.uint8)
         given = [tensor.cpu().contiguous().numpy() for tensor in (wanted, passed_on, rest)]
         table = int(2 * self.rate), self._values, self._arranged, self._cost[:threads], self._best[:threads]
-        _compiled()(*given, edges - edges[0], joint, bounds, *table, lost, codes)
+        encode_columns(*given, edges - edges[0], joint, bounds, *table, lost, codes)
         return torch.from_numpy(lost).to(rest), torch.from_numpy(codes)

@@ -217,12 +217,10 @@ def _limit_problems(recipe: Recipe) -> list[str]:
         problems.append("limits.of, limits.kv_cache: only with a budget in bytes, not in bits per weight")
     packing = packing_stage(recipe.stages)
     storages = packing.storages() if packing is not None else []
-    for name, given, known in (
-        ("widths", limits.widths, [*(f"{storage.rate:g}" for storage in storages), "16"]),
-        ("formats", limits.formats, [storage.format for storage in storages]),
-    ):
-        if given is not None and not (given and {str(v) if name == "formats" else f"{v:g}" for v in given} <= {*known}):
-            problems.append(f"limits.{name}: give some of {', '.join(dict.fromkeys(known))}")
+    rates, formats = [*(storage.rate for storage in storages), 16], [storage.format for storage in storages]
+    for name, given, known in (("widths", limits.widths, rates), ("formats", limits.formats, formats)):
+        if given is not None and (not given or set(given) - set(known)):
+            problems.append(f"limits.{name}: give some of {', '.join(map(str, dict.fromkeys(known)))}")
     if limits.widths is not None:
         problems += [
             f"limits.min_bits.{pattern}: {bits} is more than any of limits.widths {limits.widths}"

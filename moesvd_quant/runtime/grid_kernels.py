@@ -3,28 +3,15 @@
 Compiled by numba at their first use, see `grid_numba.py`; where numba is missing, formats dequantize.
 """
 
-from functools import cache
-from importlib.util import find_spec
-from types import SimpleNamespace
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-HERE = find_spec("numba") is not None
+from .numba_here import HERE, use_torchs_threads
+
 MANY = 16  # tokens per matrix from which on tiles are dequantized and multiplied by torch
 TILE = 512  # rows of such a tile
 CHUNK = 32  # rows that a thread takes at a time
-
-
-@cache
-def _compiled() -> SimpleNamespace:
-    """What numba compiles, at its first use."""
-    from numba import get_num_threads, set_num_threads
-
-    from .grid_numba import few, tile
-
-    return SimpleNamespace(few=few, tile=tile, set_threads=set_num_threads, most_threads=get_num_threads())
 
 
 def usable(form, stored: dict, x: torch.Tensor) -> bool:
@@ -35,8 +22,9 @@ def usable(form, stored: dict, x: torch.Tensor) -> bool:
 
 def products(form, stored: dict, columns: int, x: torch.Tensor, sizes: list[int], table) -> torch.Tensor:
     """x (tokens, columns), sorted by matrix, sizes[e] tokens of matrix e -> (tokens, rows) in the dtype of x."""
-    made = _compiled()
-    made.set_threads(min(torch.get_num_threads(), made.most_threads))
+    from .grid_numba import few
+
+    use_torchs_threads()
     codes = stored["codes"].numpy()
     levels, base = stored["scales"].numpy(), stored["base"].view(torch.float32)[..., 0].numpy()
     zeros = np.zeros((len(codes), 1), np.uint8) if form.sym else stored["zeros"].numpy()
@@ -48,22 +36,24 @@ def products(form, stored: dict, columns: int, x: torch.Tensor, sizes: list[int]
     if len(used):
         found = np.empty(y.shape, np.float32)
         asked = planes.float().numpy(), sums.numpy(), starts, used, CHUNK, found
-        made.few(codes, *matrix, form.bits, form.sym, form.group_size, table, *asked)
+        few(codes, *matrix, form.bits, form.sym, form.group_size, table, *asked)
         y.copy_(torch.from_numpy(found))
     for e, size in enumerate(sizes):
         if size >= MANY:
             rows = slice(starts[e], starts[e + 1])
             own = codes[e], levels[e], base[e], zeros[e]
-            y[rows] = _by_tiles(made, own, form, table, planes[rows].flatten(1))
+            y[rows] = _by_tiles(own, form, table, planes[rows].flatten(1))
     return y
 
 
-def _by_tiles(made, own: tuple, form, table, x: torch.Tensor) -> torch.Tensor:
+def _by_tiles(own: tuple, form, table, x: torch.Tensor) -> torch.Tensor:
     """x (tokens, 8 * words) in planes, by torch's product with one tile of rows after the other."""
+    from .grid_numba import tile
+
     count, done = len(own[0]), []
     for first in range(0, count, TILE):
         out = np.empty((min(TILE, count - first), x.shape[1]), np.float32)
-        made.tile(*own, form.bits, form.sym, form.group_size, table, first, out)
+        tile(*own, form.bits, form.sym, form.group_size, table, first, out)
         done.append(F.linear(x, torch.from_numpy(out).to(x.dtype)))
     return torch.cat(done, 1)
 

@@ -30,7 +30,7 @@ from .trellis import Trellis
 # What a checkpoint needs to open itself.
 SHIPPED = (
     "modeling_moesvd.py", "factorized_experts.py", "pruned_base.py", "parts.py", "stored.py", "formats.py", "grids.py",
-    "packing.py", "routers.py", "grid_kernels.py", "grid_numba.py", "trellis.py",
+    "packing.py", "routers.py", "grid_kernels.py", "grid_numba.py", "numba_here.py", "trellis.py",
     "trellis_code.py", "trellis_kernels.py", "trellis_numba.py", "native_experts.py", "modeling_deepseek.py",
     "more_formats.py",
 )  # fmt: skip

@@ -127,7 +127,6 @@ class Trellis(Format):
     def tensors(self, shape, dtype):
         *lead, rows, columns = shape
         size = int(padded(rows) * self.rate) // 8
-        # How many rows there are is told by no other tensor.
         return {"codes": ((*lead, columns, size), torch.uint8), "scale": ((*lead, 1), torch.int32)}
 
     def dequantize(self, stored, shape, dtype):

@@ -5,16 +5,14 @@ turned back.
 """
 
 from functools import cache
-from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from .numba_here import HERE, use_torchs_threads
 from .trellis_code import column_bounds, joint_columns, padded, ring_bounds
 
-HERE = find_spec("numba") is not None
 MANY = 16  # tokens per matrix from which on tiles are read and multiplied by torch
 TILE = 2  # rings of a column in such a tile
 FIT = 32 - 12  # first bits of windows that a word holds whole
@@ -47,24 +45,6 @@ def groups_of(rate: float) -> Groups:
     return Groups(twice, (each, size), np.array(starts), np.array(word_of), np.array(shifts, dtype=np.uint32))
 
 
-@cache
-def _compiled() -> SimpleNamespace:
-    """What numba compiles, at its first use."""
-    from numba import get_num_threads, set_num_threads
-
-    from .trellis_numba import few, few_short, mix_first, read, tile
-
-    made = dict(few=few, few_short=few_short, mix_first=mix_first, read=read, tile=tile)
-    return SimpleNamespace(**made, most_threads=get_num_threads(), set_threads=set_num_threads)
-
-
-def compiled() -> SimpleNamespace:
-    """The same, to run on as many threads as torch."""
-    made = _compiled()
-    made.set_threads(min(torch.get_num_threads(), made.most_threads))
-    return made
-
-
 def usable(tensor: torch.Tensor) -> bool:
     """Whether the kernels can be had for a tensor."""
     return HERE and tensor.device.type == "cpu"
@@ -73,18 +53,23 @@ def usable(tensor: torch.Tensor) -> bool:
 def read_all(codes: torch.Tensor, rate: float, bounds: np.ndarray) -> torch.Tensor:
     """Values float32 (..., weights), in their order, of codes uint8 (..., columns, bytes) of matrices whose rings have
     these bounds."""
+    from .trellis_numba import read
+
+    use_torchs_threads()
     flat = codes.reshape(-1, codes.shape[-2] * codes.shape[-1])
     out = torch.empty(len(flat), bounds[-1])
-    made = compiled()
     for stream, values in zip(flat, out):
-        made.read(stream.numpy(), *groups_of(rate), bounds, values.numpy())
+        read(stream.numpy(), *groups_of(rate), bounds, values.numpy())
     return out.view(*codes.shape[:-2], bounds[-1])
 
 
 def mixed_first(x: torch.Tensor, block: int) -> torch.Tensor:
     """x (..., m, n) float32, contiguous, which is changed: times blocks of Hadamard matrices along m."""
+    from .trellis_numba import mix_first
+
+    use_torchs_threads()
     for one in x.view(-1, *x.shape[-2:]):
-        compiled().mix_first(one.numpy(), block)
+        mix_first(one.numpy(), block)
     return x
 
 
@@ -92,14 +77,15 @@ def products(codes: torch.Tensor, rate: float, rows: int, x: torch.Tensor, sizes
     """x (tokens, columns) float32, sorted by matrix, sizes[e] tokens of matrix e; codes uint8 (matrices, columns,
     bytes) -> float32 (tokens, rows): products with the values as they are stored, turned and without scale. dtype: of
     products that torch makes."""
+    use_torchs_threads()
     begins = np.concatenate([[0], np.cumsum(sizes)])
     y = torch.empty(len(x), rows)
-    few = MANY if codes.shape[1] % joint_columns(rows) == 0 else 0  # rings of different lengths: one by one
-    used = np.array([e for e, size in enumerate(sizes) if 0 < size < few])
+    limit = MANY if codes.shape[1] % joint_columns(rows) == 0 else 0  # rings of different lengths: one by one
+    used = np.array([e for e, size in enumerate(sizes) if 0 < size < limit])
     if len(used):
         _few(codes, groups_of(rate), rows, x, begins, used, y)
     for e, size in enumerate(sizes):
-        if size >= max(few, 1):
+        if size >= max(limit, 1):
             own = slice(begins[e], begins[e + 1])
             y[own] = _by_tiles(codes[e], rate, rows, x[own].to(dtype))
     return y
@@ -107,29 +93,32 @@ def products(codes: torch.Tensor, rate: float, rows: int, x: torch.Tensor, sizes
 
 def _few(codes, groups: Groups, rows: int, x, begins, used, y) -> None:
     """Sets y (tokens, rows) of the tokens of the matrices `used`."""
-    made, bounds, joint = compiled(), column_bounds(rows), joint_columns(rows)
+    from .trellis_numba import few, few_short
+
+    bounds, joint = column_bounds(rows), joint_columns(rows)
     sums = x.sum(1).numpy()
     if joint == 1:
         per = max(1, min(4, len(used) * (len(bounds) - 1) // (2 * torch.get_num_threads())))
-        made.few(codes.numpy(), *groups, bounds, per, x.numpy(), sums, begins, used, y.numpy())
+        few(codes.numpy(), *groups, bounds, per, x.numpy(), sums, begins, used, y.numpy())
     else:
         by_ring = x.view(len(x), -1, joint).transpose(1, 2).contiguous()
-        made.few_short(codes.numpy(), *groups, padded(rows), joint, by_ring.numpy(), sums, begins, used, y.numpy())
+        few_short(codes.numpy(), *groups, padded(rows), joint, by_ring.numpy(), sums, begins, used, y.numpy())
 
 
 def _by_tiles(codes: torch.Tensor, rate: float, rows: int, x: torch.Tensor) -> torch.Tensor:
     """x (tokens, columns) by torch's product with one tile of rows of a matrix after the other; values are exact in
     bfloat16."""
+    from .trellis_numba import tile
+
     columns = len(codes)
     if joint_columns(rows) > 1:
         values = read_all(codes, rate, ring_bounds(rows, columns)).view(columns, -1)
         return (x @ values.to(x.dtype))[:, :rows]
-    made, groups, bounds = compiled(), groups_of(rate), column_bounds(rows)
-    done = []
+    groups, bounds, done = groups_of(rate), column_bounds(rows), []
     for low in range(0, len(bounds) - 1, TILE):
         high = min(low + TILE, len(bounds) - 1)
         out = np.empty((columns, bounds[high] - bounds[low]), np.uint16)
-        made.tile(codes.numpy(), *groups, bounds, low, high, out)
+        tile(codes.numpy(), *groups, bounds, low, high, out)
         planes = x @ torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).to(x.dtype)
         done.append(planes.unflatten(1, (groups.shape[0], -1)).transpose(1, 2).flatten(1))
     return torch.cat(done, 1)[:, :rows]

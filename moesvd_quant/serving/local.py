@@ -2,7 +2,6 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 from ..errors import UsageError
@@ -17,9 +16,9 @@ def require_server() -> None:
         raise UsageError(f"{', '.join(missing)}: not installed; pip install 'moesvd_quant[serve]'")
 
 
-def make_server(folder: Path, device: str, host: str, port: int) -> Any:
-    """The server of a model folder, loaded and verified, that `uvicorn` has not started. Its model has the folder's
-    name. UsageError where parts are missing; ModelError where the folder is no sound model."""
+def run_server(folder: Path, device: str, host: str, port: int) -> None:
+    """Serves a model folder, loaded and verified, until it is interrupted. Its model has the folder's name. UsageError
+    where parts are missing; ModelError where the folder is no sound model."""
     require_server()
     model, tokenizer = load(folder, device=device), load_tokenizer(folder)
     from transformers.cli.serve import Serve
@@ -34,11 +33,5 @@ def make_server(folder: Path, device: str, host: str, port: int) -> Any:
         def get_gen_models(self, cache_dir=None):
             return [{"id": folder.name, "object": "model", "created": 0, "owned_by": "moesvd_quant"}]
 
-    def held_back(server) -> None:
-        """`Serve` runs what it made at once; here it is handed out first."""
-
-    with (
-        patch.object(model_manager, "ModelManager", OneModel),
-        patch("uvicorn.Server.run", held_back),
-    ):
-        return Serve(force_model=folder.name, device=device, host=host, port=port).server
+    with patch.object(model_manager, "ModelManager", OneModel):
+        Serve(force_model=folder.name, device=device, host=host, port=port)

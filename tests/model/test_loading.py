@@ -1,22 +1,25 @@
 """A checkpoint opens by three routes with the same bits, survives saving, generates, and otherwise raises."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_imports
 
 import moesvd_quant
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.run.run import Run
+from moesvd_quant.runtime import modeling_moesvd
+from stranger import logits_without_package
 
+HOME = Path(modeling_moesvd.__file__).parent
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
 
 
@@ -78,31 +81,17 @@ def test_a_lost_or_foreign_tensor_raises(checkpoint, tmp_path):
         moesvd_quant.load(copy)
 
 
-WITHOUT_PACKAGE = """
-import sys
-sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in str(f).lower()]
-sys.modules["moesvd_quant"] = None  # as on a machine without it
-import torch
-from transformers import AutoModelForCausalLM
-folder, ids, out, trust = sys.argv[1], torch.load(sys.argv[2]), sys.argv[3], sys.argv[4] == "trust"
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust).eval()
-with torch.no_grad():
-    torch.save(model(ids).logits, out)
-"""
-
-
 @pytest.mark.parametrize("checkpoint", ["mixtral"], indirect=True)
 def test_without_the_package_it_needs_trust_and_then_gives_the_same_bits(checkpoint, tmp_path):
-    torch.save(IDS, tmp_path / "ids.pt")
-
-    def run(trust):
-        command = [sys.executable, "-c", WITHOUT_PACKAGE, checkpoint, tmp_path / "ids.pt", tmp_path / "out.pt", trust]
-        environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
-
-    refused = run("no")
-    assert refused.returncode and "trust_remote_code" in refused.stderr and not (tmp_path / "out.pt").exists()
-    done = run("trust")
+    refused, found = logits_without_package(checkpoint, IDS, tmp_path, trust=False)
+    assert refused.returncode and "trust_remote_code" in refused.stderr and found is None
+    done, found = logits_without_package(checkpoint, IDS, tmp_path)
     assert done.returncode == 0, done.stderr
     expected = logits(moesvd_quant.load(checkpoint))
-    assert torch.equal(torch.load(tmp_path / "out.pt"), expected)
+    assert torch.equal(found, expected)
+
+
+def test_what_a_checkpoint_ships_demands_no_more_than_it_needs():
+    """transformers refuses a checkpoint where anything is missing that its files import outside of `try`."""
+    demanded = {name for file in modeling_moesvd.SHIPPED for name in get_imports(HOME / file)}
+    assert demanded - set(sys.stdlib_module_names) == {"torch", "transformers", "numpy", "huggingface_hub"}

@@ -1,8 +1,6 @@
 """A format is one class that says how matrices are stored, one that makes them so, and a registering line each."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +23,7 @@ from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.formats import FORMATS, Format, register
 from moesvd_quant.runtime.packing import pack, unpack
+from stranger import logits_without_package
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
 
@@ -93,19 +92,6 @@ def logits(model):
         return model(IDS).logits
 
 
-WITHOUT_PACKAGE = """
-import sys
-sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in str(f).lower()]
-sys.path[:] = [p for p in sys.path if p]
-sys.modules["moesvd_quant"] = None  # as on a machine without it
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
-"""
-
-
 def test_a_format_of_one_file_goes_through_everything(run, tmp_path):
     planned = plan_stages(run)
     first, second = run.run()
@@ -122,10 +108,9 @@ def test_a_format_of_one_file_goes_through_everything(run, tmp_path):
                 assert set((row / row.abs().max()).tolist()) <= {-1.0, 0.0, 1.0}
     expected = logits(model)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(second)), expected)
-    torch.save(IDS, tmp_path / "ids")
-    given = [second, tmp_path / "ids", tmp_path / "logits"]
-    subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, *map(str, given)], check=True, timeout=200, cwd=tmp_path)
-    assert torch.equal(torch.load(tmp_path / "logits"), expected)
+    done, found = logits_without_package(second, IDS, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(found, expected)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(moesvd_quant.load(tmp_path / "again")), expected)
 

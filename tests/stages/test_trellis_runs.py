@@ -1,8 +1,6 @@
 """Trellis codes through whole runs: planned, packed, loaded, evaluated, trained, and resumed."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from moesvd_quant.recipe.recipe import RecipeError, load_recipe
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.trellis import Trellis
+from stranger import logits_without_package
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
 FIT = "budget: 2.3bpw\nstages: [svd, {gptq: {format: best, error_aware: true}}]"
@@ -42,19 +41,6 @@ def forms_of(plan) -> set[str]:
     return {form["format"] for form in forms}
 
 
-WITHOUT_PACKAGE = """
-import sys
-sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in str(f).lower()]
-sys.path[:] = [p for p in sys.path if p]
-sys.modules["moesvd_quant"] = None  # as on a machine without it
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
-"""
-
-
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
 def test_a_budget_of_both_formats_is_met_and_loads_by_all_routes(make_model, tmp_path, small, architecture):
     run = make(tmp_path, make_model(architecture, torch.bfloat16), small, FIT)
@@ -66,10 +52,9 @@ def test_a_budget_of_both_formats_is_met_and_loads_by_all_routes(make_model, tmp
     model = moesvd_quant.load(checkpoint)
     expected = logits(model)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(checkpoint)), expected)
-    torch.save(IDS, tmp_path / "ids")
-    given = [checkpoint, tmp_path / "ids", tmp_path / "logits"]
-    subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, *map(str, given)], check=True, timeout=200, cwd=tmp_path)
-    assert torch.equal(torch.load(tmp_path / "logits"), expected)
+    done, found = logits_without_package(checkpoint, IDS, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(found, expected)
     export_checkpoint(checkpoint, tmp_path / "dense", "dense")
     exact, dense = (logits(moesvd_quant.load(f, dtype=torch.float32)) for f in (checkpoint, tmp_path / "dense"))
     # Its weights are rounded to bfloat16; a few tokens may then go to another expert.
