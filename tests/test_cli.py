@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -26,13 +25,11 @@ def call(capsys, monkeypatch):
 
 
 def test_help_answers_at_once():
-    command = [sys.executable, "-m", "moesvd_quant.cli", "--help"]
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.5, times
+    """What makes help slow is loading these; how fast it is without them is the machine's."""
+    command = [sys.executable, "-X", "importtime", "-m", "moesvd_quant.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "typer" in loaded and not loaded & {"torch", "transformers", "numpy", "peft", "datasets"}
     for verb in ("run", "plan", "validate", "ls", "cp", "eval", "table", "speed", "report", "export", "demo"):
         assert f" {verb} " in done.stdout
 
