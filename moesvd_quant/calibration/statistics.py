@@ -29,6 +29,8 @@ from ..runtime.native_experts import Routed
 # Magnitudes of activations are counted in bins of 1/16 octave, so that the outlier share of any threshold
 # can be read later without a second walk.
 LOWEST_OCTAVE, OCTAVES, BINS_PER_OCTAVE = -40, 60, 16
+# Sums over an expert's tokens: the router's weight, the norm of the expert's output, and their product.
+OUTPUTS = ("router_weight", "output_norm", "weighted_norm")
 PART = 256  # tokens whose magnitudes are counted at a time
 
 
@@ -97,6 +99,7 @@ class ExpertsRecorder:
         self.device = next(module.parameters()).device
         self.group = range(self.at_once)
         self.sums = self._zeros()
+        self.outputs = {name: torch.zeros(self.count, dtype=torch.float64) for name in OUTPUTS}
         self.kept = [Batches(scratch) for _ in range(3)] if 0 < self.at_once < self.count else None
         # `grouped_mm` calls no hooks inside: the experts run one by one here instead.
         module.forward = types.MethodType(lambda _, *inputs: self.forward(*inputs), module)
@@ -106,7 +109,7 @@ class ExpertsRecorder:
 
     def shapes(self) -> dict[str, tuple[tuple, torch.dtype]]:
         """What is summed for each expert: tokens, Gram matrices of the inputs of gate/up and of down, their absolute
-        values, magnitudes of the latter's (see `outlier_share`), and the sum of these."""
+        values, magnitudes of the latter's (see `outlier_share`), the sum of these, and OUTPUTS."""
         return {
             "tokens": ((), torch.int64),
             "gram_in": ((self.hidden, self.hidden), torch.float32),
@@ -115,6 +118,7 @@ class ExpertsRecorder:
             "abs_mid": ((self.inner,), torch.float32),
             "magnitudes": ((OCTAVES * BINS_PER_OCTAVE,), torch.int64),
             "magnitude_sum": ((), torch.float64),
+            **{name: ((), torch.float64) for name in OUTPUTS},
         }
 
     def _zeros(self) -> dict[str, torch.Tensor]:
@@ -122,10 +126,15 @@ class ExpertsRecorder:
         return {
             name: torch.zeros(len(self.group), *shape, dtype=dtype, device=self.device)
             for name, (shape, dtype) in self.shapes().items()
+            if name not in OUTPUTS
         }
 
     def groups(self) -> Iterator[tuple[range, dict[str, torch.Tensor]]]:
         """(experts, their sums {name: (experts, ...)}) group by group; after all batches have passed."""
+        for group, sums in self._groups():
+            yield group, sums | {name: total[group.start : group.stop] for name, total in self.outputs.items()}
+
+    def _groups(self) -> Iterator[tuple[range, dict[str, torch.Tensor]]]:
         yield self.group, self.sums
         for first in range(self.at_once, self.count, self.at_once):
             self.group = range(first, min(first + self.at_once, self.count))
@@ -155,7 +164,16 @@ class ExpertsRecorder:
             if self.flags.has_bias:
                 out = out + self.module.down_proj_bias[expert]
             y[rows] = self.module.post_expert_norm(out) if self.flags.has_post_expert_norm else out
+            if self.group:
+                self._weigh(expert, y[rows], None if routed.scale is None else routed.scale[rows])
         return gather(self.module, y, routed, *inputs)
+
+    def _weigh(self, expert: int, out: torch.Tensor, scale: torch.Tensor | None) -> None:
+        """Counts outputs (n, hidden) and the router's weights (n,), which are 1 where the input was scaled instead."""
+        norms = out.float().norm(dim=-1).double()
+        weights = torch.ones_like(norms) if scale is None else scale.double()
+        for name, values in zip(OUTPUTS, (weights, norms, weights * norms)):
+            self.outputs[name][expert] += values.sum().cpu()
 
     def _observe(self, expert: int, x: torch.Tensor, inner: torch.Tensor) -> None:
         at, sums, x, inner = expert - self.group.start, self.sums, x.float(), inner.float()

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.native_experts import Flags, Routed, SharedExpert, add_bias, apply_gate, arguments, form_of
-from ..runtime.parts import JOINT, joined, separate
+from ..runtime.parts import JOINT, DensePart, joined, separate
 from ..runtime.routers import ROUTERS as ROUTERS
 from ..runtime.routers import Sources
 from ..runtime.stored import StoredLinear
@@ -70,6 +70,16 @@ def split_projections(native: nn.Module) -> dict[str, torch.Tensor]:
     return _form(native).weights(native)
 
 
+def is_whole(experts: nn.Module) -> bool:
+    """Whether the weights are the original's, if perhaps of fewer experts: no factors, nothing packed or cut."""
+    if not isinstance(experts, FactorizedExperts):
+        return True
+    parts = [part for parts in experts.layout.values() for part in parts]
+    plain = all(isinstance(part, DensePart) and not part.packed for part in parts)
+    whole = all(part.rows is None and part.columns is None for part in parts)
+    return plain and whole and all(part.users("dense") == list(range(experts.experts)) for part in parts)
+
+
 def weight_parameters(native: nn.Module) -> list[nn.Parameter]:
     """The parameters of a native experts module that `split_projections` views."""
     return [native.get_parameter(name) for name in _form(native).parameters(native)]
@@ -102,10 +112,10 @@ def all_shapes(experts: nn.Module) -> dict[str, tuple[int, int]]:
 
 def dense_weight(experts: nn.Module, projection: str, expert: int, dtype=torch.float32) -> torch.Tensor:
     """Effective weight (out, in) of one projection (gate_up: of both) of one expert, in `dtype`."""
+    if projection == JOINT and JOINT not in shapes_of(experts):
+        return torch.cat([dense_weight(experts, name, expert, dtype) for name in ("gate", "up")])
     if isinstance(experts, FactorizedExperts):
         return experts.dense(projection, expert, dtype)
-    if projection == JOINT:
-        return torch.cat([dense_weight(experts, name, expert, dtype) for name in ("gate", "up")])
     return split_projections(experts)[projection][expert].to(dtype)
 
 

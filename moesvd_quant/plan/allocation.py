@@ -68,9 +68,11 @@ def plan_of(context: Context, found: Choices, choices: dict[tuple[str, str], lis
     layout = layout_of(context.parent)
     decisions: dict = {}
     storages: dict = {}
+    for path in {path for path, _ in choices}:
+        layout.experts[path] = {}
     for (path, name), chosen in choices.items():
         parts, how = parts_by_choice(chosen)
-        layout.experts.setdefault(path, {})[name] = parts
+        layout.experts[path][name] = parts
         storages.setdefault(path, {})[name] = how
         decision = {"weak_experts": found.weak[path], "price": found.prices[path], "choices": {}, "forecast": {}}
         decisions.setdefault(path, decision)["choices"][name] = [describe(choice) for choice in chosen]

@@ -1,19 +1,28 @@
 """What may become of every expert matrix, at which bytes, and what it is forecast to lose."""
 
 from collections import ChainMap
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from ..calibration.metric import METRIC
-from ..model.experts import dense_weight, expert_count, find_experts, shapes_of, split_projections
+from ..model.experts import (
+    dense_weight,
+    find_experts,
+    is_whole,
+    shapes_of,
+    sources_of,
+    split_projections,
+)
 from ..quantize.codec import Bank, QuantizeError
 from ..quantize.noise import NOISE
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.formats import FLOAT as FLOAT_FORMAT
 from ..runtime.formats import Format
 from ..runtime.parts import JOINT, joined
+from ..runtime.routers import Sources
 from . import tables as fitting
 from .context import Context, StageError, expert_grams, reached, weak_experts
 from .knapsack import FLOAT, Storage, Table
@@ -36,27 +45,35 @@ def choices_of(context: Context, storages: list[Storage], ranks: bool) -> Choice
     are one projection: on one right factor they lose less for the same bytes (docs/results.md)."""
     key = (tuple(storages), ranks)
     if key not in context.memo:
-        _require_native(context)
+        sources = _require_whole(context)
         effects = context.statistics.effects(partial(context.report, "effects of errors on the output"))
-        work = partial(_layer_choices, effects, storages, ranks)
-        found = dict(context.each_layer(work, context.surveyed))
+        work = partial(_layer_choices, effects, storages, ranks, sources)
+        reading = replace(context, parent=context.original or context.parent)
+        found = dict(reading.each_layer(work, context.surveyed))
         layers = [found[index] for index in sorted(found)]
         context.memo[key] = Choices(*(dict(ChainMap(*reversed(part))) for part in zip(*layers)))
     return context.memo[key]
 
 
-def _require_native(context: Context) -> None:
-    """Before any walk: StageError for experts that are ours already."""
+def _require_whole(context: Context) -> dict[str, Sources]:
+    """Before any walk: StageError for experts that are compressed already. From which of the original's experts those
+    of each module come."""
+    sources = {}
     for layer, name in zip(context.parent.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
-            if isinstance(experts, FactorizedExperts):
+            if isinstance(experts, FactorizedExperts) and not is_whole(experts):
                 factors = any(part.rank for parts in experts.layout.values() for part in parts)
                 kind = "factorized" if factors else "compressed"
                 raise StageError(f"{name}.{path}: is {kind} already; ranks and widths are chosen of an original model")
+            sources[f"{name}.{path}"] = sources_of(experts)
+    return sources
 
 
-def _layer_choices(effects, storages, ranks, context: Context, index: int, layer, statistics: dict) -> Choices:
-    """Choices of the experts of one layer; effects: nats per token of each group."""
+def _layer_choices(
+    effects, storages, ranks, sources: dict[str, Sources], context: Context, index: int, layer, statistics: dict
+) -> Choices:
+    """Choices of the experts of one layer of the original; effects: nats per token of each group; sources: which of
+    them there are."""
     made, name = Choices({}, {}, {}), context.parent.layer_names[index]
     damp = context.packing.damp if context.packing else 0.0
 
@@ -72,11 +89,12 @@ def _layer_choices(effects, storages, ranks, context: Context, index: int, layer
         full = f"{name}.{path}"
         if not reached(statistics, path):  # kept as it is
             continue
-        made.weak[full] = weak_experts(statistics, path)
+        made.weak[full] = weak_experts(statistics, path, sources[full])
         shapes = joined(shapes_of(experts)) if ranks else shapes_of(experts)
-        make = partial(_profiles, context, experts, statistics, path, full, effects, damp, list(shapes))
+        make = partial(_profiles, context, experts, sources[full], statistics, path, full, effects, damp, list(shapes))
         depends = {"metric": METRIC, "noise": NOISE, "damp": damp, "joint": ranks, "least": LEAST_PRICE}
         depends |= fitting.settings() | {"effects": context.statistics.effect_settings()}
+        depends["sources"] = sources[full]
         kept = context.statistics.kept(f"profiles-{full}", make, **depends)
         made.prices[full] = {key.removesuffix("/price"): float(kept[key]) for key in kept if key.endswith("/price")}
         for projection, shape in shapes.items():
@@ -90,15 +108,18 @@ def _layer_choices(effects, storages, ranks, context: Context, index: int, layer
     return made
 
 
-def _profiles(context, experts, statistics, path, full, effects, damp, names: list[str]) -> dict[str, torch.Tensor]:
+def _profiles(
+    context, experts, sources: Sources, statistics, path, full, effects, damp, names: list[str]
+) -> dict[str, torch.Tensor]:
     """{projection/price: (), and of those in `names` projection/spectrum (E, k), /dense (E,), /factors (E, k)}."""
-    grams = expert_grams(statistics, path, context.device)
-    weights = split_projections(experts)
+    grams = expert_grams(statistics, path, context.device, sources=sources)
+    kept = [first for first, *_ in sources]
+    weights = {name: weight[kept] for name, weight in split_projections(experts).items()}
     prices = {name: error_price(weights[name], grams[name], effects[full, name]) for name in weights}
     found = {f"{name}/price": torch.tensor(price, dtype=torch.float64) for name, price in prices.items()}
     for name in names:
         scale = row_scale(prices, name, shapes_of(experts)).to(context.device)
-        scaled = (dense_weight(experts, name, e, torch.float32) * scale for e in range(expert_count(experts)))
+        scaled = (dense_weight(experts, name, e, torch.float32) * scale for e in kept)
         made = [profile(weight, gram, damp) for weight, gram in zip(scaled, grams[name])]
         found[f"{name}/spectrum"] = torch.stack([one.spectrum for one in made])
         found[f"{name}/dense"] = torch.tensor([one.dense for one in made], dtype=torch.float64)

@@ -41,6 +41,8 @@ class Context:
     seed: int
     device: torch.device
     progress: Progress = lambda done, total: None  # of reading the model
+    # The model that a plan reads weights from: the input checkpoint may not be made yet, and has a part of its experts.
+    original: StreamedModel | None = None
     # Of a recipe with a budget: bytes for the routed experts at its end, the storages that the stage before planned,
     # the stage that will quantize, tables that one plan made and the next may use, and what to respect. A budget of
     # zero stands for the least that is possible.

@@ -24,8 +24,9 @@ class Form(IntEnum):
     """What weights a checkpoint has. A stage that takes a form takes all smaller ones as well."""
 
     ORIGINAL = 0  # those of the original model
-    CHANGED = 1  # others, in floating point
-    PACKED = 2  # some of them quantized
+    FEWER = 1  # the same, of some of the experts
+    CHANGED = 2  # others, in floating point
+    PACKED = 3  # some of them quantized
 
 
 class TrainingText(NamedTuple):

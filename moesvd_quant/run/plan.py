@@ -71,6 +71,7 @@ def _plan_all(run, budget: float | None, memo: dict) -> list[dict]:
             run.recipe.seed,
             run.device,
             progress,
+            run.meta,
             budget,
             storages,
             packing,

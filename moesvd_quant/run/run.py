@@ -73,6 +73,11 @@ class Run:
         require_writable(self.out)
         self.meta = self.opened(self.model)
         require_carried(self.meta)
+        if gone := next(iter(layout_of(self.meta).sources), None):
+            raise RunError(
+                f"{self.model}: {gone} has lost some of the original's experts; run all stages in one recipe on "
+                "the original, or export this checkpoint with --to dense and start from that"
+            )
         self.model_digest = fingerprint(self.model)
         disable_malloc_cache()
         self.memory = Memory(how.get("memory"))

@@ -23,8 +23,7 @@ class FactorizedExperts(PrunedBase):
         super().__init__()
         ours = isinstance(native, FactorizedExperts)
         if not ours:
-            shapes = projection_shapes(native)
-            self.shapes = joined(shapes) if JOINT in layout else shapes
+            self.shapes = projection_shapes(native)
             self.native_class, self.form = type(native), form_of(native)
             self.original_experts = len(self.form.weights(native)["down"])
             self.sources, self.experts = sources, len(sources or range(self.original_experts))
@@ -33,6 +32,8 @@ class FactorizedExperts(PrunedBase):
         own = ("formats", "kinds", "bank_shapes")
         state = {k: v for k, v in vars(native).items() if not k.startswith("_") and k not in own}
         self.__dict__.update(state)  # alpha, limit, flags, config: all that is not a weight
+        if JOINT in layout and JOINT not in self.shapes:
+            self.shapes = joined(self.shapes)
         weights = set(native.stored_tensors()) if ours else set(self.form.parameters(native))
         holders = {name.partition(".")[0] for name in weights}
         for name, child in native._modules.items():

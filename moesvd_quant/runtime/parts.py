@@ -64,7 +64,7 @@ class _Part:
 
     def take_rows_from(self, other: "Part") -> None:
         """Each expert uses the matrices that it uses in the same part of an earlier checkpoint."""
-        if self.chain == other.chain:
+        if self.chain == other.chain and self.experts == other.experts:
             for bank in self.chain:
                 setattr(self, bank, list(other.users(bank)))
 

@@ -4,8 +4,10 @@ from ..recipe.stage import register
 from .d2 import D2
 from .gptq import Gptq
 from .lora import Lora
+from .prune import Prune
 from .svd import Svd
 
+register(Prune)
 register(Svd)
 register(D2)
 register(Lora)

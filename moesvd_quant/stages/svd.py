@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 class Svd(Stage):
     name: ClassVar[str] = "svd"
-    takes: ClassVar[Form] = Form.ORIGINAL
+    takes: ClassVar[Form] = Form.FEWER
     leaves: ClassVar[Form] = Form.CHANGED
     budget_option: ClassVar[str | None] = "ratio"
 
