@@ -10,6 +10,7 @@ import typer
 
 from ..errors import MoesvdError
 from . import (
+    compare,  # noqa: F401 (they register their verbs)
     compress,  # noqa: F401 (they register their verbs)
     measure,  # noqa: F401 (they register their verbs)
     probe,  # noqa: F401 (they register their verbs)

@@ -1,0 +1,105 @@
+"""Models beside their original: divergence of their predictions, and what they write."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import UsageError
+from ..model.stream import Precision, StreamedModel, precision_on
+from .difference import Difference, difference
+from .inputs import EvalSpec, read_text
+from .table import Table
+
+BATCH_TOKENS = 2048  # at a time: logits of a large vocabulary are much larger than hidden states
+FLOOR = "its own dtype"  # the original, computed in the precision that its files have
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model writes after a prompt, greedily. same: how many of its tokens are those of the original before the
+    first one that differs."""
+
+    model: str
+    text: str
+    same: int
+    tokens: int
+
+
+def compare(
+    original: Path, others: dict[str, Path], wanted: EvalSpec, device: str, report: Report
+) -> dict[str, dict[str, Difference]]:
+    """{text: {model: its difference from the original}}. Models go layer by layer, so that no two are in memory.
+
+    FLOOR stands for the original in its own dtype where that is not what is computed in: less than this no
+    16-bit model of its kind can be told apart. UsageError for models whose tokenizers differ.
+    """
+    from ..model.carried import tokenizer_digest
+    from ..model.opened import open_folder
+    from ..model.tokenizer import load_tokenizer
+
+    opened, precision = open_folder(original), precision_on(device)
+    for name, folder in others.items():
+        if tokenizer_digest(folder) != tokenizer_digest(original):
+            raise UsageError(f"{name}: has another tokenizer than {original}; only models of one can be compared")
+    tokenizer = load_tokenizer(original)
+    texts = {name: read_text(source, wanted, tokenizer, opened.config) for name, source in wanted.texts.items()}
+    models: dict[str, tuple[Path, Precision]] = {name: (folder, precision) for name, folder in others.items()}
+    if isinstance(precision, torch.dtype) and opened.dtype != precision:
+        models = {FLOOR: (original, opened.dtype)} | models
+    found: dict[str, dict[str, Difference]] = {}
+    for text, read in texts.items():
+        windows = read.windows
+        assert windows is not None
+        found[text] = {}
+        for name, (folder, dtype) in models.items():
+            say = lambda done, total, name=name, text=text: report(f"{name} on {text}", done, total)  # noqa: E731
+            first, second = StreamedModel(original, precision, device), StreamedModel(folder, dtype, device)
+            batch = max(1, BATCH_TOKENS // windows.shape[1])
+            found[text][name] = difference(first.logits(windows, batch), second.logits(windows, batch), windows, say)
+    return found
+
+
+def difference_table(differences: dict[str, Difference]) -> Table:
+    """A row per model; divergences in thousandths of a nat per token."""
+    columns = ["model", "mean", "median", "99 %", "99.9 %", "same top token %", "perplexity %", "95 % interval"]
+    rows: list[list[str | float]] = []
+    for name, one in differences.items():
+        divergences = [float(f"{1000 * value:.3g}") for value in (one.mean, one.median, one.high99, one.high999)]
+        change, low, high = (100 * one.change[key] for key in ("change", "low", "high"))
+        rows.append([name, *divergences, round(100 * one.top1, 2), f"{change:+.2f}", f"{low:+.2f} to {high:+.2f}"])
+    return Table("", columns, rows)
+
+
+@torch.no_grad()
+def write_beside(
+    original: Path, others: dict[str, Path], prompts: Sequence[str], tokens: int, device: str, report: Report
+) -> list[list[Written]]:
+    """What each model writes after each prompt, the original first; one model in memory at a time."""
+    from ..model.load import load
+    from ..model.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(original)
+    ids: dict[str, list[list[int]]] = {}
+    for done, (name, folder) in enumerate({"original": original, **others}.items()):
+        model, ids[name] = load(folder, device=device), []
+        for prompt in prompts:
+            given = tokenizer(prompt, return_tensors="pt").to(model.device)
+            asked = {key: given[key] for key in ("input_ids", "attention_mask")}
+            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+            made = model.generate(**asked, max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
+            ids[name].append(made[0, asked["input_ids"].shape[1] :].tolist())
+        report("writing", done + 1, len(others) + 1)
+    return [
+        [_written(name, tokenizer, own[at], ids["original"][at]) for name, own in ids.items()]
+        for at in range(len(prompts))
+    ]
+
+
+def _written(name: str, tokenizer, ids: list[int], original: list[int]) -> Written:
+    same = next((i for i, (a, b) in enumerate(zip(ids, original)) if a != b), min(len(ids), len(original)))
+    before, after = (tokenizer.decode(part) for part in (ids[:same], ids[same:]))
+    mark = " >>" if same < len(ids) and name != "original" else ""
+    return Written(name, before + mark + after, same, len(ids))
