@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -54,11 +55,14 @@ def compare(
         windows = read.windows
         assert windows is not None
         found[text] = {}
-        for name, (folder, dtype) in models.items():
-            say = lambda done, total, name=name, text=text: report(f"{name} on {text}", done, total)  # noqa: E731
-            first, second = StreamedModel(original, precision, device), StreamedModel(folder, dtype, device)
-            batch = max(1, BATCH_TOKENS // windows.shape[1])
-            found[text][name] = difference(first.logits(windows, batch), second.logits(windows, batch), windows, say)
+        first, batch = StreamedModel(original, precision, device), max(1, BATCH_TOKENS // windows.shape[1])
+        with TemporaryDirectory() as scratch:  # hidden states of two models may not fit in memory
+            for _ in first.walk(windows, batch, Path(scratch)):
+                pass
+            for name, (folder, dtype) in models.items():
+                say = lambda done, total, name=name, text=text: report(f"{name} on {text}", done, total)  # noqa: E731
+                other = StreamedModel(folder, dtype, device).logits(windows, batch, Path(scratch))
+                found[text][name] = difference(first.predictions(), other, windows, say)
     return found
 
 

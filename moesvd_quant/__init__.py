@@ -5,6 +5,10 @@ Importing it teaches transformers the model type `moesvd` (see `_register`); hea
 
 from . import _register as _register
 from . import stages as stages  # recipes know them by their names
+from .api import compare as compare
+from .api import compress as compress
+from .api import evaluate as evaluate
+from .api import plan as plan
 
 __version__ = "0.1.0"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from moesvd_quant.plan.knapsack import (
+from moesvd_quant.planning.knapsack import (
     DENSE,
     MAX_RANKS,
     NOTHING,

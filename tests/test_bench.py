@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from moesvd_quant.compare.bench import cached_evaluate, compare
+from moesvd_quant.comparison.bench import cached_evaluate, compare
 from moesvd_quant.evaluation import record
 from moesvd_quant.evaluation.inputs import EvalSpec
 from moesvd_quant.runtime import modeling_moesvd
@@ -39,7 +39,7 @@ def test_a_record_is_used_again_where_nothing_changed(make_model, text, tmp_path
         calls.append(given)
         return real(*given, **more)
 
-    monkeypatch.setattr("moesvd_quant.compare.bench.evaluate", counted)
+    monkeypatch.setattr("moesvd_quant.comparison.bench.evaluate", counted)
     if change == "content":
         words.write_text(text.read_text()[::-1])
     if change == "texts":

@@ -7,7 +7,7 @@ import torch
 
 import moesvd_quant
 from moesvd_quant.model.experts import find_experts
-from moesvd_quant.plan.context import StageError
+from moesvd_quant.planning.context import StageError
 from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run, RunError
@@ -81,8 +81,8 @@ def test_a_first_stage_planned_for_other_widths_is_noticed(make_model, tmp_path,
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_fit_beats_one_width_at_equal_bytes_on_the_reference_model(tmp_path):
-    from moesvd_quant.compare.bench import compare
-    from moesvd_quant.compare.demo import CALIBRATION, TEXTS
+    from moesvd_quant.comparison.bench import compare
+    from moesvd_quant.comparison.demo import CALIBRATION, TEXTS
     from moesvd_quant.reference import path
 
     (tmp_path / "fit.yaml").write_text("budget: 2.28bpw\nstages: [svd, gptq]")

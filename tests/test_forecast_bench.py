@@ -27,7 +27,7 @@ def test_random_plans_of_equal_bytes(bench):
 
 
 def test_a_plan_in_memory_is_what_the_recipe_makes(bench, tmp_path):
-    from moesvd_quant.plan.allocation import allocate
+    from moesvd_quant.planning.allocation import allocate
     from moesvd_quant.run.plan import plan_stages
 
     chosen = allocate(bench.tables, bench.budget(2.0)).choices  # what the recipe's planner chooses too

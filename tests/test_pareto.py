@@ -5,7 +5,7 @@ import json
 import torch
 
 import moesvd_quant
-from moesvd_quant.compare.pareto import BASELINES, front, nf4_record
+from moesvd_quant.comparison.pareto import BASELINES, front, nf4_record
 from moesvd_quant.evaluation.inputs import EvalSpec
 
 

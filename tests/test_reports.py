@@ -15,12 +15,13 @@ import torch
 from transformers import AutoTokenizer
 
 from moesvd_quant.calibration.rows import TextError
-from moesvd_quant.cli.models import record_places, resolve_model
+from moesvd_quant.cli.models import record_places
 from moesvd_quant.errors import ModelError, UsageError
 from moesvd_quant.evaluation.inputs import EvalSpec
 from moesvd_quant.evaluation.record import evaluate
 from moesvd_quant.memory.files import require_writable
 from moesvd_quant.model.carried import carried_files, is_carried, wanted_from_hub, weights_from_hub
+from moesvd_quant.model.named import resolve_model
 from moesvd_quant.model.tokenizer import load_tokenizer
 from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.run.run import Run

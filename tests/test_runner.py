@@ -10,7 +10,7 @@ import torch
 import moesvd_quant
 from killing import kill_until_done
 from moesvd_quant.model.experts import find_experts, flags_of
-from moesvd_quant.plan.context import StageError
+from moesvd_quant.planning.context import StageError
 from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run, RunError

@@ -4,8 +4,8 @@ from statistics import fmean, stdev
 
 import pytest
 
-from moesvd_quant.compare.bench import compare
-from moesvd_quant.compare.sweep import sweep
+from moesvd_quant.comparison.bench import compare
+from moesvd_quant.comparison.sweep import sweep
 from moesvd_quant.errors import UsageError
 from moesvd_quant.evaluation.inputs import EvalSpec
 

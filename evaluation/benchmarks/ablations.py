@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 import yaml
 
-from moesvd_quant.cli.common import progress_bars, resolve_device
-from moesvd_quant.cli.models import resolve_model
-from moesvd_quant.compare.bench import compare
+from moesvd_quant.cli.common import progress_bars
+from moesvd_quant.comparison.bench import compare
 from moesvd_quant.errors import ModelError
 from moesvd_quant.evaluation.table import Table, render
 from moesvd_quant.model.experts import expert_count, find_experts
+from moesvd_quant.model.named import resolve_device, resolve_model
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe.recipe import load_recipe, named_texts
 from moesvd_quant.run.plan import plan_stages

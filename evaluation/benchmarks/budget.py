@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from moesvd_quant.calibration.text import joiner_of, load_documents
-from moesvd_quant.cli.common import progress_bars, resolve_device
-from moesvd_quant.cli.models import resolve_model
-from moesvd_quant.compare.bench import compare, written
+from moesvd_quant.cli.common import progress_bars
+from moesvd_quant.comparison.bench import compare, written
 from moesvd_quant.evaluation.benchmarks.quality import EQUAL, SEEDS, Increases
 from moesvd_quant.evaluation.table import Table, render
+from moesvd_quant.model.named import resolve_device, resolve_model
 from moesvd_quant.recipe.recipe import load_recipe, named_texts
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run, sync_threads

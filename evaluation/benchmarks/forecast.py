@@ -14,19 +14,19 @@ from scipy.stats import spearmanr
 from moesvd_quant.calibration.text import joiner_of, load_documents, token_windows
 from moesvd_quant.checkpoint.accounting import account, planned_model
 from moesvd_quant.checkpoint.layout import layout_of
-from moesvd_quant.cli.common import progress_bars, resolve_device
-from moesvd_quant.cli.models import resolve_model
+from moesvd_quant.cli.common import progress_bars
 from moesvd_quant.evaluation.benchmarks.quality import Bar
 from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 from moesvd_quant.evaluation.plot import plot_ranking
 from moesvd_quant.memory.files import write_json
 from moesvd_quant.model.load import load
+from moesvd_quant.model.named import resolve_device, resolve_model
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.model.tokenizer import load_tokenizer
-from moesvd_quant.plan.allocation import allowed_storages, forecast_error, plan_of
-from moesvd_quant.plan.choices import choices_of
-from moesvd_quant.plan.context import Context
-from moesvd_quant.plan.knapsack import Choice, Storage, Table, allocate
+from moesvd_quant.planning.allocation import allowed_storages, forecast_error, plan_of
+from moesvd_quant.planning.choices import choices_of
+from moesvd_quant.planning.context import Context
+from moesvd_quant.planning.knapsack import Choice, Storage, Table, allocate
 from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.recipe.stage import Stage
 from moesvd_quant.run.run import Run, sync_threads

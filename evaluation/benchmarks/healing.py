@@ -23,11 +23,11 @@ import moesvd_quant
 from moesvd_quant.calibration.store import fingerprint
 from moesvd_quant.calibration.text import joiner_of, load_documents, token_windows
 from moesvd_quant.cli.common import progress_bars
-from moesvd_quant.cli.models import resolve_model
 from moesvd_quant.evaluation.memory import disk_bytes
 from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 from moesvd_quant.evaluation.table import Table, render
 from moesvd_quant.memory.files import read_json, write_json
+from moesvd_quant.model.named import resolve_model
 from moesvd_quant.model.tokenizer import load_tokenizer
 from moesvd_quant.recipe.recipe import Evaluate, load_recipe, named_texts
 from moesvd_quant.run.run import Run, sync_threads

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 import typer
 
-from moesvd_quant.cli.models import resolve_model
 from moesvd_quant.decompose.whitening import energy, gram_root, whitened_spectrum
 from moesvd_quant.evaluation.table import Table as Shown
 from moesvd_quant.evaluation.table import render
 from moesvd_quant.model.experts import dense_weight, expert_count, find_experts
-from moesvd_quant.plan.context import expert_grams
-from moesvd_quant.plan.knapsack import DENSE, NOTHING, Choice, Table, allocate
+from moesvd_quant.model.named import resolve_model
+from moesvd_quant.planning.context import expert_grams
+from moesvd_quant.planning.knapsack import DENSE, NOTHING, Choice, Table, allocate
 from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.run.run import Run, sync_threads
 from moesvd_quant.runtime.parts import JOINT

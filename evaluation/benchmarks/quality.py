@@ -13,16 +13,16 @@ import typer
 
 from moesvd_quant.checkpoint.accounting import account
 from moesvd_quant.checkpoint.layout import layout_of
-from moesvd_quant.cli.common import progress_bars, resolve_device
-from moesvd_quant.cli.models import resolve_model
-from moesvd_quant.compare.bench import compare, written
+from moesvd_quant.cli.common import progress_bars
+from moesvd_quant.comparison.bench import compare, written
 from moesvd_quant.decompose.whitening import balance, gram_root, whitened_directions, whitened_error, whitened_svd
 from moesvd_quant.evaluation.table import Table, render
 from moesvd_quant.model.experts import dense_weight, expert_count, find_experts, shapes_of
-from moesvd_quant.plan.allocation import allowed_storages
-from moesvd_quant.plan.choices import choices_of
-from moesvd_quant.plan.context import Context, expert_grams
-from moesvd_quant.plan.knapsack import MAX_RANKS, RANK_STEP, allocate
+from moesvd_quant.model.named import resolve_device, resolve_model
+from moesvd_quant.planning.allocation import allowed_storages
+from moesvd_quant.planning.choices import choices_of
+from moesvd_quant.planning.context import Context, expert_grams
+from moesvd_quant.planning.knapsack import MAX_RANKS, RANK_STEP, allocate
 from moesvd_quant.quantize.factors import quantize_factors
 from moesvd_quant.recipe.recipe import load_recipe, named_texts
 from moesvd_quant.run.run import Run, sync_threads

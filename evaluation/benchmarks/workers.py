@@ -27,7 +27,7 @@ BAR = 1.6
 
 def decomposition(job: Run, pool: Pool) -> Callable[[int, Path], float]:
     """seconds(layers, folder): of stage `svd` of a run that has planned, its layers written into a new folder."""
-    from moesvd_quant.plan.context import LayerWork
+    from moesvd_quant.planning.context import LayerWork
     from moesvd_quant.run.stage_work import make_layer
 
     def seconds(layers: int, folder: Path) -> float:

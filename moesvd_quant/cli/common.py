@@ -6,9 +6,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..errors import UsageError
-from .models import resolve_model
-
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Hugging Face folder, or `reference`.")]
@@ -21,19 +18,6 @@ Executor = Annotated[
     Literal["processes", "ray"], typer.Option(help="Where workers run: this machine, or the cluster of $RAY_ADDRESS.")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example svd.ratio=0.6.")]
-
-
-def resolve_device(name: str) -> str:
-    """A device of torch; UsageError where this machine does not have it."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: cannot be used here: {error}") from error
-    return name
 
 
 @contextmanager
@@ -57,28 +41,6 @@ def progress_bars(quiet: bool = False):
     finally:
         if tasks:
             bars.stop()
-
-
-def start_run(
-    recipe_name: str,
-    model: str | None,
-    overrides: list[str] | None,
-    out: Path,
-    device: str,
-    report,
-    memory: str | None = None,
-    workers: int = 1,
-    executor: Literal["processes", "ray"] = "processes",
-):
-    from ..memory.limits import parse_bytes
-    from ..recipe.recipe import load_recipe
-    from ..run.run import Run, sync_threads
-
-    recipe = load_recipe(recipe_name, overrides or ())
-    sync_threads()
-    folder = resolve_model(model, recipe)
-    limit = None if memory is None else parse_bytes(memory)
-    return Run(recipe, folder, out, resolve_device(device), report, memory=limit, workers=workers, executor=executor)
 
 
 def print_table(records: list[dict], form: str) -> None:

@@ -1,9 +1,9 @@
 """Verbs that make checkpoints, and those about recipes: run, plan, validate, ls, cp, export."""
 
 import json
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,8 +20,6 @@ from .common import (
     app,
     print_table,
     progress_bars,
-    resolve_device,
-    start_run,
 )
 
 
@@ -38,33 +36,19 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a recipe: each stage writes a checkpoint under OUT; interrupted, the same command goes on."""
+    from ..api import compress
+
+    how: Any = {"device": device, "memory": memory, "workers": workers, "executor": executor}
     with progress_bars(as_json) as report:
-        job = start_run(recipe, model, overrides, out, device, report, memory, workers, executor)
-        folders = job.run()
-        records = _evaluate_run(job, folders, resolve_device(device), report)
-    result = {"checkpoints": [str(f) for f in folders], "evaluation": records}
+        made = compress(model, recipe, out, overrides or (), report=report, **how)
+    records = [one.record for one in made.evaluation]
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps({"checkpoints": list(map(str, made.checkpoints)), "evaluation": records}))
         return
-    for folder in folders:
+    for folder in made.checkpoints:
         print(f"{folder}: {json.loads((folder / 'moesvd.json').read_text())['accounting']['disk_bytes'] / 1e6:.2f} MB")
     if records:
         print_table(records, "terminal")
-
-
-def _evaluate_run(job, folders: list[Path], device: str, report: Callable) -> list[dict]:
-    """Evaluates the original and every checkpoint of a run on the recipe's texts."""
-    from ..compare.bench import cached_evaluate
-    from ..evaluation.inputs import EvalSpec
-
-    asked, records = job.recipe.evaluate, []
-    if not asked.texts():
-        return []
-    wanted = EvalSpec(asked.texts(), length=None if asked.length == "auto" else asked.length)
-    for source, folder in [(job.model, job.out / "00-original"), *((f, f) for f in folders)]:
-        say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
-        records.append(cached_evaluate(source, folder, wanted, device, say))
-    return records
 
 
 @app.command()
@@ -80,26 +64,24 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Forecast the bytes of every stage, exactly, memory and disk, and show what goes where; changes no weight."""
-    from ..run.plan import plan_stages
+    from ..api import plan as make_plan
 
+    how: Any = {"device": device, "memory": memory, "workers": workers, "executor": executor}
     with progress_bars(as_json) as report:
-        job = start_run(recipe, model, overrides, out, device, report, memory, workers, executor)
-        needs = job.needs()
-        needs.require(job.statistics.store)
-        forecasts = plan_stages(job)
-        job.pool.close()
+        made = make_plan(model, recipe, out, overrides or (), report=report, **how)
     if as_json:
-        print(json.dumps([forecast | {"needs": needs.to_dict()} for forecast in forecasts]))
+        needs = {"needs": made.needs.to_dict()}
+        print(json.dumps([asdict(one) | needs for one in made.stages]))
         return
-    print(needs.describe())
-    for forecast in forecasts:
-        account = forecast["accounting"]
+    print(made.needs.describe())
+    for one in made.stages:
+        account = one.accounting
         print(
-            f"{forecast['stage']}: {account['disk_bytes'] / 1e6:.2f} MB of {account['original_bytes'] / 1e6:.2f} MB, "
+            f"{one.stage}: {account['disk_bytes'] / 1e6:.2f} MB of {account['original_bytes'] / 1e6:.2f} MB, "
             f"{account['bits_per_expert_weight']:.3f} bits per original expert weight, "
             f"{account['expert_ratio']:.1%} of expert parameters and {account['model_ratio']:.1%} of all removed"
         )
-        for path, decision in (forecast["decisions"] | forecast["notes"]).items():
+        for path, decision in (one.decisions | one.notes).items():
             print(f"  {path}: {json.dumps(decision)}")
 
 

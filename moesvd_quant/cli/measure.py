@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from .common import Device, Json, Model, Out, Overrides, app, print_table, progress_bars, resolve_device
-from .models import record_places, resolve_model
+from ..model.named import resolve_device, resolve_model
+from .common import Device, Json, Model, Out, Overrides, app, print_table, progress_bars
+from .models import record_places
 
 
 @app.command("eval")
@@ -159,7 +160,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Compare recipes on one model: runs each, evaluates all, prints the table, draws the plot."""
-    from ..compare.bench import compare
+    from ..comparison.bench import compare
     from ..recipe.recipe import named_texts
     from ..run.run import sync_threads
 
@@ -168,7 +169,7 @@ def bench(
     texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
     with progress_bars(as_json) as report:
         if seeds or samples:
-            from ..compare.sweep import sweep
+            from ..comparison.sweep import sweep
             from ..evaluation.inputs import EvalSpec
 
             wanted = EvalSpec(texts, length=length)
@@ -193,7 +194,7 @@ def pareto(
     as_json: Json = False,
 ) -> None:
     """The memory-perplexity front: one calibration, many budgets, beside GPTQ, NF4 and the paper's settings."""
-    from ..compare.pareto import front
+    from ..comparison.pareto import front
     from ..recipe.recipe import named_texts
     from ..run.run import sync_threads
 
@@ -208,7 +209,7 @@ def pareto(
 @app.command()
 def demo(out: Out = Path("demo-out"), as_json: Json = False) -> None:
     """Compress the embedded model in several ways on embedded text, and print the table."""
-    from ..compare.demo import run_demo
+    from ..comparison.demo import run_demo
 
     with progress_bars(as_json) as report:
         result = run_demo(out, report)

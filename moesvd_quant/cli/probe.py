@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Json, Out, Overrides, app, progress_bars, resolve_device
-from .models import resolve_model
+from ..model.named import resolve_device, resolve_model
+from .common import Device, Json, Out, Overrides, app, progress_bars
 
 
 @app.command()

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, app, resolve_device
-from .models import resolve_model
+from ..model.named import resolve_device, resolve_model
+from .common import Device, app
 
 Folder = Annotated[str, typer.Argument(help="Checkpoint, Hugging Face folder, or `reference`.")]
 

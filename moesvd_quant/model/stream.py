@@ -124,6 +124,10 @@ class StreamedModel(LayeredModel):
         """Logits (batch, length, vocabulary) of each batch, from a walk over all layers."""
         for _ in self.walk(windows, batch_size, scratch):
             pass
+        yield from self.predictions()
+
+    def predictions(self) -> Iterator[torch.Tensor]:
+        """Logits of each batch of the walk that is over; may be asked for again."""
         with self.output():
             for hidden, batch in zip(self.hidden, self.batches):
                 yield self.head(hidden, batch)

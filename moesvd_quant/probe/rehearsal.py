@@ -16,8 +16,8 @@ from ..decompose.whitening import whitened_directions
 from ..memory.limits import Batches
 from ..model.experts import dense_weight, expert_count, find_experts, shapes_of, split_projections
 from ..model.stream import StreamedModel
-from ..plan.choices import row_scale
-from ..plan.context import Plan, expert_grams, reached
+from ..planning.choices import row_scale
+from ..planning.context import Plan, expert_grams, reached
 from ..runtime.parts import JOINT
 
 TOKENS = 16384  # of a text

@@ -15,8 +15,8 @@ from ..decompose.sensitivity import layer_sensitivity, sampling_frequency
 from ..decompose.whitening import whitened_spectrum
 from ..model.experts import expert_count, find_experts, shapes_of, split_projections
 from ..model.folder import ModelError
-from ..plan.allocation import plan_ratio
-from ..plan.context import Context, Plan, expert_grams, reached
+from ..planning.allocation import plan_ratio
+from ..planning.context import Context, Plan, expert_grams, reached
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import JOINT
 from ..stages.svd import Svd

@@ -145,14 +145,22 @@ def read_shipped(name: str) -> str:
     return resources.files("moesvd_quant.recipes").joinpath(f"{name}.yaml").read_text()
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """A shipped name or a YAML file, with `key=value` overrides. RecipeError names all that is wrong."""
+def _text_of(source: str | Path | dict) -> tuple[str, str, str]:
+    """Text of a recipe, where that stands, and the recipe's name."""
+    if isinstance(source, dict):
+        return yaml.safe_dump(source, sort_keys=False), "recipe", "recipe"
     path = Path(source)
-    is_file = path.suffix in (".yaml", ".yml") and path.is_file()
-    if path.suffix in (".yaml", ".yml") and not is_file:
+    if path.suffix not in (".yaml", ".yml"):
+        return read_shipped(str(source)), f"{source}.yaml", str(source)
+    if not path.is_file():
         raise RecipeError(f"{path}: no such file")
-    where = str(path) if is_file else f"{source}.yaml"
-    text = _read(path) if is_file else read_shipped(str(source))
+    return _read(path), str(path), path.stem
+
+
+def load_recipe(source: str | Path | dict, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped name, a YAML file or the content of one, with `key=value` overrides. RecipeError names all that is
+    wrong; of a content, lines are those that it has as YAML."""
+    text, where, name = _text_of(source)
     try:
         content, lines = parse(text)
     except YamlProblem as problem:
@@ -181,7 +189,6 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     stages = _stages(content, place, problems)
     body = {k: v for k, v in content.items() if k != "stages"}
-    name = path.stem if is_file else str(source)
     recipe = _validate(Recipe, body | {"name": name, "stages": stages}, (), place, problems)
     open_stages = [(i, s) for i, s in enumerate(stages) if s.needs_budget()]
     if content.get("budget") is None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..plan.context import Context, Plan
+    from ..planning.context import Context, Plan
     from ..quantize.codec import Codecs
     from ..quantize.registry import Storage
 

@@ -6,7 +6,7 @@ from ..checkpoint.accounting import account, planned_model
 from ..checkpoint.layout import layout_of
 from ..checkpoint.unused import unused_note
 from ..model.stream import StreamedModel
-from ..plan.context import Context, StageError
+from ..planning.context import Context, StageError
 from ..recipe.budget import kv_cache_bytes, parse_budget
 from ..recipe.stage import packing_stage
 from ..runtime.parts import layout_from

@@ -27,7 +27,7 @@ from ..memory.limits import Memory, PeakMeter, disable_malloc_cache
 from ..memory.pool import Pool
 from ..model.stream import StreamedModel
 from ..model.tokenizer import load_tokenizer
-from ..plan.context import Context, Plan
+from ..planning.context import Context, Plan
 from ..recipe.recipe import Recipe
 from ..recipe.stage import TrainingText
 from ..runtime.modeling_moesvd import MANIFEST

@@ -14,7 +14,7 @@ from ..memory.files import commit_folder, write_json, write_tensors
 from ..model.carried import carry_files
 from ..model.layered import is_finite
 from ..model.stream import StreamedModel
-from ..plan.context import Context, Plan, StageError
+from ..planning.context import Context, Plan, StageError
 from ..runtime.parts import projections_from, projections_to
 
 CHECK_WINDOWS, CHECK_LENGTH = 2, 128

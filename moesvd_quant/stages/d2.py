@@ -10,7 +10,7 @@ from ..recipe.stage import Form, Stage, check_ratio
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..plan.context import Context, Plan
+    from ..planning.context import Context, Plan
 
 
 class D2(Stage):

@@ -22,8 +22,17 @@ from ..decompose.ranks import level_ranks
 from ..decompose.whitening import whitened_svd
 from ..memory.lazy import LazySequence
 from ..model.experts import expert_count, find_experts, is_shared, shapes_of, split_projections
-from ..plan.context import Context, Plan, StageError, errors_of, expert_grams, factorized, require_experts, weak_experts
-from ..plan.parts import parts_by_rank
+from ..planning.context import (
+    Context,
+    Plan,
+    StageError,
+    errors_of,
+    expert_grams,
+    factorized,
+    require_experts,
+    weak_experts,
+)
+from ..planning.parts import parts_by_rank
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import DensePart, Projections
 from .d2 import D2

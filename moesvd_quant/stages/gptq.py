@@ -10,7 +10,7 @@ from ..recipe.stage import Form, Stage
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..plan.context import Context, Plan
+    from ..planning.context import Context, Plan
     from ..quantize.codec import Codecs
 
 

@@ -11,8 +11,8 @@ from ..checkpoint.layout import layout_of, projections_of
 from ..decompose.whitening import whitened_error
 from ..memory.lazy import LazySequence, select
 from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of, sources_of
-from ..plan.allocation import in_formats, plan_budget
-from ..plan.context import UNREACHED, Context, Plan, StageError, factorized, require_experts, weak_experts
+from ..planning.allocation import in_formats, plan_budget
+from ..planning.context import UNREACHED, Context, Plan, StageError, factorized, require_experts, weak_experts
 from ..quantize.codec import Bank, Codecs, PackedMatrix, QuantizeError
 from ..quantize.factors import quantize_factors
 from ..quantize.registry import FLOAT, Storage

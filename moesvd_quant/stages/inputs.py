@@ -5,7 +5,7 @@ from ..calibration.metric import Grams, blend, shrink, unknown
 from ..calibration.paired import PairedExperts, output_error
 from ..memory.lazy import LazySequence, select
 from ..model.experts import dense_weight, expert_count, sources_of
-from ..plan.context import Context, StageError, errors_of, expert_grams, reached
+from ..planning.context import Context, StageError, errors_of, expert_grams, reached
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import JOINT
 

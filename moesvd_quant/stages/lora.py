@@ -12,7 +12,7 @@ from ..recipe.stage import Form, Stage, TrainingText
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..plan.context import Context, Plan
+    from ..planning.context import Context, Plan
 
 TRAINING = "training"  # folder of optimizer states, gone from the finished checkpoint
 

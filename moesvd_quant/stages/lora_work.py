@@ -16,7 +16,7 @@ from ..healing.terms import TermError, healed_layout
 from ..healing.whole import heal_whole
 from ..memory.files import write_json
 from ..model.stream import StreamedModel
-from ..plan.context import Context, Plan, StageError, require_experts
+from ..planning.context import Context, Plan, StageError, require_experts
 from .lora import TRAINING, Lora
 
 RECORD, ADAPTER = "healing.json", "adapter"

@@ -15,8 +15,8 @@ from ..decompose.sensitivity import (
 )
 from ..decompose.sharing import left_count
 from ..model.experts import split_projections
-from ..plan.context import StageError
-from ..plan.parts import parts_by_rank
+from ..planning.context import StageError
+from ..planning.parts import parts_by_rank
 from ..runtime.parts import FactorPart, Projections
 from .svd import Svd
 

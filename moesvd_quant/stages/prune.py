@@ -9,7 +9,7 @@ from ..recipe.stage import Form, Stage
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..plan.context import Context, Plan
+    from ..planning.context import Context, Plan
 
 Place = Annotated[str, Field(pattern=r"^\d+\.\d+$")]
 

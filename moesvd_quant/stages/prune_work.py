@@ -8,7 +8,7 @@ from ..calibration.statistics import OUTPUTS
 from ..checkpoint.layout import dense_layout, layout_of
 from ..decompose.saliency import keep_in_layer, keep_in_model, saliency
 from ..model.experts import dense_weight, expert_count, find_experts, is_shared, shapes_of
-from ..plan.context import UNREACHED, Context, Plan, StageError, factorized, reached, require_experts
+from ..planning.context import UNREACHED, Context, Plan, StageError, factorized, reached, require_experts
 from ..runtime.modeling_moesvd import replace_experts
 from ..runtime.routers import Router, router_of, why_not
 from .prune import Prune

@@ -9,7 +9,7 @@ from ..recipe.stage import Form, Stage, check_ratio
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..plan.context import Context, Plan
+    from ..planning.context import Context, Plan
 
 
 class Svd(Stage):

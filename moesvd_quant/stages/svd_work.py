@@ -12,9 +12,9 @@ from ..decompose.sensitivity import sampling_frequency
 from ..decompose.sharing import literal, share_and_trim, share_in_groups
 from ..decompose.whitening import balance, refit_left, whitened_svd
 from ..model.experts import expert_count, find_experts, shapes_of
-from ..plan.allocation import plan_budget, plan_ratio
-from ..plan.choices import row_scale
-from ..plan.context import (
+from ..planning.allocation import plan_budget, plan_ratio
+from ..planning.choices import row_scale
+from ..planning.context import (
     UNREACHED,
     Context,
     Plan,
@@ -26,7 +26,7 @@ from ..plan.context import (
     require_experts,
     weak_experts,
 )
-from ..plan.parts import parts_by_rank
+from ..planning.parts import parts_by_rank
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import DensePart
 from .inputs import inputs_of

@@ -127,7 +127,7 @@ def test_what_cannot_be_asked_is_said(make_model, tmp_path):
 @pytest.mark.timeout(900)
 def test_lm_evals_own_command_line_gives_the_same_scores(shared, make_model, tmp_path, text):
     """A factorized and quantized checkpoint, opened by lm-eval with remote code."""
-    from moesvd_quant.cli.models import resolve_model
+    from moesvd_quant.model.named import resolve_model
     from moesvd_quant.recipe.recipe import load_recipe
     from moesvd_quant.run.run import Run
 

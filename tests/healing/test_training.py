@@ -22,7 +22,7 @@ from moesvd_quant.healing.trainer import lm_loss
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.model.layered import _decoder_layers
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.plan.context import StageError
+from moesvd_quant.planning.context import StageError
 from moesvd_quant.recipe.recipe import RecipeError, load_recipe
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run

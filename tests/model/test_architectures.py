@@ -14,7 +14,7 @@ from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import expert_count, find_experts, split_projections, weight_parameters
 from moesvd_quant.model.folder import ModelError, class_for
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.plan.context import require_experts
+from moesvd_quant.planning.context import require_experts
 from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.grids import Grid

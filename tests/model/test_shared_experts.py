@@ -18,7 +18,7 @@ from moesvd_quant.evaluation.flops import flops_per_token
 from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts, find_linears, is_shared, mark_shared_experts
 from moesvd_quant.model.layered import LayeredModel, _decoder_layers
-from moesvd_quant.plan.context import StageError
+from moesvd_quant.planning.context import StageError
 from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.run.run import Run
 

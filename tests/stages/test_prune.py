@@ -12,7 +12,7 @@ import moesvd_quant
 from moesvd_quant.decompose.saliency import keep_in_layer, keep_in_model, saliency
 from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts
-from moesvd_quant.plan.context import StageError
+from moesvd_quant.planning.context import StageError
 from moesvd_quant.recipe.recipe import RecipeError, load_recipe
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run, RunError

@@ -15,7 +15,7 @@ from moesvd_quant.evaluation.record import collect, evaluate, write
 from moesvd_quant.evaluation.report import write_report
 from moesvd_quant.evaluation.table import render, table8
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of, split_projections
-from moesvd_quant.plan.context import Context, Plan, factorized
+from moesvd_quant.planning.context import Context, Plan, factorized
 from moesvd_quant.recipe.recipe import RecipeError, load_recipe
 from moesvd_quant.recipe.stage import STAGES, Form, Stage, register
 from moesvd_quant.run.plan import plan_stages

@@ -1,0 +1,210 @@
+"""The Python interface: what the commands do, as functions with typed results. Heavy modules load on use."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .evaluation.difference import Difference
+    from .run.forecast import Needs
+    from .run.run import Run
+
+Report = Callable[[str, int, int], None]  # of what is done, how much of it, of how much
+Overrides = Mapping[str, Any] | Sequence[str]
+
+
+def _quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of a model. perplexity: by text. record: all of it, as eval.json has it."""
+
+    name: str
+    folder: Path
+    disk_bytes: int
+    resident_bytes: int
+    perplexity: dict[str, float]
+    record: dict
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage will do. accounting: exact bytes and parameters of its checkpoint (`checkpoint.accounting`);
+    decisions: by the path of each experts module; notes: on the whole model; layout: of its tensors."""
+
+    stage: str
+    accounting: dict
+    decisions: dict[str, dict]
+    notes: dict
+    layout: dict
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a recipe. needs: memory and disk that the run will use."""
+
+    stages: list[StagePlan]
+    needs: "Needs"
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A row per stage: its bytes, bits per expert weight, shares removed."""
+        import pandas
+
+        return pandas.DataFrame([{"stage": one.stage, **one.accounting} for one in self.stages])
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a run made. checkpoints: a folder per stage, the last one the result. evaluation: of the original and each
+    checkpoint, on the texts of the recipe; empty where it names none."""
+
+    checkpoints: list[Path]
+    evaluation: list[Evaluation]
+
+    @property
+    def folder(self) -> Path:
+        """Of the result."""
+        return self.checkpoints[-1]
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A row per evaluated model: name, bytes, perplexity on each text."""
+        return frame(self.evaluation)
+
+
+def frame(evaluations: Sequence[Evaluation]) -> "pandas.DataFrame":
+    """A row per evaluation."""
+    import pandas
+
+    rows = [
+        {"name": one.name, "disk_bytes": one.disk_bytes, "resident_bytes": one.resident_bytes, **one.perplexity}
+        for one in evaluations
+    ]
+    return pandas.DataFrame(rows)
+
+
+def start(
+    model: str | Path | None, recipe: str | Path | dict, out: str | Path, overrides: Overrides = (), *,
+    device: str = "auto", memory: str | None = None, workers: int = 1,
+    executor: Literal["processes", "ray"] = "processes", report: Report = _quiet,
+) -> "Run":  # fmt: skip
+    """A run that has checked all it can and done nothing yet; see `compress`."""
+    from .memory.limits import parse_bytes
+    from .model.named import resolve_device, resolve_model
+    from .recipe.recipe import load_recipe
+    from .run.run import Run, sync_threads
+
+    loaded = load_recipe(recipe, _listed(overrides))
+    sync_threads()
+    folder = resolve_model(str(model) if model else loaded.model)
+    limit = None if memory is None else parse_bytes(memory)
+    return Run(
+        loaded, folder, Path(out), resolve_device(device), report, memory=limit, workers=workers, executor=executor
+    )
+
+
+def compress(
+    model: str | Path | None, recipe: str | Path | dict, out: str | Path, overrides: Overrides = (), *,
+    device: str = "auto", memory: str | None = None, workers: int = 1,
+    executor: Literal["processes", "ray"] = "processes", report: Report = _quiet,
+) -> Compressed:  # fmt: skip
+    """Runs a recipe on a model; each stage writes a checkpoint under `out`. Called again, it goes on where it was.
+
+    model: a folder, `reference`, or a hub name; None takes the recipe's. recipe: a shipped name, a YAML file, or the
+    content of one. overrides: {"svd.ratio": 0.6} or ["svd.ratio=0.6"]. memory: a limit such as "16GB".
+
+    Raises RecipeError for all that is wrong with the recipe, ModelError, TextError, RunError and StageError (all of
+    them MoesvdError) with what to do.
+    """
+    job = start(
+        model, recipe, out, overrides, device=device, memory=memory, workers=workers, executor=executor, report=report
+    )
+    folders = job.run()
+    return Compressed(folders, _evaluated(job, folders, report))
+
+
+def plan(
+    model: str | Path | None, recipe: str | Path | dict, out: str | Path = "out", overrides: Overrides = (), *,
+    device: str = "auto", memory: str | None = None, workers: int = 1,
+    executor: Literal["processes", "ray"] = "processes", report: Report = _quiet,
+) -> Plan:  # fmt: skip
+    """What `compress` with these arguments will do: exact bytes of every stage, memory and disk. Changes no weight."""
+    from .run.plan import plan_stages
+
+    job = start(
+        model, recipe, out, overrides, device=device, memory=memory, workers=workers, executor=executor, report=report
+    )
+    needs = job.needs()
+    needs.require(job.statistics.store)
+    try:
+        made = plan_stages(job)
+    finally:
+        job.pool.close()
+    stages = [StagePlan(one["stage"], one["accounting"], one["decisions"], one["notes"], one["layout"]) for one in made]
+    return Plan(stages, needs)
+
+
+def evaluate(
+    model: str | Path, texts: Sequence[str] | Mapping[str, str], *, length: int | None = None, device: str = "auto",
+    report: Report = _quiet,
+) -> Evaluation:  # fmt: skip
+    """Perplexity of a model on texts (known names, files, or {name: source}), and its bytes."""
+    from .evaluation.inputs import EvalSpec
+    from .evaluation.record import evaluate as measure
+    from .model.named import resolve_device, resolve_model
+
+    wanted = EvalSpec(_named(texts), length=length)
+    return _evaluation(measure(resolve_model(str(model)), wanted, resolve_device(device), None, report))
+
+
+def compare(
+    original: str | Path, models: Mapping[str, str | Path], texts: Sequence[str] | Mapping[str, str], *,
+    length: int | None = None, device: str = "auto", report: Report = _quiet,
+) -> dict[str, dict[str, "Difference"]]:  # fmt: skip
+    """{text: {model: how its predictions differ from the original's}}; models by names of your choice."""
+    from .evaluation.compare import compare as measure
+    from .evaluation.inputs import EvalSpec
+    from .model.named import resolve_device, resolve_model
+
+    found = {name: resolve_model(str(folder)) for name, folder in models.items()}
+    wanted = EvalSpec(_named(texts), length=length)
+    return measure(resolve_model(str(original)), found, wanted, resolve_device(device), report)
+
+
+def _named(texts: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    from .recipe.recipe import named_texts
+
+    return dict(texts) if isinstance(texts, Mapping) else named_texts([texts] if isinstance(texts, str) else texts)
+
+
+def _listed(overrides: Overrides) -> list[str]:
+    if isinstance(overrides, Mapping):
+        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return list(overrides)
+
+
+def _evaluated(job: "Run", folders: list[Path], report: Report) -> list[Evaluation]:
+    """Of the original and every checkpoint of a run, on the recipe's texts."""
+    from .comparison.bench import cached_evaluate
+    from .evaluation.inputs import EvalSpec
+
+    asked = job.recipe.evaluate
+    if not asked.texts():
+        return []
+    wanted, found = EvalSpec(asked.texts(), length=None if asked.length == "auto" else asked.length), []
+    for source, folder in [(job.model, job.out / "00-original"), *((f, f) for f in folders)]:
+        say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
+        found.append(_evaluation(cached_evaluate(source, folder, wanted, str(job.device), say)))
+    return found
+
+
+def _evaluation(record: dict) -> Evaluation:
+    figures = {name: one["ppl"] for name, one in record["perplexity"].items() if "ppl" in one}
+    memory = record["memory"]
+    folder = Path(record["folder"])
+    return Evaluation(record["name"], folder, memory["disk_bytes"], memory["resident_bytes"], figures, record)
