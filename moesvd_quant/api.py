@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import pandas
 
     from .evaluation.difference import Difference
+    from .evaluation.inputs import EvalSpec
     from .run.forecast import Needs
     from .run.run import Run
 
@@ -124,6 +125,7 @@ def compress(
     job = start(
         model, recipe, out, overrides, device=device, memory=memory, workers=workers, executor=executor, report=report
     )
+    _require_texts(job)
     folders = job.run()
     return Compressed(folders, _evaluated(job, folders, report))
 
@@ -188,15 +190,38 @@ def _listed(overrides: Overrides) -> list[str]:
     return list(overrides)
 
 
-def _evaluated(job: "Run", folders: list[Path], report: Report) -> list[Evaluation]:
-    """Of the original and every checkpoint of a run, on the recipe's texts."""
-    from .comparison.bench import cached_evaluate
+def _require_texts(job: "Run") -> None:
+    """Before any work: TextError for a text that the recipe evaluates on and that cannot be read or is too short."""
+    from .calibration.rows import TextError
+    from .evaluation.inputs import read_text
+    from .model.tokenizer import load_tokenizer
+
+    asked, wanted = job.recipe.evaluate, _wanted(job)
+    for index, (name, source) in enumerate(asked.texts().items()):
+        key = f"[{index}]" if isinstance(asked.perplexity, list) else f".{name}"
+        try:
+            read_text(source, wanted, load_tokenizer(job.model), job.meta.config)
+        except TextError as error:
+            raise TextError(
+                f"evaluate.perplexity{key}: {error}. Nothing was computed; name local files, or leave the evaluation "
+                "out with evaluate.perplexity=[]"
+            ) from error
+
+
+def _wanted(job: "Run") -> "EvalSpec":
     from .evaluation.inputs import EvalSpec
 
     asked = job.recipe.evaluate
-    if not asked.texts():
+    return EvalSpec(asked.texts(), length=None if asked.length == "auto" else asked.length)
+
+
+def _evaluated(job: "Run", folders: list[Path], report: Report) -> list[Evaluation]:
+    """Of the original and every checkpoint of a run, on the recipe's texts."""
+    from .comparison.bench import cached_evaluate
+
+    wanted, found = _wanted(job), []
+    if not wanted.texts:
         return []
-    wanted, found = EvalSpec(asked.texts(), length=None if asked.length == "auto" else asked.length), []
     for source, folder in [(job.model, job.out / "00-original"), *((f, f) for f in folders)]:
         say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
         found.append(_evaluation(cached_evaluate(source, folder, wanted, str(job.device), say)))

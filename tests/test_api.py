@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moesvd_quant
+from moesvd_quant.calibration.rows import TextError
 from moesvd_quant.errors import UsageError
 from moesvd_quant.memory.files import read_json
 from moesvd_quant.recipe.recipe import RecipeError, load_recipe
@@ -60,6 +61,21 @@ def test_errors_are_those_of_the_commands(make_model, tmp_path, recipe):
         moesvd_quant.plan(None, recipe)
     with pytest.raises(UsageError, match="--device tpu"):
         moesvd_quant.evaluate(make_model("mixtral"), [], device="tpu")
+
+
+def test_a_text_that_cannot_be_evaluated_on_stops_a_run_before_work(make_model, tmp_path, recipe, text):
+    model = make_model("mixtral")
+    (tmp_path / "short.txt").write_text("few")
+    (tmp_path / "broken.jsonl").write_text('{"text": "good"}\n{"text": 5}\n')
+    for given, said in (
+        ([str(text), str(tmp_path / "gone.txt")], r"evaluate.perplexity\[1\]: .*gone.txt: no such file"),
+        ({"words": str(tmp_path / "broken.jsonl")}, r"evaluate.perplexity.words: .*broken.jsonl.*row 2: text is int"),
+        ([str(tmp_path / "short.txt")], r"evaluate.perplexity\[0\]: the text has 3 tokens; one window needs 64"),
+    ):
+        asked = recipe | {"evaluate": {"perplexity": given, "length": 64}}
+        with pytest.raises(TextError, match=said):
+            moesvd_quant.compress(model, asked, tmp_path / "out", device="cpu")
+        assert not list((tmp_path / "out").glob("0*")) and not (tmp_path / "out" / "plan.json").exists()
 
 
 def test_what_a_plan_shows_is_what_is_kept(make_model, tmp_path, recipe):
