@@ -158,7 +158,7 @@ def test_keys_and_values_take_what_transformers_caches(architecture, make_model)
 def test_a_ratio_counts_experts_that_no_token_reaches(make_model, tmp_path, small, monkeypatch, method):
     """Two layers, of which the second sees no token: the first one alone has to give what the ratio asks of both."""
     calls = []
-    for module in ("plan.choices", "stages.svd_work"):
+    for module in ("planning.choices", "stages.svd_work"):
         monkeypatch.setattr(f"moesvd_quant.{module}.reached", lambda *_: calls.append(1) or len(calls) % 2 == 1)
     overrides = [f"svd.method={method}", f"seed={len(method)}"]
     folder = make_model("mixtral")

@@ -137,8 +137,8 @@ def test_effects_are_measured_anew_when_what_they_depend_on_changes(folder, tmp_
 
 @pytest.mark.parametrize(
     "constant",
-    ["plan.tables.SENSITIVITY_POWER", "plan.tables.LEAST_SENSITIVITY", "plan.choices.METRIC", "plan.choices.NOISE",
-     "plan.choices.LEAST_PRICE", "calibration.effect.PERTURBATION"],
+    ["planning.tables.SENSITIVITY_POWER", "planning.tables.LEAST_SENSITIVITY", "planning.choices.METRIC",
+     "planning.choices.NOISE", "planning.choices.LEAST_PRICE", "calibration.effect.PERTURBATION"],
 )  # fmt: skip
 def test_profiles_are_made_anew_when_what_they_depend_on_changes(make_model, small, tmp_path, monkeypatch, constant):
     made, profile = [], choices.profile
