@@ -3,67 +3,90 @@
 Compiled by numba at their first use, see `grid_numba.py`; where numba is missing, formats dequantize.
 """
 
-import numpy as np
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
-from .numba_here import HERE, use_torchs_threads
+from .numba_here import HERE
 
 MANY = 16  # tokens per matrix from which on tiles are dequantized and multiplied by torch
 TILE = 512  # rows of such a tile
-CHUNK = 32  # rows that a thread takes at a time
+BLOCK, PLANES, LANES = 128, 9, 16  # of `grid_lanes`, which is imported where it is needed
 
 
 def usable(form, stored: dict, x: torch.Tensor) -> bool:
-    """Whether these products can be had: on a CPU, without gradients, of integers, groups of whole words."""
+    """Whether these products can be had: on a CPU, without gradients, of integers, groups that fit blocks of 128."""
     plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not x.requires_grad
-    return HERE and plain and not stored["scales"].is_floating_point() and form.group_size % 8 == 0
+    fits = form.group_size % 8 == 0 and (BLOCK % form.group_size == 0 or form.group_size % BLOCK == 0)
+    return HERE and plain and fits and not stored["scales"].is_floating_point()
 
 
 def products(form, stored: dict, columns: int, x: torch.Tensor, sizes: list[int], table) -> torch.Tensor:
     """x (tokens, columns), sorted by matrix, sizes[e] tokens of matrix e -> (tokens, rows) in the dtype of x."""
-    from .grid_numba import few
-
-    use_torchs_threads()
-    codes = stored["codes"].numpy()
-    levels, base = stored["scales"].numpy(), stored["base"].view(torch.float32)[..., 0].numpy()
-    zeros = np.zeros((len(codes), 1), np.uint8) if form.sym else stored["zeros"].numpy()
-    matrix = (levels, base, zeros)
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    planes, sums = _in_planes(x, form, columns, levels.shape[2])
-    y = x.new_empty((len(x), codes.shape[1]))
-    used = np.array([e for e, size in enumerate(sizes) if 0 < size < MANY])
-    if len(used):
-        found = np.empty(y.shape, np.float32)
-        asked = planes.float().numpy(), sums.numpy(), starts, used, CHUNK, found
-        few(codes, *matrix, form.bits, form.sym, form.group_size, table, *asked)
-        y.copy_(torch.from_numpy(found))
+    spans: list[tuple[int, int, int]] = []
+    many: list[tuple[int, int, int]] = []
+    start = 0
     for e, size in enumerate(sizes):
-        if size >= MANY:
-            rows = slice(starts[e], starts[e + 1])
-            own = codes[e], levels[e], base[e], zeros[e]
-            y[rows] = _by_tiles(own, form, table, planes[rows].flatten(1))
+        if size:
+            (many if size >= MANY else spans).append((e, start, start + size))
+        start += size
+    rows = stored["codes"].shape[-2]
+    y = _few(form, stored, x, spans, rows, table).to(x.dtype) if spans else x.new_empty(len(x), rows)
+    if many:
+        planes = _in_planes(x, form.bits)
+    for e, start, stop in many:
+        own = {kind: tensor[e] for kind, tensor in stored.items()}
+        y[start:stop] = _by_tiles(form, own, planes[start:stop], rows, table)
     return y
 
 
-def _by_tiles(own: tuple, form, table, x: torch.Tensor) -> torch.Tensor:
-    """x (tokens, 8 * words) in planes, by torch's product with one tile of rows after the other."""
-    from .grid_numba import tile
+def _few(form, stored: dict, x: torch.Tensor, spans: list, rows: int, table) -> torch.Tensor:
+    """y (tokens, rows) float32 of the tokens of `spans`: (matrix, first, last + 1); others are not set."""
+    from .grid_numba import few, in_planes
+    from .team import run
 
-    count, done = len(own[0]), []
-    for first in range(0, count, TILE):
-        out = np.empty((min(TILE, count - first), x.shape[1]), np.float32)
-        tile(*own, form.bits, form.sym, form.group_size, table, first, out)
-        done.append(F.linear(x, torch.from_numpy(out).to(x.dtype)))
+    blocks = -(-x.shape[1] // BLOCK)
+    planes, y = torch.empty(len(x), blocks, PLANES, LANES), torch.empty(len(x), rows)
+    in_planes(x.float().contiguous().numpy(), form.bits, _weights(form.bits), planes.numpy())
+    asked, (addresses, sizes) = torch.tensor(spans), _described(form, stored, table)
+    given = [*addresses, planes.data_ptr(), y.data_ptr(), asked.data_ptr(), *sizes, blocks, len(x), len(spans)]
+    run(few(form.bits, max(1, BLOCK // form.group_size)), given)
+    return y
+
+
+def _by_tiles(form, own: dict, planes: torch.Tensor, rows: int, table) -> torch.Tensor:
+    """planes (tokens, columns in their order), by torch's product with one tile of rows after the other."""
+    from .grid_numba import tile
+    from .team import run
+
+    addresses, (_, *sizes) = _described(form, {kind: tensor[None] for kind, tensor in own.items()}, table)
+    done = []
+    for first in range(0, rows, TILE):
+        out = torch.empty(min(TILE, rows - first), planes.shape[1])
+        given = [*addresses, out.data_ptr(), *sizes, planes.shape[1] // BLOCK, first, len(out)]
+        run(tile(form.bits, max(1, BLOCK // form.group_size)), given)
+        done.append(F.linear(planes, out.to(planes.dtype)))
     return torch.cat(done, 1)
 
 
-def _in_planes(x: torch.Tensor, form, columns: int, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, 8, words) of the inputs, and (tokens, groups) float32 sums of each group's."""
-    words = -(-columns // 8)
-    padded = F.pad(x, (0, 8 * words - columns))
-    whole = F.pad(x.float(), (0, groups * form.group_size - columns))
-    sums = whole.view(len(x), groups, form.group_size).sum(-1)
-    if form.bits == 8:
-        return padded.reshape(len(x), 8, words).contiguous(), sums
-    return padded.view(len(x), words, 8).transpose(1, 2).contiguous(), sums
+def _described(form, stored: dict, table: torch.Tensor) -> tuple[list[int], list[int]]:
+    """The addresses and sizes of a bank, as compiled work takes them."""
+    codes, levels, zeros = stored["codes"], stored["scales"], stored.get("zeros")
+    tensors = codes, levels, stored["base"], codes if zeros is None else zeros, table
+    wide = max(1, form.group_size // BLOCK)
+    sizes = [*codes.shape, levels.shape[2], 0 if zeros is None else zeros.shape[1], wide]
+    return [tensor.data_ptr() for tensor in tensors], sizes
+
+
+def _in_planes(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """(tokens, columns filled up to blocks), in the order of the tiles' columns."""
+    padded = F.pad(x, (0, -x.shape[1] % BLOCK))
+    return padded if bits == 8 else padded.view(len(x), -1, LANES, 8).transpose(2, 3).reshape(len(x), -1)
+
+
+@cache
+def _weights(bits: int):
+    from .grid_numba import plane_weights
+
+    return plane_weights(bits)

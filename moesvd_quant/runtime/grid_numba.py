@@ -1,101 +1,22 @@
-"""Products with packed grids on a CPU: what numba compiles. A copy lies in every checkpoint.
+"""Products with packed grids on a CPU: what numba compiles. A copy lies in every checkpoint."""
 
-Eight codes lie in one word of `bits` bytes. Vector lanes run over neighbouring words: plane k has the k-th code of
-every word, so inputs are brought into the order of planes, once for all rows. A group's zero is taken off once, with
-the sum of its inputs.
-"""
-
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 try:  # what is imported outside of `try`, transformers demands before it opens a checkpoint
-    from llvmlite import ir
-    from numba import njit, prange, types
-    from numba.extending import intrinsic
+    from numba import carray, njit
 except ImportError:
     raise
 
+from .grid_lanes import BLOCK, PLANES, kept_place, row_products, row_values
+from .lanes import LANES
+from .team import pointer, take, work
+
 f32, u32 = np.float32, np.uint32
+CHUNK = 32  # rows that a thread takes at a time
 OPTIONS: Any = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
-FAST: Any = {"fastmath": True, **OPTIONS}
-
-
-# numba widens all arithmetic to 64 bits, which halves the lanes: so this is said in the compiler's own terms.
-@intrinsic
-def code_at(context, word, shift, mask):
-    """float32 of the code that begins at a bit of a word."""
-
-    def code(context, builder, signature, given):
-        found = builder.and_(builder.lshr(given[0], given[1]), given[2])
-        return builder.sitofp(found, ir.FloatType())
-
-    return types.float32(types.uint32, types.uint32, types.uint32), code
-
-
-@njit(**FAST)
-def words_of(row, bits, words):
-    """words (words,) uint32 of the bytes of a row."""
-    if bits == 2:
-        for i in range(len(words)):
-            words[i] = u32(row[2 * i]) | (u32(row[2 * i + 1]) << u32(8))
-    elif bits == 3:
-        for i in range(len(words)):
-            words[i] = u32(row[3 * i]) | (u32(row[3 * i + 1]) << u32(8)) | (u32(row[3 * i + 2]) << u32(16))
-    else:
-        for i in range(len(words)):
-            low = u32(row[4 * i]) | (u32(row[4 * i + 1]) << u32(8))
-            words[i] = low | (u32(row[4 * i + 2]) << u32(16)) | (u32(row[4 * i + 3]) << u32(24))
-
-
-@njit(**FAST)
-def dot(words, x, scales, bits):
-    x0, x1, x2, x3, x4, x5, x6, x7 = x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]
-    mask, s0, s1, s2, s3 = u32(2**bits - 1), u32(0), u32(bits), u32(2 * bits), u32(3 * bits)
-    s4, s5, s6, s7 = u32(4 * bits), u32(5 * bits), u32(6 * bits), u32(7 * bits)
-    total = f32(0)
-    for i in range(len(words)):
-        w = words[i]
-        part = code_at(w, s0, mask) * x0[i] + code_at(w, s1, mask) * x1[i]
-        part += code_at(w, s2, mask) * x2[i] + code_at(w, s3, mask) * x3[i]
-        part += code_at(w, s4, mask) * x4[i] + code_at(w, s5, mask) * x5[i]
-        part += code_at(w, s6, mask) * x6[i] + code_at(w, s7, mask) * x7[i]
-        total += part * scales[i]
-    return total
-
-
-@njit(**FAST)
-def four(words, x, scales, bits, y):
-    """The same for four tokens, whose codes are taken apart once."""
-    mask, s0, s1, s2, s3 = u32(2**bits - 1), u32(0), u32(bits), u32(2 * bits), u32(3 * bits)
-    s4, s5, s6, s7 = u32(4 * bits), u32(5 * bits), u32(6 * bits), u32(7 * bits)
-    a0, a1, a2, a3 = f32(0), f32(0), f32(0), f32(0)
-    for i in range(len(words)):
-        w, s = words[i], scales[i]
-        c0, c1 = code_at(w, s0, mask) * s, code_at(w, s1, mask) * s
-        c2, c3 = code_at(w, s2, mask) * s, code_at(w, s3, mask) * s
-        c4, c5 = code_at(w, s4, mask) * s, code_at(w, s5, mask) * s
-        c6, c7 = code_at(w, s6, mask) * s, code_at(w, s7, mask) * s
-        a0 += c0 * x[0, 0, i] + c1 * x[0, 1, i] + c2 * x[0, 2, i] + c3 * x[0, 3, i]
-        a0 += c4 * x[0, 4, i] + c5 * x[0, 5, i] + c6 * x[0, 6, i] + c7 * x[0, 7, i]
-        a1 += c0 * x[1, 0, i] + c1 * x[1, 1, i] + c2 * x[1, 2, i] + c3 * x[1, 3, i]
-        a1 += c4 * x[1, 4, i] + c5 * x[1, 5, i] + c6 * x[1, 6, i] + c7 * x[1, 7, i]
-        a2 += c0 * x[2, 0, i] + c1 * x[2, 1, i] + c2 * x[2, 2, i] + c3 * x[2, 3, i]
-        a2 += c4 * x[2, 4, i] + c5 * x[2, 5, i] + c6 * x[2, 6, i] + c7 * x[2, 7, i]
-        a3 += c0 * x[3, 0, i] + c1 * x[3, 1, i] + c2 * x[3, 2, i] + c3 * x[3, 3, i]
-        a3 += c4 * x[3, 4, i] + c5 * x[3, 5, i] + c6 * x[3, 6, i] + c7 * x[3, 7, i]
-    y[0], y[1], y[2], y[3] = a0, a1, a2, a3
-
-
-@njit(**FAST)
-def dot_bytes(row, x, scales, size):
-    total = f32(0)
-    for g in range(len(scales)):
-        part = f32(0)
-        for j in range(g * size, min(len(row), (g + 1) * size)):
-            part += f32(row[j]) * x[j]
-        total += part * scales[g]
-    return total
 
 
 @njit(**OPTIONS)
@@ -105,89 +26,123 @@ def zero_of(zeros, index, bits):
     found = u32(zeros[at])
     if at + 1 < len(zeros):
         found = found | (u32(zeros[at + 1]) << u32(8))
-    return code_at(found, u32(bit & 7), u32(2**bits - 1))
+    return f32((found >> u32(bit & 7)) & u32(2**bits - 1))
 
 
 @njit(**OPTIONS)
-def groups_of(levels, zeros, sym, base, table, bits, r, scales, offs):
-    """Scale and zero of each group of a row."""
+def groups_of(levels, zeros, base, table, bits, r, wide, scales, offs):
+    """Scale and zero of each group of a row; of a group of several blocks, for each of `wide`. No zeros: symmetric."""
     groups = len(levels)
     for g in range(groups):
-        scales[g] = base * table[levels[g]]
-        offs[g] = f32(2.0 ** (bits - 1)) if sym else zero_of(zeros, r * groups + g, bits)
+        scale = base * table[levels[g]]
+        off = zero_of(zeros, r * groups + g, bits) if len(zeros) else f32(1 << (bits - 1))
+        for at in range(g * wide, min(len(scales), (g + 1) * wide)):
+            scales[at], offs[at] = scale, off
+
+
+@njit(cache=True, **OPTIONS)
+def in_planes(x, bits, weights, out):
+    """x (tokens, columns) float32 -> out (tokens, blocks, PLANES, LANES): of columns 8 * word + plane, times the weight
+    of the plane; the last plane has the sums of the others as they were. 8 bits: columns in their order."""
+    for t in range(x.shape[0]):
+        for b in range(out.shape[1]):
+            for lane in range(LANES):
+                whole = f32(0)
+                for k in range(8):
+                    at = b * BLOCK + (k * LANES + lane if bits == 8 else 8 * lane + k)
+                    value = x[t, at] if at < x.shape[1] else f32(0)
+                    whole += value
+                    out[t, b, k, lane] = value * weights[k]
+                out[t, b, 8, lane] = whole
+
+
+def plane_weights(bits: int) -> np.ndarray:
+    """(8,) float32: what makes up for codes that are used where they stand."""
+    return np.array([2.0 ** -(bits * k) if kept_place(bits, k) else 1.0 for k in range(8)], f32)
 
 
 @njit(**OPTIONS)
-def widen(values, per, out):
-    """The value of its group for each word."""
-    for g in range(len(values)):
-        one = values[g]
-        for i in range(g * per, min(len(out), (g + 1) * per)):
-            out[i] = one
+def padded(codes, at, count, room):
+    """Where to read a row: (codes, at), or room, to which it is copied where it ends within a block."""
+    if count == len(room):
+        return codes, at
+    room[:count] = codes[at : at + count]
+    return room, 0
 
 
-@njit(parallel=True, cache=True, **OPTIONS)
-def few(codes, levels, base, zeros, bits, sym, size, table, x, sums, starts, used, chunk, y):
-    """y[p] = weight of matrix e @ x[p], for the tokens p from starts[e] to starts[e + 1]; e of `used`.
+@cache
+def few(bits: int, per_block: int):
+    """Work: y[p] = weight of matrix e @ x[p], for each (e, first p, last p + 1) of `spans`.
 
-    codes (e, rows, bytes), levels (e, rows, groups), base (e,), zeros (e, bytes), x (tokens, 8, words) in planes,
-    sums (tokens, groups) of the inputs of each group.
+    per_block: groups of a block, 1 where they are as large or larger. Takes the addresses of codes (e, rows, bytes),
+    levels (e, rows, groups), base (e,), zeros (e, bytes), table (of scales by level), x as `in_planes` makes it, y
+    (tokens, rows) float32, spans, and the sizes below; wide: blocks of a group.
     """
-    rows, groups = levels.shape[1], levels.shape[2]
-    words, eight = codes.shape[2] // bits, bits == 8
-    chunks = (rows + chunk - 1) // chunk
-    for item in prange(len(used) * chunks):
-        e, first = used[item // chunks], (item % chunks) * chunk
-        scales, offs, quad = np.empty(groups, f32), np.empty(groups, f32), np.empty(4, f32)
-        wide, whole = np.empty(words, f32), np.empty(words, u32)
-        start, stop = starts[e], starts[e + 1]
-        for r in range(first, min(rows, first + chunk)):
-            row = codes[e, r]
-            groups_of(levels[e, r], zeros[e], sym, base[e], table, bits, r, scales, offs)
-            widen(scales, size // 8, wide)
-            if not eight:
-                words_of(row, bits, whole)
-            p = start
-            if not eight:
+    block_bytes = BLOCK * bits // 8
+
+    @work
+    def products(given):
+        n = carray(given, (18,), np.int64)
+        matrices, rows, row_bytes, groups, zero_bytes, wide, blocks, tokens, count = n[9:18]
+        codes = carray(pointer(n[1]), (matrices * rows * row_bytes,), np.uint8)
+        levels = carray(pointer(n[2]), (matrices, rows, groups), np.uint8)
+        base = carray(pointer(n[3]), (matrices,), np.float32)
+        zeros = carray(pointer(n[4]), (matrices, zero_bytes), np.uint8)
+        table = carray(pointer(n[5]), (256,), np.float32)
+        x = carray(pointer(n[6]), (tokens * blocks * PLANES * LANES,), np.float32)
+        y = carray(pointer(n[7]), (tokens, rows), np.float32)
+        spans = carray(pointer(n[8]), (count, 3), np.int64)
+        scales, offs, found = np.zeros(blocks * per_block, f32), np.zeros(blocks * per_block, f32), np.empty(4, f32)
+        room, each, chunks = np.zeros(blocks * block_bytes, np.uint8), blocks * PLANES * LANES, -(-rows // CHUNK)
+        item = take(given)
+        while item < count * chunks:
+            e, start, stop = spans[item // chunks]
+            first = item % chunks * CHUNK
+            for r in range(first, min(rows, first + CHUNK)):
+                groups_of(levels[e, r], zeros[e], base[e], table, bits, r, wide, scales, offs)
+                for g in range(len(offs)):
+                    offs[g] *= scales[g]
+                row, at = padded(codes, (e * rows + r) * row_bytes, row_bytes, room)
+                p = start
                 while p + 4 <= stop:
-                    four(whole, x[p : p + 4], wide, bits, quad)
-                    y[p, r], y[p + 1, r], y[p + 2, r], y[p + 3, r] = quad[0], quad[1], quad[2], quad[3]
+                    row_products(row, at, blocks, x, p * each, scales, offs, found, bits, per_block, 4)
+                    for t in range(4):
+                        y[p + t, r] = found[t]
                     p += 4
-            while p < stop:
-                y[p, r] = dot_bytes(row, x[p].reshape(-1), scales, size) if eight else dot(whole, x[p], wide, bits)
-                p += 1
-            for q in range(start, stop):
-                below = f32(0)
-                for g in range(groups):
-                    below += scales[g] * offs[g] * sums[q, g]
-                y[q, r] -= below
+                while p < stop:
+                    row_products(row, at, blocks, x, p * each, scales, offs, found, bits, per_block, 1)
+                    y[p, r] = found[0]
+                    p += 1
+            item = take(given)
+
+    return products
 
 
-@njit(**OPTIONS)
-def plane(words, shift, mask, offs, scales, out):
-    for i in range(len(words)):
-        out[i] = (code_at(words[i], shift, mask) - offs[i]) * scales[i]
+@cache
+def tile(bits: int, per_block: int):
+    """Work: `count` rows of one matrix from `first` on, (count, blocks * BLOCK) float32, columns in the order of
+    planes, exactly (code - zero) * scale. Takes what `few` takes, of one matrix."""
+    block_bytes = BLOCK * bits // 8
 
+    @work
+    def values(given):
+        n = carray(given, (15,), np.int64)
+        rows, row_bytes, groups, zero_bytes, wide, blocks, first, count = n[7:15]
+        codes = carray(pointer(n[1]), (rows * row_bytes,), np.uint8)
+        levels = carray(pointer(n[2]), (rows, groups), np.uint8)
+        base = carray(pointer(n[3]), (1,), np.float32)[0]
+        zeros = carray(pointer(n[4]), (zero_bytes,), np.uint8)
+        table = carray(pointer(n[5]), (256,), np.float32)
+        out = carray(pointer(n[6]), (count * blocks * BLOCK,), np.float32)
+        scales, offs = np.zeros(blocks * per_block, f32), np.zeros(blocks * per_block, f32)
+        room = np.zeros(blocks * block_bytes, np.uint8)
+        item = take(given)
+        while item < -(-count // CHUNK):
+            for own in range(item * CHUNK, min(count, (item + 1) * CHUNK)):
+                r = first + own
+                groups_of(levels[r], zeros, base, table, bits, r, wide, scales, offs)
+                row, at = padded(codes, r * row_bytes, row_bytes, room)
+                row_values(row, at, blocks, scales, offs, out, own * blocks * BLOCK, bits, per_block)
+            item = take(given)
 
-@njit(parallel=True, cache=True, **OPTIONS)
-def tile(codes, levels, base, zeros, bits, sym, size, table, first, out):
-    """Rows from `first` on of one matrix, (rows, 8 * words) float32, columns in the order of planes; exactly
-    (code - zero) * scale."""
-    groups = levels.shape[1]
-    words, eight = codes.shape[1] // bits, bits == 8
-    for at in prange(len(out)):
-        r = first + at
-        scales, offs = np.empty(groups, f32), np.empty(groups, f32)
-        wide, wide_offs, whole = np.empty(words, f32), np.empty(words, f32), np.empty(words, u32)
-        groups_of(levels[r], zeros, sym, base, table, bits, r, scales, offs)
-        widen(scales, size // 8, wide)
-        widen(offs, size // 8, wide_offs)
-        row = codes[r]
-        if eight:
-            for g in range(groups):
-                for j in range(g * size, min(len(row), (g + 1) * size)):
-                    out[at, j] = (f32(row[j]) - offs[g]) * scales[g]
-        else:
-            words_of(row, bits, whole)
-            for k in range(8):
-                plane(whole, u32(bits * k), u32(2**bits - 1), wide_offs, wide, out[at, k * words : (k + 1) * words])
+    return values

@@ -14,8 +14,6 @@ from .packing import unpack
 STEPS = 16  # levels of scales to an octave
 SCALES = torch.tensor([2.0 ** (-level / STEPS) for level in range(256)])  # a table, so that all routes give equal bits
 
-TABLE = SCALES.numpy()
-
 
 def scale_levels(scale: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """uint8 level of each scale (at most base): the nearest of base * SCALES, in the logarithm."""
@@ -76,7 +74,7 @@ class Grid(Format):
     def products(self, stored, shape, x, sizes):
         if not self.has_kernel(stored, x):
             return super().products(stored, shape, x, sizes)
-        return products(self, stored, shape[1], x, sizes, TABLE)
+        return products(self, stored, shape[1], x, sizes, SCALES)
 
     def trainable(self, tensor):
         """-log(scale / base) of levels."""

@@ -29,10 +29,10 @@ from .trellis import Trellis
 
 # What a checkpoint needs to open itself.
 SHIPPED = (
-    "modeling_moesvd.py", "factorized_experts.py", "pruned_base.py", "parts.py", "stored.py", "formats.py", "grids.py",
-    "packing.py", "routers.py", "grid_kernels.py", "grid_numba.py", "numba_here.py", "trellis.py",
-    "trellis_code.py", "trellis_kernels.py", "trellis_numba.py", "native_experts.py", "modeling_deepseek.py",
-    "more_formats.py",
+    "modeling_moesvd.py", "factorized_experts.py", "pruned_base.py", "parts.py", "stored.py", "formats.py",
+    "native_experts.py", "routers.py", "modeling_deepseek.py", "more_formats.py", "packing.py", "numba_here.py",
+    "lanes.py", "team.py", "grids.py", "grid_kernels.py", "grid_lanes.py", "grid_numba.py", "hadamard_numba.py",
+    "trellis.py", "trellis_code.py", "trellis_kernels.py", "trellis_lanes.py", "trellis_numba.py", "trellis_read.py",
 )  # fmt: skip
 MANIFEST = "moesvd.json"
 

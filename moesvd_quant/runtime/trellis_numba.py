@@ -1,263 +1,125 @@
-"""Trellis codes read and multiplied on a CPU: what numba compiles. A copy lies in every checkpoint.
+"""Products with trellis codes on a CPU: what numba compiles. A copy lies in every checkpoint."""
 
-Vector lanes run over groups of 8 or 16 neighbouring weights: plane i has the i-th weight of every group. A group's
-windows are read from one or two words of 32 bits, which are brought together once for all planes. `shape`: (weights,
-bytes) of a group; `starts`: the bytes of a group that its words begin with; `word_of`, `shifts`: where the window of
-each weight is. `twice`: two times the rate.
-"""
-
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 try:  # what is imported outside of `try`, transformers demands before it opens a checkpoint
-    from llvmlite import ir
-    from numba import njit, prange, types
-    from numba.extending import intrinsic
+    from numba import carray, njit
 except ImportError:
     raise
 
-from .trellis_code import FACTOR, OFFSET
+from .lanes import LANES
+from .team import pointer, take, work
+from .trellis_lanes import BIAS, add_block, groups_of, read_block
+from .trellis_read import OPTIONS, WRAP, blocks_of, copy_ring, in_order
 
-f32, u8, u16, u32 = np.float32, np.uint8, np.uint16, np.uint32
-BITS = ir.IntType(32)
-OPTIONS: Any = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+f32 = np.float32
 FAST: Any = {"fastmath": True, **OPTIONS}
 
 
-# numba widens all arithmetic to 64 bits, which halves the lanes: so these are said in the compiler's own terms.
-@intrinsic
-def value_at(context, word, shift):
-    """float32 value, plus 60, of the window that begins at a bit of a word."""
-
-    def code(context, builder, signature, given):
-        def number(n):
-            return ir.Constant(BITS, n)
-
-        window = builder.and_(builder.lshr(given[0], given[1]), number(4095))
-        mixed = builder.add(builder.mul(window, number(FACTOR)), number(OFFSET))
-        high, low = builder.lshr(mixed, number(4)), number(0x0F0F0F0F)
-        pairs = builder.add(builder.and_(mixed, low), builder.and_(high, low))
-        total = builder.lshr(builder.mul(pairs, number(0x01010101)), number(24))
-        return builder.sitofp(total, ir.FloatType())
-
-    return types.float32(types.uint32, types.uint32), code
-
-
-@intrinsic
-def joined(context, a, b, c, d):
-    """uint32 of four bytes, the lowest first."""
-
-    def code(context, builder, signature, given):
-        word = builder.zext(given[0], BITS)
-        for place in (1, 2, 3):
-            higher = builder.shl(builder.zext(given[place], BITS), ir.Constant(BITS, 8 * place))
-            word = builder.or_(word, higher)
-        return word
-
-    return types.uint32(types.uint8, types.uint8, types.uint8, types.uint8), code
-
-
-@intrinsic
-def upper_half(context, value):
-    """The first 16 bits of a float32: of a small whole number, it as a bfloat16."""
-
-    def code(context, builder, signature, given):
-        whole = builder.bitcast(given[0], BITS)
-        return builder.trunc(builder.lshr(whole, ir.Constant(BITS, 16)), ir.IntType(16))
-
-    return types.uint16(types.float32), code
-
-
-def _words(size):
-    @njit(**FAST)
-    def words_of(row, start, words):
-        for g in range(len(words)):
-            k = g * size + start
-            words[g] = joined(row[k], row[k + 1], row[k + 2], row[k + 3])
-
-    return words_of
-
-
-# A stride that the compiler knows makes these loads of whole vectors.
-words1, words2, words3, words4, words5, words7 = (_words(size) for size in (1, 2, 3, 4, 5, 7))
-
-
-@njit(**OPTIONS)
-def words_of(row, start, size, words):
-    """words (groups,) from a byte of each group of `size` bytes on."""
-    if size == 1:
-        words1(row, start, words)
-    elif size == 2:
-        words2(row, start, words)
-    elif size == 3:
-        words3(row, start, words)
-    elif size == 4:
-        words4(row, start, words)
-    elif size == 5:
-        words5(row, start, words)
-    else:
-        words7(row, start, words)
-
-
-@njit(**OPTIONS)
-def all_words(row, bounds, twice, shape, starts, words):
-    """words (len(starts), groups) of the rings whose bounds, in weights from the first byte of row, are given."""
-    (each, size), groups = shape, words.shape[1]
-    back = 6 // size + 1  # groups at the end of a ring whose words reach into its beginning
-    for w in range(len(starts)):
-        if groups > back:
-            words_of(row, starts[w], size, words[w, : groups - back])
-        for r in range(len(bounds) - 1):
-            begin, length = bounds[r] * twice // 16, (bounds[r + 1] - bounds[r]) * twice // 16
-            count = (bounds[r + 1] - bounds[r]) // each
-            for g in range(max(0, count - back), count):
-                k = g * size + starts[w]
-                words[w, bounds[r] // each + g] = joined(
-                    row[begin + k % length],
-                    row[begin + (k + 1) % length],
-                    row[begin + (k + 2) % length],
-                    row[begin + (k + 3) % length],
-                )
-
-
 @njit(**FAST)
-def add_plane(words, shift, x, total):
-    for g in range(len(words)):
-        total[g] += x * value_at(words[g], shift)
-
-
-@njit(**FAST)
-def plane(words, shift, values):
-    for g in range(len(words)):
-        values[g] = value_at(words[g], shift)
-
-
-@njit(**FAST)
-def dot(values, x):
-    total = f32(0)
+def add_times(total, x, values):
     for g in range(len(values)):
-        total += values[g] * x[g]
-    return total
+        total[g] += x * values[g]
 
 
-@njit(parallel=True, cache=True, **OPTIONS)
-def few(codes, twice, shape, starts, word_of, shifts, bounds, per, x, sums, begins, used, y):
-    """y[p] = x[p] @ values of matrix e, for the tokens p from begins[e] to begins[e + 1]; e of `used`.
+@cache
+def few(twice: int):
+    """Work: y[p] = values of matrix e (rows, columns) @ x[p], for each (e, first p, last p + 1) of `spans`.
 
-    codes (e, columns, bytes), bounds (rings + 1,) of a column, per: rings that a thread takes at a time, x (tokens,
-    columns), sums (tokens,) of x, y (tokens, rows).
+    Takes the addresses of codes (e, columns, bytes), bounds (rings + 1,) of a column, x (tokens, columns) and its sums
+    (tokens,), y (tokens, rows), both float32, spans, and the sizes below; per: rings that are taken at a time.
     """
-    each, rings = shape[0], len(bounds) - 1
-    chunks = (rings + per - 1) // per
-    for item in prange(len(used) * chunks):
-        e, low = used[item // chunks], item % chunks * per
-        own = bounds[low : min(rings, low + per) + 1] - bounds[low]
-        begin, groups, count = bounds[low], own[-1] // each, begins[e + 1] - begins[e]
-        words, values = np.empty((len(starts), groups), u32), np.empty(groups, f32)
-        total = np.zeros((count, each, groups), f32)
-        for j in range(codes.shape[1]):
-            all_words(codes[e, j, begin * twice // 16 :], own, twice, shape, starts, words)
-            for i in range(each):
-                if count == 1:
-                    add_plane(words[word_of[i]], shifts[i], x[begins[e], j], total[0, i])
-                else:
-                    plane(words[word_of[i]], shifts[i], values)
-                    for q in range(count):
-                        one, row = x[begins[e] + q, j], total[q, i]
-                        for g in range(groups):
-                            row[g] += one * values[g]
-        for q in range(count):
-            p = begins[e] + q
-            for g in range(groups):
-                for i in range(each):
-                    at = begin + g * each + i
-                    if at < y.shape[1]:
-                        y[p, at] = total[q, i, g] - f32(60) * sums[p]
+    each, size = groups_of(twice)[:2]
+
+    @work
+    def products(given):
+        n = carray(given, (15,), np.int64)
+        matrices, columns, column_bytes, rings, rows, tokens, count, per = n[7:15]
+        codes = carray(pointer(n[1]), (matrices * columns * column_bytes,), np.uint8)
+        bounds = carray(pointer(n[2]), (rings + 1,), np.int64)
+        x, sums = carray(pointer(n[3]), (tokens, columns), np.float32), carray(pointer(n[4]), (tokens,), np.float32)
+        y = carray(pointer(n[5]), (tokens, rows), np.float32)
+        spans = carray(pointer(n[6]), (count, 3), np.int64)
+        longest = blocks_of(bounds[rings] - bounds[rings - 1], each)  # none is longer than the last
+        wide, room = longest * each * LANES, longest * LANES * size + 2 * WRAP
+        ring, values, line = np.zeros(per * room, np.uint8), np.zeros(wide, f32), np.empty(wide, f32)
+        item = take(given)
+        while item < count * -(-rings // per):
+            e, start, stop = spans[item // -(-rings // per)]
+            low = item % -(-rings // per) * per
+            high = min(rings, low + per)
+            total = np.zeros((stop - start, per, wide), f32)
+            for j in range(columns):
+                column = (e * columns + j) * column_bytes
+                for r in range(low, high):
+                    begin, end = bounds[r] * twice // 16, bounds[r + 1] * twice // 16
+                    copy_ring(codes, column + begin, end - begin, ring, (r - low) * room)
+                for r in range(low, high):
+                    blocks, at = blocks_of(bounds[r + 1] - bounds[r], each), (r - low) * room
+                    if stop - start == 1:
+                        for b in range(blocks):
+                            place = b * each * LANES
+                            add_block(ring, at + b * LANES * size, x[start, j], total[0, r - low], place, twice)
+                    else:
+                        for b in range(blocks):
+                            read_block(ring, at + b * LANES * size, values, b * each * LANES, twice)
+                        for p in range(start, stop):
+                            add_times(total[p - start, r - low], x[p, j], values)
+            for p in range(start, stop):
+                for r in range(low, high):
+                    in_order(total[p - start, r - low], each, f32(BIAS) * sums[p], line[: bounds[r + 1] - bounds[r]])
+                    for i in range(min(rows, bounds[r + 1]) - bounds[r]):
+                        y[p, bounds[r] + i] = line[i]
+            item = take(given)
+
+    return products
 
 
-@njit(parallel=True, cache=True, **OPTIONS)
-def few_short(codes, twice, shape, starts, word_of, shifts, length, joint, x, sums, begins, used, y):
-    """The same where `joint` columns of `length` weights share a ring; x (tokens, joint, rings)."""
-    each, size = shape
-    rings, ring_bytes = x.shape[2], length * joint * twice // 16
-    parts = length // each
-    for item in prange(len(used) * parts):
-        e, part = used[item // parts], item % parts
-        stream = codes[e].reshape(-1)
-        words, values = np.empty((len(starts), rings), u32), np.empty(rings, f32)
-        for p in range(begins[e], begins[e + 1]):
-            for i in range(each):
-                if part * each + i < y.shape[1]:
-                    y[p, part * each + i] = -f32(60) * sums[p]
-        for column in range(joint):
-            first = (column * parts + part) * size
-            for w in range(len(starts)):
-                for r in range(rings):
-                    k, home = first + starts[w], r * ring_bytes
-                    words[w, r] = joined(
-                        stream[home + k % ring_bytes],
-                        stream[home + (k + 1) % ring_bytes],
-                        stream[home + (k + 2) % ring_bytes],
-                        stream[home + (k + 3) % ring_bytes],
-                    )
-            for i in range(each):
-                at = part * each + i
-                if at < y.shape[1]:
-                    plane(words[word_of[i]], shifts[i], values)
-                    for p in range(begins[e], begins[e + 1]):
-                        y[p, at] += dot(values, x[p, column])
+@cache
+def few_short(twice: int):
+    """The same where `joint` columns of `length` weights share a ring: y (parts, tokens, rows), to be summed, each of
+    some of the rings of a matrix."""
+    each, size = groups_of(twice)[:2]
 
+    @work
+    def products(given):
+        n = carray(given, (15,), np.int64)
+        matrices, columns, joint, length, rows, tokens, count, parts = n[7:15]
+        ring_bytes, rings = length * joint * twice // 16, columns // joint
+        codes = carray(pointer(n[1]), (matrices * rings * ring_bytes,), np.uint8)
+        x, sums = carray(pointer(n[3]), (tokens, columns), np.float32), carray(pointer(n[4]), (tokens,), np.float32)
+        y = carray(pointer(n[5]), (parts, tokens, rows), np.float32)
+        spans = carray(pointer(n[6]), (count, 3), np.int64)
+        blocks, groups = blocks_of(length * joint, each), length * joint // each
+        wide = blocks * each * LANES
+        ring, values = np.zeros(blocks * LANES * size + 2 * WRAP, np.uint8), np.zeros(wide, f32)
+        by_lane, line = np.zeros(blocks * LANES, f32), np.empty(length * joint, f32)
+        item = take(given)
+        while item < count * parts:
+            e, start, stop = spans[item // parts]
+            part = item % parts
+            total = np.zeros((stop - start, wide), f32)
+            for r in range(part * rings // parts, (part + 1) * rings // parts):
+                copy_ring(codes, (e * rings + r) * ring_bytes, ring_bytes, ring, 0)
+                for b in range(blocks):
+                    read_block(ring, b * LANES * size, values, b * each * LANES, twice)
+                for p in range(start, stop):
+                    for g in range(groups):
+                        by_lane[g] = x[p, r * joint + g * each // length]
+                    for b in range(blocks):
+                        for i in range(each):
+                            first = (b * each + i) * LANES
+                            for lane in range(LANES):
+                                total[p - start, first + lane] += by_lane[b * LANES + lane] * values[first + lane]
+            for p in range(start, stop):
+                in_order(total[p - start], each, f32(0), line)
+                for i in range(rows):
+                    y[part, p, i] = -f32(BIAS) * sums[p] if part == 0 else f32(0)
+                    for c in range(joint):
+                        y[part, p, i] += line[c * length + i]
+            item = take(given)
 
-@njit(parallel=True, cache=True, **OPTIONS)
-def tile(codes, twice, shape, starts, word_of, shifts, bounds, low, high, out):
-    """Values of the rings low ... high of every column as bfloat16, (columns, weights) in planes."""
-    each, own = shape[0], bounds[low : high + 1] - bounds[low]
-    groups = own[-1] // each
-    for j in prange(codes.shape[0]):
-        words, values = np.empty((len(starts), groups), u32), np.empty(groups, f32)
-        all_words(codes[j, bounds[low] * twice // 16 :], own, twice, shape, starts, words)
-        for i in range(each):
-            plane(words[word_of[i]], shifts[i], values)
-            row = out[j, i * groups : (i + 1) * groups]
-            for g in range(groups):
-                row[g] = upper_half(values[g] - f32(60))
-
-
-@njit(parallel=True, cache=True, **OPTIONS)
-def read(codes, twice, shape, starts, word_of, shifts, bounds, out):
-    """Values of all rings of a stream of bytes, float32 in their order; bounds in weights."""
-    each = shape[0]
-    for r in prange(len(bounds) - 1):
-        begin, count = bounds[r], bounds[r + 1] - bounds[r]
-        own = np.array([0, count])
-        words, values = np.empty((len(starts), count // each), u32), np.empty(count // each, f32)
-        all_words(codes[begin * twice // 16 : bounds[r + 1] * twice // 16], own, twice, shape, starts, words)
-        for i in range(each):
-            plane(words[word_of[i]], shifts[i], values)
-            for g in range(count // each):
-                out[begin + g * each + i] = values[g] - f32(60)
-
-
-@njit(**FAST)
-def butterflies(a, b):
-    for i in range(len(a)):
-        x, y = a[i], b[i]
-        a[i], b[i] = x + y, x - y
-
-
-@njit(parallel=True, cache=True, **OPTIONS)
-def mix_first(x, block):
-    """x (m, n): blocks of Hadamard matrices along m, in place."""
-    rows, columns = x.shape
-    wide = 64  # columns at a time: a block of them fits the cache
-    strips = (columns + wide - 1) // wide
-    for item in prange(rows // block * strips):
-        first, left = item // strips * block, item % strips * wide
-        right = min(columns, left + wide)
-        half = 1
-        while half < block:
-            for i in range(first, first + block):
-                if (i - first) & half == 0:
-                    butterflies(x[i, left:right], x[i + half, left:right])
-            half *= 2
+    return products

@@ -1,0 +1,42 @@
+"""Blocks of Hadamard matrices on a CPU: what numba compiles. A copy lies in every checkpoint."""
+
+from typing import Any
+
+import numpy as np
+
+try:  # what is imported outside of `try`, transformers demands before it opens a checkpoint
+    from numba import carray, njit
+except ImportError:
+    raise
+
+from .team import pointer, take, work
+
+OPTIONS: Any = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+STRIP = 64  # columns at a time: a block of them fits the cache
+
+
+@njit(fastmath=True, **OPTIONS)
+def butterflies(a, b):
+    for i in range(len(a)):
+        x, y = a[i], b[i]
+        a[i], b[i] = x + y, x - y
+
+
+@work
+def mix_first(given):
+    """Work: x (m, n) float32 times blocks along m, in place. Takes its address, m, n, and the size of a block."""
+    n = carray(given, (5,), np.int64)
+    rows, columns, block = n[2:5]
+    x = carray(pointer(n[1]), (rows, columns), np.float32)
+    strips = -(-columns // STRIP)
+    item = take(given)
+    while item < rows // block * strips:
+        first, left = item // strips * block, item % strips * STRIP
+        right = min(columns, left + STRIP)
+        half = 1
+        while half < block:
+            for i in range(first, first + block):
+                if (i - first) & half == 0:
+                    butterflies(x[i, left:right], x[i + half, left:right])
+            half *= 2
+        item = take(given)

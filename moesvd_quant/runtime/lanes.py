@@ -1,0 +1,114 @@
+"""Vectors of 16 lanes in the compiler's own terms (LLVM), of which kernels for a CPU are made. A copy lies in every
+checkpoint.
+
+numba widens all arithmetic to 64 bits, which halves the lanes, and guards each loop. Straight code of whole vectors has
+neither, and LLVM fits it to the registers that the machine has.
+"""
+
+try:  # what is imported outside of `try`, transformers demands before it opens a checkpoint
+    from llvmlite import ir
+except ImportError:
+    raise
+
+LANES = 16
+QUAD = LANES // 4
+I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+WORDS, FLOATS, BYTES = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES), ir.VectorType(I8, 16)
+FAST = ("fast",)  # sums in any order, as torch's own
+
+
+def number(value: int):
+    return ir.Constant(I64, int(value))
+
+
+def same(value: int):
+    """<16 x i32> of one number."""
+    return ir.Constant(WORDS, [int(value)] * LANES)
+
+
+def zeros():
+    return ir.Constant(FLOATS, [0.0] * LANES)
+
+
+def data_of(context, builder, kind, array):
+    """Pointer to the first element of a numba array."""
+    return context.make_array(kind)(context, builder, array).data
+
+
+def moved(builder, pointer, by):
+    """A pointer moved on by so many elements, a constant or a value."""
+    return builder.gep(pointer, [number(by) if isinstance(by, int) else by])
+
+
+def load(builder, pointer, kind):
+    """A vector from any address."""
+    vector = builder.load(builder.bitcast(pointer, kind.as_pointer()))
+    vector.align = 1
+    return vector
+
+
+def store(builder, vector, pointer) -> None:
+    """A vector to any address."""
+    builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer())).align = 1
+
+
+def shuffled(builder, a, b, picked):
+    """Elements of two vectors, by their number in both."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(picked)), list(picked)))
+
+
+def spread(builder, scalar):
+    """<16 x float> of one float."""
+    one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), scalar, ir.Constant(I32, 0))
+    return shuffled(builder, one, ir.Constant(FLOATS, ir.Undefined), [0] * LANES)
+
+
+def spread_all(builder, pointer, count):
+    """<16 x float> of `count` neighbouring floats, each for as many lanes."""
+    kind = ir.VectorType(F32, count)
+    few = load(builder, pointer, kind)
+    return shuffled(builder, few, ir.Constant(kind, ir.Undefined), [lane * count // LANES for lane in range(LANES)])
+
+
+def add(builder, a, b):
+    return builder.fadd(a, b, flags=FAST)
+
+
+def multiply(builder, a, b):
+    return builder.fmul(a, b, flags=FAST)
+
+
+def total(builder, vector):
+    """The sum of a vector's elements."""
+    count = LANES
+    while count > 1:
+        count //= 2
+        halves = (shuffled(builder, vector, vector, range(at, at + count)) for at in (0, count))
+        vector = add(builder, *halves)
+    return builder.extract_element(vector, ir.Constant(I32, 0))
+
+
+def words(builder, pointer, size, taken):
+    """<16 x i32>: lane l has `taken` bytes (at most 4), the lowest first, from byte l * size on. No byte after the last
+    one that is asked for is read."""
+    if size == taken and size != 3:
+        narrow = load(builder, pointer, ir.VectorType(ir.IntType(8 * size), LANES))
+        return narrow if size == 4 else builder.zext(narrow, WORDS)
+    end = (LANES - 1) * size + taken
+    quads = [_quad(builder, pointer, size, taken, end, QUAD * q * size) for q in range(LANES // QUAD)]
+    low, high = (shuffled(builder, a, b, range(32)) for a, b in (quads[:2], quads[2:]))
+    return builder.bitcast(shuffled(builder, low, high, range(64)), WORDS)
+
+
+def _quad(builder, pointer, size, taken, end, first):
+    """<16 x i8> of the words of four lanes, of which the first begins at byte `first`."""
+    zero = ir.Constant(BYTES, [0] * 16)
+    if (QUAD - 1) * size + taken <= 16:
+        back = max(0, first + 16 - end)
+        picked = [back + size * lane + byte if byte < taken else 16 for lane in range(QUAD) for byte in range(4)]
+        return shuffled(builder, load(builder, moved(builder, pointer, first - back), BYTES), zero, picked)
+    half = first + 2 * size  # two lanes of each load
+    second = max(0, half + 16 - end)
+    a, b = (load(builder, moved(builder, pointer, at), BYTES) for at in (first, half - second))
+    starts = (0, size, 16 + second, 16 + second + size)
+    return shuffled(builder, a, b, [start + byte for start in starts for byte in range(4)])
