@@ -8,7 +8,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from .numba_here import HERE
+from .numba_here import HERE, dtype_of_products
 
 MANY = 16  # tokens per matrix from which on tiles are dequantized and multiplied by torch
 TILE = 512  # rows of such a tile
@@ -34,7 +34,7 @@ def products(form, stored: dict, columns: int, x: torch.Tensor, sizes: list[int]
     rows = stored["codes"].shape[-2]
     y = _few(form, stored, x, spans, rows, table).to(x.dtype) if spans else x.new_empty(len(x), rows)
     if many:
-        planes = _in_planes(x, form.bits)
+        planes = _in_planes(x.to(dtype_of_products(x.dtype)), form.bits)
     for e, start, stop in many:
         own = {kind: tensor[e] for kind, tensor in stored.items()}
         y[start:stop] = _by_tiles(form, own, planes[start:stop], rows, table)
@@ -51,7 +51,7 @@ def _few(form, stored: dict, x: torch.Tensor, spans: list, rows: int, table) -> 
     in_planes(x.float().contiguous().numpy(), form.bits, _weights(form.bits), planes.numpy())
     asked, (addresses, sizes) = torch.tensor(spans), _described(form, stored, table)
     given = [*addresses, planes.data_ptr(), y.data_ptr(), asked.data_ptr(), *sizes, blocks, len(x), len(spans)]
-    run(few(form.bits, max(1, BLOCK // form.group_size)), given)
+    run(few(form.bits, max(1, BLOCK // form.group_size), form.sym), given)
     return y
 
 
@@ -65,7 +65,7 @@ def _by_tiles(form, own: dict, planes: torch.Tensor, rows: int, table) -> torch.
     for first in range(0, rows, TILE):
         out = torch.empty(min(TILE, rows - first), planes.shape[1])
         given = [*addresses, out.data_ptr(), *sizes, planes.shape[1] // BLOCK, first, len(out)]
-        run(tile(form.bits, max(1, BLOCK // form.group_size)), given)
+        run(tile(form.bits, max(1, BLOCK // form.group_size), form.sym), given)
         done.append(F.linear(planes, out.to(planes.dtype)))
     return torch.cat(done, 1)
 

@@ -13,21 +13,25 @@ except ImportError:
     raise
 
 from .lanes import (
+    F32,
+    FAST,
     FLOATS,
+    I8,
+    I64,
     LANES,
     add,
-    data_of,
     load,
     moved,
     multiply,
     number,
+    pointer_to,
     same,
     spread_all,
     store,
     total,
     words,
     zeros,
-)
+)  # fmt: skip
 
 BLOCK = 8 * LANES
 PLANES = 9  # of an input's block: the last has each lane's sum
@@ -65,67 +69,107 @@ def _of_groups(builder, values, block, count, bits):
 
 
 @intrinsic(prefer_literal=True)
-def row_products(context, codes, at, blocks, x, x_at, scales, offs, y, bits, count, tokens):
-    """Sets y[0 ... tokens - 1], the products of one row with inputs.
+def row_products(context, codes, blocks, x, scales, offs, y, step, bits, count, tokens):
+    """Sets y[0], y[step] ... to the products of one row with so many inputs.
 
-    codes: flat, the row's begin at `at`; x: flat, from x_at on (tokens, blocks, PLANES, LANES), where codes keep their
-    place times 2 ** -(bits * plane); scales, and offs = scale * zero: `count` for each block.
+    Addresses of the row's codes; of x (tokens, blocks, PLANES, LANES), where codes keep their place times 2 ** -(bits *
+    plane); of scales, and offs = scale * zero, `count` for each block; of y.
     """
     bits_, count_, tokens_ = bits.literal_value, count.literal_value, tokens.literal_value
-    known = types.void(codes, at, blocks, x, x_at, scales, offs, y, bits, count, tokens)
+    known = types.void(*[types.int64] * 7, bits, count, tokens)
 
     def code(context, builder, signature, given):
-        kinds = signature.args
-        c, x, s, o, y = (data_of(context, builder, kinds[i], given[i]) for i in (0, 3, 5, 6, 7))
-        at, blocks, x_at = given[1], given[2], given[4]
-        sums = [cgutils.alloca_once_value(builder, zeros()) for _ in range(tokens_)]
+        c = pointer_to(builder, given[0], I8)
+        x, s, o, y = (pointer_to(builder, given[i], F32) for i in (2, 3, 4, 5))
+        blocks, step = given[1], given[6]
+        sums = [cgutils.alloca_once(builder, FLOATS) for _ in range(tokens_)]
         for place in sums:
             builder.store(zeros(), place)
-        step = builder.mul(blocks, number(PLANES * LANES))
+        each = builder.mul(blocks, number(PLANES * LANES))
         with cgutils.for_range(builder, blocks) as loop:
-            own = moved(builder, c, builder.add(at, builder.mul(loop.index, number(BLOCK * bits_ // 8))))
-            block = builder.add(x_at, builder.mul(loop.index, number(PLANES * LANES)))
-            inputs = [moved(builder, x, builder.add(block, builder.mul(step, number(t)))) for t in range(tokens_)]
+            own = moved(builder, c, builder.mul(loop.index, number(BLOCK * bits_ // 8)))
+            block = builder.mul(loop.index, number(PLANES * LANES))
+            inputs = [moved(builder, x, builder.add(block, builder.mul(each, number(t)))) for t in range(tokens_)]
             scale = _of_groups(builder, s, loop.index, count_, bits_)
             off = _of_groups(builder, o, loop.index, count_, bits_)
             found = [zeros()] * tokens_
             for k, value in enumerate(_planes(builder, own, bits_, in_place=True)):
                 if bits_ == 8:
-                    value = builder.fsub(multiply(builder, value, scale(k)), off(k), flags=("fast",))
+                    value = builder.fsub(multiply(builder, value, scale(k)), off(k), flags=FAST)
                 for t, place in enumerate(inputs):
                     plane = load(builder, moved(builder, place, k * LANES), FLOATS)
                     found[t] = add(builder, found[t], multiply(builder, value, plane))
             for t, place in enumerate(inputs):
                 if bits_ < 8:
-                    each = load(builder, moved(builder, place, 8 * LANES), FLOATS)
-                    below = multiply(builder, off(0), each)
-                    found[t] = builder.fsub(multiply(builder, scale(0), found[t]), below, flags=("fast",))
+                    below = multiply(builder, off(0), load(builder, moved(builder, place, 8 * LANES), FLOATS))
+                    found[t] = builder.fsub(multiply(builder, scale(0), found[t]), below, flags=FAST)
                 builder.store(add(builder, builder.load(sums[t]), found[t]), sums[t])
         for t, place in enumerate(sums):
-            builder.store(total(builder, builder.load(place)), moved(builder, y, t))
+            builder.store(total(builder, builder.load(place)), moved(builder, y, builder.mul(step, number(t))))
         return context.get_dummy_value()
 
     return known, code
 
 
 @intrinsic(prefer_literal=True)
-def row_values(context, codes, at, blocks, scales, offs, y, y_at, bits, count):
-    """Sets y (flat, from y_at on) to the values of one row, exactly (code - zero) * scale, in the order of planes,
-    block after block. offs: the zeros."""
+def row_values(context, codes, blocks, scales, zeros, y, bits, count):
+    """Sets y (blocks, 8, LANES) to the values of one row, exactly (code - zero) * scale, in the order of planes. All
+    but blocks are addresses."""
     bits_, count_ = bits.literal_value, count.literal_value
-    known = types.void(codes, at, blocks, scales, offs, y, y_at, bits, count)
+    known = types.void(*[types.int64] * 5, bits, count)
 
     def code(context, builder, signature, given):
-        kinds = signature.args
-        c, s, o, y = (data_of(context, builder, kinds[i], given[i]) for i in (0, 3, 4, 5))
-        at, blocks, y_at = given[1], given[2], given[6]
-        with cgutils.for_range(builder, blocks) as loop:
-            own = moved(builder, c, builder.add(at, builder.mul(loop.index, number(BLOCK * bits_ // 8))))
-            out = moved(builder, y, builder.add(y_at, builder.mul(loop.index, number(BLOCK))))
+        c = pointer_to(builder, given[0], I8)
+        s, o, y = (pointer_to(builder, given[i], F32) for i in (2, 3, 4))
+        with cgutils.for_range(builder, given[1]) as loop:
+            own = moved(builder, c, builder.mul(loop.index, number(BLOCK * bits_ // 8)))
+            out = moved(builder, y, builder.mul(loop.index, number(BLOCK)))
             scale = _of_groups(builder, s, loop.index, count_, bits_)
             off = _of_groups(builder, o, loop.index, count_, bits_)
             for k, value in enumerate(_planes(builder, own, bits_, in_place=False)):
                 store(builder, builder.fmul(builder.fsub(value, off(k)), scale(k)), moved(builder, out, k * LANES))
+        return context.get_dummy_value()
+
+    return known, code
+
+
+@intrinsic
+def row_scales(context, levels, groups, table, base, scales):
+    """Sets the scales of the groups of a row: base * table[level]. levels, table, scales: addresses."""
+    known = types.void(types.int64, types.int64, types.int64, types.float32, types.int64)
+
+    def code(context, builder, signature, given):
+        levels, groups, table, base, scales = given
+        level_at, step_at = pointer_to(builder, levels, I8), pointer_to(builder, table, F32)
+        scale_at = pointer_to(builder, scales, F32)
+        with cgutils.for_range(builder, groups) as loop:
+            level = builder.zext(builder.load(moved(builder, level_at, loop.index)), I64)
+            step = builder.load(moved(builder, step_at, level))
+            builder.store(builder.fmul(base, step), moved(builder, scale_at, loop.index))
+        return context.get_dummy_value()
+
+    return known, code
+
+
+@intrinsic
+def row_zeros(context, zeros, first, last, groups, bits, offs):
+    """Sets the zeros of the groups of a row: `bits` bits each from bit `first` on. zeros, last (of its last byte),
+    offs: addresses."""
+    known = types.void(*[types.int64] * 6)
+
+    def code(context, builder, signature, given):
+        zeros, first, last, groups, bits, offs = given
+        mask, off_at = builder.sub(builder.shl(number(1), bits), number(1)), pointer_to(builder, offs, F32)
+        with cgutils.for_range(builder, groups) as loop:
+            bit = builder.add(first, builder.mul(loop.index, bits))
+            at = builder.add(zeros, builder.lshr(bit, number(3)))
+            # Two bytes are read; there are two, but not always two more.
+            at = builder.select(builder.icmp_signed("<", at, last), at, builder.sub(last, number(1)))
+            pair = builder.load(pointer_to(builder, at, ir.IntType(16)))
+            pair.align = 1
+            shift = builder.sub(bit, builder.shl(builder.sub(at, zeros), number(3)))
+            zero = builder.and_(builder.lshr(builder.zext(pair, I64), shift), mask)
+            builder.store(builder.sitofp(zero, F32), moved(builder, off_at, loop.index))
         return context.get_dummy_value()
 
     return known, code

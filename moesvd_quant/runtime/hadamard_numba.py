@@ -22,6 +22,27 @@ def butterflies(a, b):
         a[i], b[i] = x + y, x - y
 
 
+@njit(cache=True, fastmath=True, **OPTIONS)
+def mix_last(x, block, signs, signs_first, scale):
+    """x (tokens, n) float32, in place: signs (n,), then blocks of Hadamard matrices along n, or the other way round;
+    then times scale (tokens,)."""
+    for t in range(x.shape[0]):
+        row = x[t]
+        if signs_first:
+            for i in range(len(row)):
+                row[i] *= signs[i]
+        half = 1
+        while half < block:
+            for first in range(0, len(row), 2 * half):
+                butterflies(row[first : first + half], row[first + half : first + 2 * half])
+            half *= 2
+        if not signs_first:
+            for i in range(len(row)):
+                row[i] *= signs[i]
+        for i in range(len(row)):
+            row[i] *= scale[t]
+
+
 @work
 def mix_first(given):
     """Work: x (m, n) float32 times blocks along m, in place. Takes its address, m, n, and the size of a block."""

@@ -7,6 +7,9 @@ neither, and LLVM fits it to the registers that the machine has.
 
 try:  # what is imported outside of `try`, transformers demands before it opens a checkpoint
     from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
 except ImportError:
     raise
 
@@ -30,9 +33,9 @@ def zeros():
     return ir.Constant(FLOATS, [0.0] * LANES)
 
 
-def data_of(context, builder, kind, array):
-    """Pointer to the first element of a numba array."""
-    return context.make_array(kind)(context, builder, array).data
+def pointer_to(builder, address, kind):
+    """What lies at an address (int64)."""
+    return builder.inttoptr(address, kind.as_pointer())
 
 
 def moved(builder, pointer, by):
@@ -112,3 +115,15 @@ def _quad(builder, pointer, size, taken, end, first):
     a, b = (load(builder, moved(builder, pointer, at), BYTES) for at in (first, half - second))
     starts = (0, size, 16 + second, 16 + second + size)
     return shuffled(builder, a, b, [start + byte for start in starts for byte in range(4)])
+
+
+@intrinsic
+def copy(context, target, source, size):
+    """Copies so many bytes from one address to another."""
+
+    def code(context, builder, signature, given):
+        target, source, size = given
+        cgutils.raw_memcpy(builder, pointer_to(builder, target, I8), pointer_to(builder, source, I8), size, 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), code

@@ -1,5 +1,6 @@
-"""numba, where it is installed. A copy lies in every checkpoint."""
+"""What of this machine kernels build on. A copy lies in every checkpoint."""
 
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -14,3 +15,10 @@ def use_torchs_threads() -> None:
     except ImportError:
         raise
     set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
+
+
+@cache
+def dtype_of_products(dtype: torch.dtype) -> torch.dtype:
+    """That in which torch multiplies many tokens of a dtype fastest: float32 where a CPU has no units for 16 bits,
+    which torch then does many times slower."""
+    return dtype if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32

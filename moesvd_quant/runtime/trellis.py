@@ -18,7 +18,7 @@ import torch
 
 from .formats import Format, register
 from .trellis_code import VALUES, WINDOW, joint_columns, padded, ring_bounds
-from .trellis_kernels import mixed_first, products, read_all, usable
+from .trellis_kernels import mix_rows, mixed_first, products, read_all, usable
 
 BLOCK = 256  # size of a Hadamard matrix, at most: sums of 60 * BLOCK * BLOCK are exact in float32
 
@@ -151,14 +151,17 @@ class Trellis(Format):
         if not self.has_kernel(stored, x):
             return super().products(stored, shape, x, sizes)
         rows, columns = shape
-        given = x.float()
+        given = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if self.columns:
-            given = mix(given * signs(columns, x.device))
-        y = products(stored["codes"], self.rate, rows, given.contiguous(), sizes, x.dtype)
-        scale = self.scale(stored, shape).flatten().repeat_interleave(torch.tensor(sizes))[:, None]
+            mix_rows(given, block_of(columns), signs(columns, x.device), True, torch.ones(len(x)))
+        y = products(stored["codes"], self.rate, rows, given, sizes, x.dtype)
+        scale = self.scale(stored, shape).flatten()
+        scale = scale[[matrix for matrix, size in enumerate(sizes) for _ in range(size)]]
         if self.rows:
-            y = mix(y) * signs(rows, x.device)
-        return (y * scale).to(x.dtype)
+            mix_rows(y, block_of(rows), signs(rows, x.device), False, scale)
+        else:
+            y *= scale[:, None]
+        return y.to(x.dtype)
 
     def scale(self, stored: dict, shape: tuple[int, int]) -> torch.Tensor:
         """(..., 1, 1) float32: what a value stands for, after turning back."""

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from .numba_here import HERE
+from .numba_here import HERE, dtype_of_products
 from .trellis_code import column_bounds, joint_columns, padded, ring_bounds
 
 MANY = 16  # tokens per matrix from which on tiles are read and multiplied by torch
@@ -47,10 +47,18 @@ def mixed_first(x: torch.Tensor, block: int) -> torch.Tensor:
     return x
 
 
+def mix_rows(x: torch.Tensor, block: int, signs: torch.Tensor, signs_first: bool, scale: torch.Tensor) -> None:
+    """x (tokens, n) float32, in place: signs (n,), then blocks of Hadamard matrices along n, or the other way round;
+    then times scale (tokens,)."""
+    from .hadamard_numba import mix_last
+
+    mix_last(x.numpy(), block, signs.numpy(), signs_first, scale.numpy())
+
+
 def products(codes: torch.Tensor, rate: float, rows: int, x: torch.Tensor, sizes: list[int], dtype) -> torch.Tensor:
     """x (tokens, columns) float32, contiguous, sorted by matrix, sizes[e] tokens of matrix e; codes uint8 (matrices,
     columns, bytes) -> float32 (tokens, rows): products with the values as they are stored, turned and without scale.
-    dtype: of products that torch makes."""
+    dtype: of the tokens as they came."""
     limit = MANY if codes.shape[1] % joint_columns(rows) == 0 else 0  # rings of different lengths: one by one
     spans: list[tuple[int, int, int]] = []
     many: list[tuple[int, int, int]] = []
@@ -60,8 +68,9 @@ def products(codes: torch.Tensor, rate: float, rows: int, x: torch.Tensor, sizes
             (many if size >= limit else spans).append((e, start, start + size))
         start += size
     y = _few(codes, int(2 * rate), rows, x, spans) if spans else torch.empty(len(x), rows)
+    kind = dtype_of_products(dtype)
     for e, start, stop in many:
-        y[start:stop] = _by_tiles(codes[e], rate, rows, x[start:stop].to(dtype))
+        y[start:stop] = _by_tiles(codes[e], rate, rows, x[start:stop].to(kind))
     return y
 
 

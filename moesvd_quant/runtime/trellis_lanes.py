@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 try:  # what is imported outside of `try`, transformers demands before it opens a checkpoint
     from numba import types
+    from numba.core import cgutils
     from numba.extending import intrinsic
 except ImportError:
     raise
 
-from .lanes import FLOATS, LANES, add, data_of, load, moved, multiply, same, spread, store, words
+from .lanes import F32, FLOATS, I8, LANES, add, load, moved, multiply, number, pointer_to, same, spread, store, words
 from .trellis_code import FACTOR, OFFSET, WINDOW
 
 FIT = 32 - WINDOW  # first bits of windows that a word holds whole
+WRAP = 8  # bytes of a ring's beginning that are copied behind its end
 BIAS = 60  # values are read with it added, so that they are not negative
 
 
@@ -60,31 +62,38 @@ def _planes(builder, codes, twice):
 
 
 @intrinsic(prefer_literal=True)
-def read_block(context, codes, at, out, out_at, twice):
-    """Sets out (flat, from out_at on) to the values, plus BIAS, of the block whose bytes begin at `at`, in planes."""
+def read_ring(context, ring, blocks, out, twice):
+    """Sets out (blocks, planes, LANES) float32 to the values, plus BIAS, of a ring. ring, out: addresses; what is read
+    ends less than WRAP bytes behind the last block."""
     rate = twice.literal_value
 
     def code(context, builder, signature, given):
-        c, o = (data_of(context, builder, signature.args[i], given[i]) for i in (0, 2))
-        place = moved(builder, o, given[3])
-        for i, values in enumerate(_planes(builder, moved(builder, c, given[1]), rate)):
-            store(builder, values, moved(builder, place, i * LANES))
+        ring, blocks, out, _ = given
+        each, size = groups_of(rate)[:2]
+        with cgutils.for_range(builder, blocks) as loop:
+            own = moved(builder, pointer_to(builder, ring, I8), builder.mul(loop.index, number(LANES * size)))
+            place = moved(builder, pointer_to(builder, out, F32), builder.mul(loop.index, number(LANES * each)))
+            for i, values in enumerate(_planes(builder, own, rate)):
+                store(builder, values, moved(builder, place, i * LANES))
         return context.get_dummy_value()
 
-    return types.void(codes, at, out, out_at, twice), code
+    return types.void(types.int64, types.int64, types.int64, twice), code
 
 
 @intrinsic(prefer_literal=True)
-def add_block(context, codes, at, x, out, out_at, twice):
-    """Adds x times those values."""
+def add_ring(context, ring, blocks, x, out, twice):
+    """Adds x (float32) times those values."""
     rate = twice.literal_value
 
     def code(context, builder, signature, given):
-        c, o = (data_of(context, builder, signature.args[i], given[i]) for i in (0, 3))
-        place, factor = moved(builder, o, given[4]), spread(builder, given[2])
-        for i, values in enumerate(_planes(builder, moved(builder, c, given[1]), rate)):
-            one = moved(builder, place, i * LANES)
-            store(builder, add(builder, load(builder, one, FLOATS), multiply(builder, values, factor)), one)
+        ring, blocks, x, out, _ = given
+        (each, size), factor = groups_of(rate)[:2], spread(builder, x)
+        with cgutils.for_range(builder, blocks) as loop:
+            own = moved(builder, pointer_to(builder, ring, I8), builder.mul(loop.index, number(LANES * size)))
+            place = moved(builder, pointer_to(builder, out, F32), builder.mul(loop.index, number(LANES * each)))
+            for i, values in enumerate(_planes(builder, own, rate)):
+                one = moved(builder, place, i * LANES)
+                store(builder, add(builder, load(builder, one, FLOATS), multiply(builder, values, factor)), one)
         return context.get_dummy_value()
 
-    return types.void(codes, at, x, out, out_at, twice), code
+    return types.void(types.int64, types.int64, types.float32, types.int64, twice), code

@@ -12,8 +12,8 @@ except ImportError:
 
 from .lanes import LANES
 from .team import pointer, take, work
-from .trellis_lanes import BIAS, add_block, groups_of, read_block
-from .trellis_read import OPTIONS, WRAP, blocks_of, copy_ring, in_order
+from .trellis_lanes import BIAS, WRAP, add_ring, groups_of, read_ring
+from .trellis_read import OPTIONS, blocks_of, copy_ring, in_order
 
 f32 = np.float32
 FAST: Any = {"fastmath": True, **OPTIONS}
@@ -37,35 +37,34 @@ def few(twice: int):
     @work
     def products(given):
         n = carray(given, (15,), np.int64)
-        matrices, columns, column_bytes, rings, rows, tokens, count, per = n[7:15]
-        codes = carray(pointer(n[1]), (matrices * columns * column_bytes,), np.uint8)
+        codes = n[1]
+        _, columns, column_bytes, rings, rows, tokens, count, per = n[7:15]
         bounds = carray(pointer(n[2]), (rings + 1,), np.int64)
         x, sums = carray(pointer(n[3]), (tokens, columns), np.float32), carray(pointer(n[4]), (tokens,), np.float32)
         y = carray(pointer(n[5]), (tokens, rows), np.float32)
         spans = carray(pointer(n[6]), (count, 3), np.int64)
         longest = blocks_of(bounds[rings] - bounds[rings - 1], each)  # none is longer than the last
-        wide, room = longest * each * LANES, longest * LANES * size + 2 * WRAP
-        ring, values, line = np.zeros(per * room, np.uint8), np.zeros(wide, f32), np.empty(wide, f32)
+        wide, step = longest * each * LANES, longest * LANES * size + WRAP
+        room, values, line = np.zeros(per * step, np.uint8), np.zeros(wide, f32), np.empty(wide, f32)
+        ring, v, chunks = room.ctypes.data, values.ctypes.data, -(-rings // per)
         item = take(given)
-        while item < count * -(-rings // per):
-            e, start, stop = spans[item // -(-rings // per)]
-            low = item % -(-rings // per) * per
+        while item < count * chunks:
+            e, start, stop = spans[item // chunks]
+            low = item % chunks * per
             high = min(rings, low + per)
             total = np.zeros((stop - start, per, wide), f32)
+            sum_of = total.ctypes.data
             for j in range(columns):
-                column = (e * columns + j) * column_bytes
+                column = codes + (e * columns + j) * column_bytes
                 for r in range(low, high):
                     begin, end = bounds[r] * twice // 16, bounds[r + 1] * twice // 16
-                    copy_ring(codes, column + begin, end - begin, ring, (r - low) * room)
+                    copy_ring(column + begin, end - begin, ring + (r - low) * step)
                 for r in range(low, high):
-                    blocks, at = blocks_of(bounds[r + 1] - bounds[r], each), (r - low) * room
+                    blocks, own = blocks_of(bounds[r + 1] - bounds[r], each), ring + (r - low) * step
                     if stop - start == 1:
-                        for b in range(blocks):
-                            place = b * each * LANES
-                            add_block(ring, at + b * LANES * size, x[start, j], total[0, r - low], place, twice)
+                        add_ring(own, blocks, x[start, j], sum_of + 4 * (r - low) * wide, twice)
                     else:
-                        for b in range(blocks):
-                            read_block(ring, at + b * LANES * size, values, b * each * LANES, twice)
+                        read_ring(own, blocks, v, twice)
                         for p in range(start, stop):
                             add_times(total[p - start, r - low], x[p, j], values)
             for p in range(start, stop):
@@ -87,15 +86,16 @@ def few_short(twice: int):
     @work
     def products(given):
         n = carray(given, (15,), np.int64)
-        matrices, columns, joint, length, rows, tokens, count, parts = n[7:15]
+        _, columns, joint, length, rows, tokens, count, parts = n[7:15]
         ring_bytes, rings = length * joint * twice // 16, columns // joint
-        codes = carray(pointer(n[1]), (matrices * rings * ring_bytes,), np.uint8)
+        codes = n[1]
         x, sums = carray(pointer(n[3]), (tokens, columns), np.float32), carray(pointer(n[4]), (tokens,), np.float32)
         y = carray(pointer(n[5]), (parts, tokens, rows), np.float32)
         spans = carray(pointer(n[6]), (count, 3), np.int64)
         blocks, groups = blocks_of(length * joint, each), length * joint // each
         wide = blocks * each * LANES
-        ring, values = np.zeros(blocks * LANES * size + 2 * WRAP, np.uint8), np.zeros(wide, f32)
+        room, values = np.zeros(blocks * LANES * size + WRAP, np.uint8), np.zeros(wide, f32)
+        ring, v = room.ctypes.data, values.ctypes.data
         by_lane, line = np.zeros(blocks * LANES, f32), np.empty(length * joint, f32)
         item = take(given)
         while item < count * parts:
@@ -103,9 +103,8 @@ def few_short(twice: int):
             part = item % parts
             total = np.zeros((stop - start, wide), f32)
             for r in range(part * rings // parts, (part + 1) * rings // parts):
-                copy_ring(codes, (e * rings + r) * ring_bytes, ring_bytes, ring, 0)
-                for b in range(blocks):
-                    read_block(ring, b * LANES * size, values, b * each * LANES, twice)
+                copy_ring(codes + (e * rings + r) * ring_bytes, ring_bytes, ring)
+                read_ring(ring, blocks, v, twice)
                 for p in range(start, stop):
                     for g in range(groups):
                         by_lane[g] = x[p, r * joint + g * each // length]

@@ -14,12 +14,11 @@ try:  # what is imported outside of `try`, transformers demands before it opens 
 except ImportError:
     raise
 
-from .lanes import LANES
+from .lanes import LANES, copy
 from .team import pointer, take, work
-from .trellis_lanes import BIAS, groups_of, read_block
+from .trellis_lanes import BIAS, WRAP, groups_of, read_ring
 
 f32, u16, u32 = np.float32, np.uint16, np.uint32
-WRAP = 8  # bytes of a ring's beginning that follow its end
 EACH_TIME = 64  # rings of a stream that a thread takes at a time
 OPTIONS: Any = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 
@@ -31,16 +30,13 @@ def blocks_of(weights, each):
 
 
 @njit(**OPTIONS)
-def copy_ring(codes, begin, size, ring, at):
-    """Copies the bytes of a ring to `at`, and its beginning behind them."""
-    for k in range(size):
-        ring[at + k] = codes[begin + k]
-    if size >= WRAP:
-        for k in range(WRAP):
-            ring[at + size + k] = codes[begin + k]
-    else:
-        for k in range(WRAP):
-            ring[at + size + k] = codes[begin + k % size]
+def copy_ring(source, size, target):
+    """Copies the bytes of a ring, and its beginning behind them. Addresses."""
+    copy(target, source, size)
+    done = 0
+    while done < WRAP:  # more than once where the ring is shorter
+        copy(target + size + done, source, min(size, WRAP - done))
+        done += size
 
 
 @njit(**OPTIONS)
@@ -71,18 +67,18 @@ def tile(twice: int):
     def read_tile(given):
         n = carray(given, (9,), np.int64)
         columns, column_bytes, low, high, blocks = n[4:9]
-        codes = carray(pointer(n[1]), (columns * column_bytes,), np.uint8)
+        codes = n[1]
         bounds = carray(pointer(n[2]), (high + 1,), np.int64)
         wide = blocks * each * LANES
         out = carray(pointer(n[3]), (columns, high - low, wide), np.uint16)
-        ring, values = np.zeros(blocks * LANES * size + 2 * WRAP, np.uint8), np.zeros(wide, f32)
+        room, values = np.zeros(blocks * LANES * size + WRAP, np.uint8), np.zeros(wide, f32)
+        ring, v = room.ctypes.data, values.ctypes.data
         j = take(given)
         while j < columns:
             for r in range(low, high):
                 begin, end = bounds[r] * twice // 16, bounds[r + 1] * twice // 16
-                copy_ring(codes, j * column_bytes + begin, end - begin, ring, 0)
-                for b in range(blocks):
-                    read_block(ring, b * LANES * size, values, b * each * LANES, twice)
+                copy_ring(codes + j * column_bytes + begin, end - begin, ring)
+                read_ring(ring, blocks, v, twice)
                 upper_half(values, out[j, r - low])
             j = take(given)
 
@@ -100,16 +96,16 @@ def read(twice: int):
         n = carray(given, (6,), np.int64)
         rings, longest = n[4:6]
         bounds = carray(pointer(n[2]), (rings + 1,), np.int64)
-        codes = carray(pointer(n[1]), (bounds[rings] * twice // 16,), np.uint8)
+        codes = n[1]
         out = carray(pointer(n[3]), (bounds[rings],), np.float32)
-        ring, values = np.zeros(longest * LANES * size + 2 * WRAP, np.uint8), np.zeros(longest * each * LANES, f32)
+        room, values = np.zeros(longest * LANES * size + WRAP, np.uint8), np.zeros(longest * each * LANES, f32)
+        ring, v = room.ctypes.data, values.ctypes.data
         item = take(given)
         while item * EACH_TIME < rings:
             for r in range(item * EACH_TIME, min(rings, (item + 1) * EACH_TIME)):
                 begin, end = bounds[r] * twice // 16, bounds[r + 1] * twice // 16
-                copy_ring(codes, begin, end - begin, ring, 0)
-                for b in range(blocks_of(bounds[r + 1] - bounds[r], each)):
-                    read_block(ring, b * LANES * size, values, b * each * LANES, twice)
+                copy_ring(codes + begin, end - begin, ring)
+                read_ring(ring, blocks_of(bounds[r + 1] - bounds[r], each), v, twice)
                 in_order(values, each, f32(BIAS), out[bounds[r] : bounds[r + 1]])
             item = take(given)
 
