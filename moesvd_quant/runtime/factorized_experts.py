@@ -182,6 +182,8 @@ class FactorizedExperts(PrunedBase):
                 h, chosen = self.bank_matmul(x, rows, projection, i, first)[token], None
             else:
                 chosen = None if len(part.experts) == self.experts else (rows >= 0).nonzero()[:, 0]
+                if chosen is not None and not len(chosen):
+                    continue
                 h = x[token if chosen is None else token[chosen]]
                 h = self.bank_matmul(h, rows if chosen is None else rows[chosen], projection, i, first)
             for bank in rest:

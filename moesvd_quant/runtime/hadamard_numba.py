@@ -22,6 +22,17 @@ def butterflies(a, b):
         a[i], b[i] = x + y, x - y
 
 
+@njit(fastmath=True, **OPTIONS)
+def mix_eight(row, first):
+    """The three first steps, of eight neighbours: the smallest ones would be loops of one, two and four."""
+    a, b, c, d = row[first], row[first + 1], row[first + 2], row[first + 3]
+    e, f, g, h = row[first + 4], row[first + 5], row[first + 6], row[first + 7]
+    a, b, c, d, e, f, g, h = a + b, a - b, c + d, c - d, e + f, e - f, g + h, g - h
+    a, b, c, d, e, f, g, h = a + c, b + d, a - c, b - d, e + g, f + h, e - g, f - h
+    row[first], row[first + 1], row[first + 2], row[first + 3] = a + e, b + f, c + g, d + h
+    row[first + 4], row[first + 5], row[first + 6], row[first + 7] = a - e, b - f, c - g, d - h
+
+
 @njit(cache=True, fastmath=True, **OPTIONS)
 def mix_last(x, block, signs, signs_first, scale):
     """x (tokens, n) float32, in place: signs (n,), then blocks of Hadamard matrices along n, or the other way round;
@@ -32,6 +43,10 @@ def mix_last(x, block, signs, signs_first, scale):
             for i in range(len(row)):
                 row[i] *= signs[i]
         half = 1
+        if block >= 8:
+            for first in range(0, len(row), 8):
+                mix_eight(row, first)
+            half = 8
         while half < block:
             for first in range(0, len(row), 2 * half):
                 butterflies(row[first : first + half], row[first + half : first + 2 * half])

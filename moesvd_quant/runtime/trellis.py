@@ -153,22 +153,25 @@ class Trellis(Format):
         rows, columns = shape
         given = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if self.columns:
-            mix_rows(given, block_of(columns), signs(columns, x.device), True, torch.ones(len(x)))
+            mix_rows(given, block_of(columns), signs(columns, x.device), True, np.ones(len(x), np.float32))
         y = products(stored["codes"], self.rate, rows, given, sizes, x.dtype)
-        scale = self.scale(stored, shape).flatten()
-        scale = scale[[matrix for matrix, size in enumerate(sizes) for _ in range(size)]]
+        scale = np.repeat(stored["scale"].view(torch.float32).flatten().numpy(), sizes) * self._norm(shape)
         if self.rows:
             mix_rows(y, block_of(rows), signs(rows, x.device), False, scale)
         else:
-            y *= scale[:, None]
+            y *= torch.from_numpy(scale)[:, None]
         return y.to(x.dtype)
 
     def scale(self, stored: dict, shape: tuple[int, int]) -> torch.Tensor:
         """(..., 1, 1) float32: what a value stands for, after turning back."""
         scale = stored["scale"]
-        rows, columns = (block_of(size) if turned else 1 for size, turned in zip(shape, (self.rows, self.columns)))
         whole = torch.exp(scale) if scale.is_floating_point() else scale.view(torch.float32)
-        return (whole / (rows * columns) ** 0.5).unsqueeze(-1)
+        return (whole * self._norm(shape)).unsqueeze(-1)
+
+    def _norm(self, shape: tuple[int, int]) -> np.float32:
+        """What turning back is times, since it is done in whole numbers: a power of two, or one and its root."""
+        rows, columns = (block_of(size) if turned else 1 for size, turned in zip(shape, (self.rows, self.columns)))
+        return np.float32((rows * columns) ** -0.5)
 
     def trainable(self, tensor):
         """log(scale)."""

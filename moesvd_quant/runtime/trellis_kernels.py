@@ -47,12 +47,12 @@ def mixed_first(x: torch.Tensor, block: int) -> torch.Tensor:
     return x
 
 
-def mix_rows(x: torch.Tensor, block: int, signs: torch.Tensor, signs_first: bool, scale: torch.Tensor) -> None:
+def mix_rows(x: torch.Tensor, block: int, signs: torch.Tensor, signs_first: bool, scale: np.ndarray) -> None:
     """x (tokens, n) float32, in place: signs (n,), then blocks of Hadamard matrices along n, or the other way round;
     then times scale (tokens,)."""
     from .hadamard_numba import mix_last
 
-    mix_last(x.numpy(), block, signs.numpy(), signs_first, scale.numpy())
+    mix_last(x.numpy(), block, signs.numpy(), signs_first, scale)
 
 
 def products(codes: torch.Tensor, rate: float, rows: int, x: torch.Tensor, sizes: list[int], dtype) -> torch.Tensor:

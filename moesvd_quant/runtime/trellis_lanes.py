@@ -8,6 +8,7 @@ from functools import cache
 from typing import NamedTuple
 
 try:  # what is imported outside of `try`, transformers demands before it opens a checkpoint
+    from llvmlite import ir
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
@@ -19,6 +20,7 @@ from .trellis_code import FACTOR, OFFSET, WINDOW
 
 FIT = 32 - WINDOW  # first bits of windows that a word holds whole
 WRAP = 8  # bytes of a ring's beginning that are copied behind its end
+IN_PLACE = 24  # the bit at which a value, never above 120, comes out of its sum
 BIAS = 60  # values are read with it added, so that they are not negative
 
 
@@ -44,21 +46,24 @@ def groups_of(twice: int) -> Groups:
     return Groups(each, each * twice // 16, tuple(starts), tuple(places))
 
 
-def _values(builder, word, first):
-    """<16 x float>: the values, plus BIAS, of the windows that begin at a bit of each word."""
+def _values(builder, word, first, place):
+    """<16 x float>: the values, plus BIAS, times 2 ** place, of the windows that begin at a bit of each word."""
     window = builder.and_(builder.lshr(word, same(first)), same(2**WINDOW - 1))
     mixed = builder.add(builder.mul(window, same(FACTOR)), same(OFFSET))
     low = same(0x0F0F0F0F)
     pairs = builder.add(builder.and_(mixed, low), builder.and_(builder.lshr(mixed, same(4)), low))
-    return builder.sitofp(builder.lshr(builder.mul(pairs, same(0x01010101)), same(24)), FLOATS)
+    summed = builder.mul(pairs, same(0x01010101))  # in the highest byte
+    if place == IN_PLACE:
+        return builder.sitofp(builder.and_(summed, same(0xFF << IN_PLACE)), FLOATS)
+    return builder.sitofp(builder.lshr(summed, same(IN_PLACE)), FLOATS)
 
 
-def _planes(builder, codes, twice):
-    """Yields the values of each plane of a block."""
+def _planes(builder, codes, twice, place=0):
+    """Yields the values of each plane of a block, plus BIAS, times 2 ** place (0 or IN_PLACE)."""
     groups = groups_of(twice)
     found = [words(builder, moved(builder, codes, start), groups.size, 4) for start in groups.starts]
     for word, first in groups.places:
-        yield _values(builder, found[word], first)
+        yield _values(builder, found[word], first, place)
 
 
 @intrinsic(prefer_literal=True)
@@ -81,19 +86,28 @@ def read_ring(context, ring, blocks, out, twice):
 
 
 @intrinsic(prefer_literal=True)
-def add_ring(context, ring, blocks, x, out, twice):
-    """Adds x (float32) times those values."""
-    rate = twice.literal_value
+def add_rings(context, rings, step, blocks, x, out, count, twice):
+    """Adds those values of `count` rings, `step` bytes from one to the next, each times its number of x (float32, whose
+    address is given)."""
+    rate, columns = twice.literal_value, count.literal_value
 
     def code(context, builder, signature, given):
-        ring, blocks, x, out, _ = given
-        (each, size), factor = groups_of(rate)[:2], spread(builder, x)
+        rings, step, blocks, x, out = given[:5]
+        each, size = groups_of(rate)[:2]
+        inputs = [builder.load(moved(builder, pointer_to(builder, x, F32), c)) for c in range(columns)]
+        small = ir.Constant(F32, 2.0**-IN_PLACE)
+        factors = [spread(builder, builder.fmul(one, small)) for one in inputs]
         with cgutils.for_range(builder, blocks) as loop:
-            own = moved(builder, pointer_to(builder, ring, I8), builder.mul(loop.index, number(LANES * size)))
+            first = builder.add(rings, builder.mul(loop.index, number(LANES * size)))
             place = moved(builder, pointer_to(builder, out, F32), builder.mul(loop.index, number(LANES * each)))
-            for i, values in enumerate(_planes(builder, own, rate)):
+            own = [builder.add(first, builder.mul(step, number(c))) for c in range(columns)]
+            planes = [_planes(builder, pointer_to(builder, ring, I8), rate, IN_PLACE) for ring in own]
+            for i, values in enumerate(zip(*planes)):
                 one = moved(builder, place, i * LANES)
-                store(builder, add(builder, load(builder, one, FLOATS), multiply(builder, values, factor)), one)
+                total = load(builder, one, FLOATS)
+                for value, factor in zip(values, factors):
+                    total = add(builder, total, multiply(builder, value, factor))
+                store(builder, total, one)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.float32, types.int64, twice), code
+    return types.void(*[types.int64] * 5, count, twice), code

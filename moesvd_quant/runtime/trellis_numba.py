@@ -12,10 +12,11 @@ except ImportError:
 
 from .lanes import LANES
 from .team import pointer, take, work
-from .trellis_lanes import BIAS, WRAP, add_ring, groups_of, read_ring
+from .trellis_lanes import BIAS, WRAP, add_rings, groups_of, read_ring
 from .trellis_read import OPTIONS, blocks_of, copy_ring, in_order
 
 f32 = np.float32
+TOGETHER = 4  # columns whose values are added at a time
 FAST: Any = {"fastmath": True, **OPTIONS}
 
 
@@ -37,7 +38,7 @@ def few(twice: int):
     @work
     def products(given):
         n = carray(given, (15,), np.int64)
-        codes = n[1]
+        codes, given_x = n[1], n[3]
         _, columns, column_bytes, rings, rows, tokens, count, per = n[7:15]
         bounds = carray(pointer(n[2]), (rings + 1,), np.int64)
         x, sums = carray(pointer(n[3]), (tokens, columns), np.float32), carray(pointer(n[4]), (tokens,), np.float32)
@@ -45,7 +46,7 @@ def few(twice: int):
         spans = carray(pointer(n[6]), (count, 3), np.int64)
         longest = blocks_of(bounds[rings] - bounds[rings - 1], each)  # none is longer than the last
         wide, step = longest * each * LANES, longest * LANES * size + WRAP
-        room, values, line = np.zeros(per * step, np.uint8), np.zeros(wide, f32), np.empty(wide, f32)
+        room, values, line = np.zeros(TOGETHER * per * step, np.uint8), np.zeros(wide, f32), np.empty(wide, f32)
         ring, v, chunks = room.ctypes.data, values.ctypes.data, -(-rings // per)
         item = take(given)
         while item < count * chunks:
@@ -54,19 +55,27 @@ def few(twice: int):
             high = min(rings, low + per)
             total = np.zeros((stop - start, per, wide), f32)
             sum_of = total.ctypes.data
-            for j in range(columns):
-                column = codes + (e * columns + j) * column_bytes
-                for r in range(low, high):
-                    begin, end = bounds[r] * twice // 16, bounds[r + 1] * twice // 16
-                    copy_ring(column + begin, end - begin, ring + (r - low) * step)
+            for first in range(0, columns, TOGETHER):
+                together = min(TOGETHER, columns - first)
+                for j in range(together):
+                    column = codes + (e * columns + first + j) * column_bytes
+                    for r in range(low, high):
+                        begin, end = bounds[r] * twice // 16, bounds[r + 1] * twice // 16
+                        copy_ring(column + begin, end - begin, ring + (j * per + r - low) * step)
                 for r in range(low, high):
                     blocks, own = blocks_of(bounds[r + 1] - bounds[r], each), ring + (r - low) * step
-                    if stop - start == 1:
-                        add_ring(own, blocks, x[start, j], sum_of + 4 * (r - low) * wide, twice)
+                    if stop - start > 1:
+                        for j in range(together):
+                            read_ring(own + j * per * step, blocks, v, twice)
+                            for p in range(start, stop):
+                                add_times(total[p - start, r - low], x[p, first + j], values)
+                        continue
+                    at, place = given_x + 4 * (start * columns + first), sum_of + 4 * (r - low) * wide
+                    if together == TOGETHER:
+                        add_rings(own, per * step, blocks, at, place, TOGETHER, twice)
                     else:
-                        read_ring(own, blocks, v, twice)
-                        for p in range(start, stop):
-                            add_times(total[p - start, r - low], x[p, j], values)
+                        for j in range(together):
+                            add_rings(own + j * per * step, 0, blocks, at + 4 * j, place, 1, twice)
             for p in range(start, stop):
                 for r in range(low, high):
                     in_order(total[p - start, r - low], each, f32(BIAS) * sums[p], line[: bounds[r + 1] - bounds[r]])
