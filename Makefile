@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow everything down, many times over, where another process wants the core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: venv test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast clean
+.PHONY: venv test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed clean
 
 venv: .venv/.installed
 
@@ -72,6 +72,10 @@ bench-budget: venv
 	  --seen wikitext2=$(LM)/wikitext-2-raw/wiki.test.raw.gz --seen ptb=$(LM)/ptb/ptb.test.txt.gz \
 	  --unseen code=$(CORPUS)/code.valid.jsonl.gz --unseen technical=$(CORPUS)/technical_docs.valid.jsonl.gz \
 	  --calibration $(CALIBRATE) --length 256
+
+# Packed models beside their original on random weights: minutes, on cores that nothing else uses. OMP_WAIT_POLICY= as users have it.
+bench-speed: venv
+	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.speed $(SPEED)
 
 # FORECAST: options of evaluation/benchmarks/forecast.py, for example --model DIR
 bench-forecast: venv
