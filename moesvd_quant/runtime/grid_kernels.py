@@ -8,7 +8,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from .numba_here import HERE, dtype_of_products
+from .numba_here import HERE, dtype_of_products, on_gpu
 
 MANY = 16  # tokens per matrix from which on tiles are dequantized and multiplied by torch
 TILE = 512  # rows of such a tile
@@ -16,7 +16,9 @@ BLOCK, PLANES, LANES = 128, 9, 16  # of `grid_lanes`, which is imported where it
 
 
 def usable(form, stored: dict, x: torch.Tensor) -> bool:
-    """Whether these products can be had: on a CPU, without gradients, of integers, groups that fit blocks of 128."""
+    """Whether these products can be had: without gradients, of integers; on a CPU of groups that fit blocks of 128."""
+    if on_gpu(x, stored["codes"]):
+        return not stored["scales"].is_floating_point()
     plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not x.requires_grad
     fits = form.group_size % 8 == 0 and (BLOCK % form.group_size == 0 or form.group_size % BLOCK == 0)
     return HERE and plain and fits and not stored["scales"].is_floating_point()

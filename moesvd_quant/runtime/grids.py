@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from .formats import Format, register
 from .grid_kernels import products, usable
+from .numba_here import on_gpu
 from .packing import unpack
 
 STEPS = 16  # levels of scales to an octave
@@ -72,7 +73,11 @@ class Grid(Format):
         return usable(self, stored, x)
 
     def products(self, stored, shape, x, sizes):
-        if not self.has_kernel(stored, x):
+        if on_gpu(x, stored["codes"], sizes):
+            from .grid_triton import products as by_triton
+
+            return by_triton(self, stored, x, sizes, SCALES)
+        if x.is_cuda or not self.has_kernel(stored, x):
             return super().products(stored, shape, x, sizes)
         return products(self, stored, shape[1], x, sizes, SCALES)
 

@@ -31,8 +31,9 @@ from .trellis import Trellis
 SHIPPED = (
     "modeling_moesvd.py", "factorized_experts.py", "pruned_base.py", "parts.py", "stored.py", "formats.py",
     "native_experts.py", "routers.py", "modeling_deepseek.py", "more_formats.py", "packing.py", "numba_here.py",
-    "lanes.py", "team.py", "grids.py", "grid_kernels.py", "grid_lanes.py", "grid_numba.py", "hadamard_numba.py",
+    "lanes.py", "team.py", "grids.py", "grid_kernels.py", "grid_lanes.py", "grid_numba.py", "grid_triton.py",
     "trellis.py", "trellis_code.py", "trellis_kernels.py", "trellis_lanes.py", "trellis_numba.py", "trellis_read.py",
+    "trellis_triton.py", "hadamard_numba.py",
 )  # fmt: skip
 MANIFEST = "moesvd.json"
 

@@ -6,6 +6,14 @@ from importlib.util import find_spec
 import torch
 
 HERE = find_spec("numba") is not None
+TRITON = find_spec("triton") is not None
+FEW = 64  # tokens per matrix up to which kernels for GPUs read codes anew for each tile of tokens
+
+
+def on_gpu(x: torch.Tensor, codes: torch.Tensor, sizes: list[int] | None = None) -> bool:
+    """Whether kernels for GPUs serve these tokens, where it is known how many each matrix has."""
+    plain = x.is_cuda and not x.requires_grad and codes.dtype == torch.uint8
+    return TRITON and plain and max(sizes or [0]) <= FEW
 
 
 def use_torchs_threads() -> None:

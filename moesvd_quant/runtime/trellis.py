@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from .formats import Format, register
+from .numba_here import on_gpu
 from .trellis_code import VALUES, WINDOW, joint_columns, padded, ring_bounds
 from .trellis_kernels import mix_rows, mixed_first, products, read_all, usable
 
@@ -24,7 +25,7 @@ BLOCK = 256  # size of a Hadamard matrix, at most: sums of 60 * BLOCK * BLOCK ar
 
 
 @lru_cache(maxsize=64)
-def _places(rate: float, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def places_of(rate: float, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each weight of a few columns: the three bytes that its window lies in (3, weights) int64, and its first bit in
     them (weights,) int32."""
     bounds = ring_bounds(rows, columns)
@@ -51,7 +52,7 @@ def read_windows(codes: torch.Tensor, rate: float, rows: int) -> torch.Tensor:
 def _read_rings(codes: torch.Tensor, rate: float, rows: int, joint: int) -> torch.Tensor:
     """Values float32 (..., weights) of codes uint8 (..., columns, bytes), of which each `joint` columns share rings or
     have the same ones."""
-    (low, middle, high), first = _places(rate, rows, joint, codes.device)
+    (low, middle, high), first = places_of(rate, rows, joint, codes.device)
     stream = codes.unflatten(-2, (-1, joint)).flatten(-2).int()
     windows = (stream[..., low] | stream[..., middle] << 8 | stream[..., high] << 16) >> first & (2**WINDOW - 1)
     return torch.from_numpy(VALUES).to(codes.device)[windows].float().flatten(-2)
@@ -144,12 +145,18 @@ class Trellis(Format):
         return values * signs(columns, values.device) if self.columns else values
 
     def has_kernel(self, stored, x):
+        if on_gpu(x, stored["codes"]):  # the last ring is another one where columns do not share evenly
+            columns, size = stored["codes"].shape[-2:]
+            whole = columns % joint_columns(int(8 * size / self.rate)) == 0
+            return whole and not stored["scale"].is_floating_point()
         plain = x.dtype in (torch.float32, torch.bfloat16) and not x.requires_grad
         return plain and usable(stored["codes"]) and not stored["scale"].is_floating_point()
 
     def products(self, stored, shape, x, sizes):
-        if not self.has_kernel(stored, x):
+        if not self.has_kernel(stored, x) or (x.is_cuda and not on_gpu(x, stored["codes"], sizes)):
             return super().products(stored, shape, x, sizes)
+        if x.is_cuda:
+            return self._products_on_gpu(stored, shape, x, sizes)
         rows, columns = shape
         given = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         if self.columns:
@@ -161,6 +168,17 @@ class Trellis(Format):
         else:
             y *= torch.from_numpy(scale)[:, None]
         return y.to(x.dtype)
+
+    def _products_on_gpu(self, stored, shape, x, sizes):
+        from .trellis_triton import products as by_triton
+
+        rows = shape[0]
+        given = turn(x.float()).to(x.dtype) if self.columns else x
+        joint = joint_columns(rows)
+        y = by_triton(stored["codes"], *places_of(self.rate, rows, joint, x.device), joint, rows, given, sizes)
+        y = turn_back(y) if self.rows else y
+        whole = stored["scale"].view(torch.float32).flatten()
+        return (y * whole.repeat_interleave(torch.tensor(sizes, device=x.device))[:, None]).to(x.dtype)
 
     def scale(self, stored: dict, shape: tuple[int, int]) -> torch.Tensor:
         """(..., 1, 1) float32: what a value stands for, after turning back."""
