@@ -24,13 +24,14 @@ from .more_formats import MORE as MORE  # formats are registered by their import
 from .native_experts import SharedExpert
 from .parts import Layout, layout_from
 from .routers import regroup, router_of, why_not
+from .sparse import Sparse
 from .stored import StoredLinear
 from .trellis import Trellis
 
 # What a checkpoint needs to open itself.
 SHIPPED = (
     "modeling_moesvd.py", "factorized_experts.py", "pruned_base.py", "parts.py", "stored.py", "formats.py", "grids.py",
-    "packing.py", "routers.py", "grid_kernels.py", "grid_numba.py", "numba_here.py", "trellis.py",
+    "sparse.py", "packing.py", "routers.py", "grid_kernels.py", "grid_numba.py", "numba_here.py", "trellis.py",
     "trellis_code.py", "trellis_kernels.py", "trellis_numba.py", "native_experts.py", "modeling_deepseek.py",
     "more_formats.py",
 )  # fmt: skip
@@ -194,7 +195,7 @@ def write_more_formats(folder: Path, layout: Layout) -> None:
     """The source of those formats of the layout that no shipped file has, so that the checkpoint opens itself."""
     forms: list[Format] = [linear.form for linear in layout.linears.values()]
     forms += [form for part in layout.parts() for form in part.formats.values()]
-    kinds = {type(form).name: type(form) for form in forms if type(form) not in (Float, Grid, Trellis)}
+    kinds = {type(form).name: type(form) for form in forms if type(form) not in (Float, Grid, Sparse, Trellis)}
     if kinds:
         sources = [inspect.getsource(kinds[name]) for name in sorted(kinds)]
         listed = "".join(f"{kind.__name__}, " for kind in kinds.values())

@@ -1,5 +1,7 @@
 """MoE-SVD's own plan for stage `svd`: sensitivity picks the layers, V is shared, U trimmed, a rank share is solved."""
 
+from collections.abc import Iterator
+
 import torch
 
 from ..calibration.statistics import outlier_share
@@ -32,9 +34,7 @@ def _score(experts, statistics, path, frequency, options) -> float:
         return 0.0
     projections = split_projections(experts)
     if options.select == "owl":
-        norms = {name: statistics[f"{path}/{_gram(name)}"].diagonal(dim1=1, dim2=2).sqrt() for name in projections}
-        weights = [weight for matrices in projections.values() for weight in matrices]
-        return outlier_distribution(weights, [norm for name in projections for norm in norms[name]], OWL_MULTIPLE)
+        return outlier_score(experts, statistics, path)
     factors = []
     if "f" in options.select:
         factors.append(frequency)
@@ -47,8 +47,18 @@ def _score(experts, statistics, path, frequency, options) -> float:
     return layer_sensitivity(factors)
 
 
-def _gram(projection: str) -> str:
-    return "gram_mid" if projection == "down" else "gram_in"
+def outlier_score(experts, statistics: dict, path: str) -> float:
+    """OWL's score of an experts module of the original."""
+    weights, norms = zip(*weights_and_norms(experts, statistics, path))
+    return outlier_distribution(weights, norms, OWL_MULTIPLE)
+
+
+def weights_and_norms(experts, statistics: dict, path: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(weight (out, in), norms (in,) of its inputs over all tokens of the expert) of every matrix of an experts module
+    of the original."""
+    for name, weights in split_projections(experts).items():
+        gram = statistics[f"{path}/{'gram_mid' if name == 'down' else 'gram_in'}"]
+        yield from zip(weights, gram.diagonal(dim1=1, dim2=2).sqrt())
 
 
 def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
