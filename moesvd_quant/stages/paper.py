@@ -53,6 +53,16 @@ def outlier_score(experts, statistics: dict, path: str) -> float:
     return outlier_distribution(weights, norms, OWL_MULTIPLE)
 
 
+def mean_inputs(statistics: dict, path: str) -> dict[str, torch.Tensor]:
+    """Mean absolute inputs (E, in) of each projection; of an expert without tokens those of its layer."""
+    tokens = statistics[f"{path}/tokens"]
+    means = {}
+    for key in ("abs_in", "abs_mid"):
+        total = statistics[f"{path}/{key}"].double()
+        means[key] = torch.where(tokens[:, None] > 0, total / tokens.clamp(min=1)[:, None], total.sum(0) / tokens.sum())
+    return {"gate": means["abs_in"], "up": means["abs_in"], "down": means["abs_mid"]}
+
+
 def weights_and_norms(experts, statistics: dict, path: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(weight (out, in), norms (in,) of its inputs over all tokens of the expert) of every matrix of an experts module
     of the original."""
@@ -101,7 +111,7 @@ def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
     return layout, decisions
 
 
-def require_ranks(ranks: dict[tuple[str, str], list[int]], ratio: float) -> None:
+def require_ranks(ranks: dict[tuple[str, str], list[int]], ratio: float | None) -> None:
     """StageError where a matrix would be nothing at all."""
     if min(map(min, ranks.values())) == 0:
         raise StageError(f"ratio {ratio} leaves some matrices no rank at all; lower it")
