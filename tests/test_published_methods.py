@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,8 @@ from moesvd_quant.run.run import Run
 from moesvd_quant.stages import svd_work
 from moesvd_quant.stages.d2 import D2
 from moesvd_quant.stages.paper import plan_paper
+from moesvd_quant.stages.rank_rules import plan_own
 from moesvd_quant.stages.svd import Svd
-from moesvd_quant.stages.svd_work import _plan_uniform
 
 
 def make(recipe, folder, out, small, *overrides):
@@ -80,7 +81,7 @@ def test_the_ratio_asked_for_is_met_within_half_a_percent(model, options):
         layers = survey(model)
         given = Svd(**({"method": "moe_svd", "ratio": ratio} | options))
         sizes = [e["experts"] * out * i for e in layers.values() for out, i in e["shapes"].values()]
-        plan = plan_paper if given.method == "moe_svd" else _plan_uniform
+        plan = plan_paper if given.method == "moe_svd" else partial(plan_own, None)
         try:
             layout, _ = plan(layers, int(sum(sizes) * (1 - ratio)), given)
         except StageError as error:

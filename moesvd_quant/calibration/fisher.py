@@ -29,7 +29,7 @@ def expert_fisher(
         if streamed.stateful:
             raise ModelError(
                 f"{streamed.folder}: layers of this model hand each other more than hidden states, through which no "
-                "gradient is followed; use merge: frequency or mean"
+                "gradient is followed; use d2.merge: frequency or mean, or another svd.method than fwsvd"
             )
         inputs.append(visit.hidden)
         calls.append(visit.calls)
@@ -69,6 +69,14 @@ def fisher_bases(streamed: StreamedModel, windows: torch.Tensor, progress, scrat
         for path, projections in modules.items():
             bases = {name: merge_base(*pair).float() for name, pair in projections.items()}
             yield f"{streamed.layer_names[index]}.{path}", bases
+
+
+def fisher_inputs(streamed: StreamedModel, windows: torch.Tensor, progress, scratch: Path | None) -> Iterator:
+    """(full path of an experts module, {projection: (E, in) float32}) of all: the Fisher information of the weights of
+    each input together; arguments as `expert_fisher`."""
+    for index, modules in expert_fisher(streamed, windows, progress, scratch):
+        for path, projections in modules.items():
+            yield f"{streamed.layer_names[index]}.{path}", {name: f.sum(1) for name, (_, f) in projections.items()}
 
 
 def _adder(total: torch.Tensor) -> Callable[[torch.Tensor], None]:

@@ -23,12 +23,14 @@ from ..runtime.modeling_moesvd import file_digest
 from . import effect
 from .cache import cache_cap, cache_root, make_room, name_of, walk_folder
 from .effect import measure_effects
-from .fisher import fisher_bases
+from .fisher import fisher_bases, fisher_inputs
 from .recording import BATCH_TOKENS, experts_at_once, head_gram, pass_on, record_layer, recorded_bytes, windows_at_once
 
 WALK_VERSION = 5
 EFFECT_BATCH = 8  # windows
 FISHER_SEQUENCES = 1024  # of the calibration windows, as in D2-MoE
+# What is kept of the Fisher information: one base (out, in) merged by it, or its sums (E, in) for each input.
+FISHER = {"fisher": fisher_bases, "fisher-inputs": fisher_inputs}
 
 
 def fingerprint(folder: Path) -> str:
@@ -204,29 +206,28 @@ class Statistics:
             write_json(path, [[*key, value] for key, value in found.items()])
         return found
 
-    def fisher_base(self, full: str, projection: str) -> torch.Tensor:
-        """The base (out, in) of an experts module, merged by Fisher information; after `merge_bases`."""
-        return load_file(self._base_file(full))[projection]
+    def by_fisher(self, what: str, full: str) -> dict[str, torch.Tensor]:
+        """What the Fisher information says of an experts module, by projection; after `measure_fisher` of it."""
+        return load_file(self._fisher_file(what, full))
 
-    def _base_file(self, full: str) -> Path:
+    def _fisher_file(self, what: str, full: str) -> Path:
         if not self.stored and self._own is None:
             self._own = walk_folder(self.store)
-        return (
-            self.root if self._own is None else Path(self._own.name)
-        ) / f"{name_of(f'fisher-{full}', sequences=FISHER_SEQUENCES)}.safetensors"
+        folder = self.root if self._own is None else Path(self._own.name)
+        return folder / f"{name_of(f'{what}-{full}', sequences=FISHER_SEQUENCES)}.safetensors"
 
-    def merge_bases(self, progress: Callable[[int, int], None]) -> None:
-        """One base for each projection of each layer, computed once."""
+    def measure_fisher(self, what: str, progress: Callable[[int, int], None]) -> None:
+        """One of FISHER for each projection of each layer, computed once."""
         streamed = self.model()
         rows = self.windows[:FISHER_SEQUENCES]
         scratch = self.scratch((self.count + 3) * rows.numel() * self.sizes.row + 2 * self.sizes.layer)
         paths = [f"{n}.{p}" for n, layer in zip(streamed.layer_names, streamed.layers) for p, _ in find_experts(layer)]
-        if all(self._base_file(path).is_file() for path in paths):
+        if all(self._fisher_file(what, path).is_file() for path in paths):
             return
         if self.stored:
             self._make_folder()
-        for full, bases in fisher_bases(streamed, rows, progress, scratch):
-            write_tensors(self._base_file(full), bases)
+        for full, found in FISHER[what](streamed, rows, progress, scratch):
+            write_tensors(self._fisher_file(what, full), found)
 
     def _write(self, path: Path, tensors) -> None:
         if not self.stored:

@@ -3,7 +3,6 @@
 import copy
 import json
 from dataclasses import asdict, dataclass
-from math import prod
 
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -19,6 +18,7 @@ from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.modeling_moesvd import config_class
 from ..runtime.parts import Layout
 from ..runtime.routers import router_of, rows_of
+from ..runtime.stored import StoredLinear
 from .unused import empty_tensors
 
 
@@ -116,12 +116,13 @@ def by_file(model, layer_names: list[str]) -> dict[str, dict[str, torch.Tensor]]
 
 
 def expert_parameters(model) -> tuple[int, int]:
-    """(weights, bytes) of all routed experts; a packed weight counts as one parameter."""
+    """(weights, bytes) of all routed experts; a packed weight counts as one parameter, one that is left out as none."""
     weights = size = 0
     for _, module in find_experts(model):
         size += sum(p.numel() * p.element_size() for n, p in module.named_parameters() if "bias" not in n)
         if isinstance(module, FactorizedExperts):
-            weights += sum(prod(bank.shape) for _, bank in module.banks())
+            banks = [bank for _, bank in module.banks()]
+            weights += sum(bank.shape[0] * bank.form.matrix_weights(bank.shape[1:]) for bank in banks)
         else:
             count = expert_count(module)
             weights += sum(count * out * in_features for out, in_features in shapes_of(module).values())
@@ -136,6 +137,7 @@ def account(parent: StreamedModel, layout: Layout) -> Accounting:
     everything = stored_tensors(original)
     original_params = sum(t.numel() for t in everything.values())
     dropped = sum(_beside_weights(original, path) - _beside_weights(planned, path) for path in layout.sources)
+    dropped += sum(_left_out(planned.get_submodule(path)) for path in layout.linears)
     params = original_params - original_weights + weights - dropped
     files = by_file(planned, parent.layer_names)
     used_bytes = sum(t.numel() * t.element_size() for t in stored_tensors(planned).values())
@@ -156,6 +158,11 @@ def account(parent: StreamedModel, layout: Layout) -> Accounting:
         expert_ratio=1 - weights / original_weights,
         model_ratio=1 - params / original_params,
     )
+
+
+def _left_out(linear: StoredLinear) -> int:
+    """Weights of a linear that are not stored: those that a sparse one has not."""
+    return linear.in_features * linear.out_features - linear.layout.form.matrix_weights(linear.bank_shapes["weight"])
 
 
 def _beside_weights(model, path: str) -> int:

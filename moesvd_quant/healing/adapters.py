@@ -77,7 +77,8 @@ def apply(layer: nn.Module, prefix: str, updates: Updates, stored: Callable[[str
         parameter.copy_((parameter.float() + product.to(parameter.device)).to(stored(name)))
     formats = {prefix + path: form for path, form in trained_formats(layer).items()}
     for name, tensor in updates.put.items():
-        parameters[name].copy_(formats[name].stored(tensor) if name in formats else tensor.to(stored(name)))
+        value = formats[name].stored(tensor) if name in formats else tensor
+        parameters[name].copy_(value.to(stored(name)))
 
 
 class Trained:

@@ -59,7 +59,9 @@ def packed_scales(module: nn.Module, layers: list[str], attention: bool) -> list
 
 def vectors(module: nn.Module, layers: list[str]) -> list[str]:
     """Names of the norms and biases of these layers."""
-    return _parameters(module, layers, lambda name, p: p.is_floating_point() and p.ndim == 1)
+    values = set(packed_scales(module, layers, True))  # those of a sparse linear are a vector, too
+    found = _parameters(module, layers, lambda name, p: p.is_floating_point() and p.ndim == 1)
+    return [name for name in found if name not in values]
 
 
 def scale_targets(module: nn.Module, layers: list[str], attention: bool) -> list[str]:

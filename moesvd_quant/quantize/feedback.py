@@ -31,6 +31,11 @@ class HessianFactor(NamedTuple):
         upper = (root / diagonal).flip(0, 1).float()
         return cls(order.flip(0), upper, _placed(diagonal, order))
 
+    @classmethod
+    def in_place(cls, gram: torch.Tensor, damp: float) -> "HessianFactor":
+        """The same with the inputs in their own order."""
+        return cls.of(gram, damp, together=len(gram))
+
 
 def conditional_variance(gram: torch.Tensor, damp: float) -> torch.Tensor:
     """(n,) float64: the variance of each input that those quantized after it do not explain; gram (n, n), positive.

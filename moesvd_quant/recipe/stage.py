@@ -26,7 +26,8 @@ class Form(IntEnum):
     ORIGINAL = 0  # those of the original model
     FEWER = 1  # the same, of some of the experts
     CHANGED = 2  # others, in floating point
-    PACKED = 3  # some of them quantized
+    SPARSE = 3  # some of them zero, and not stored
+    PACKED = 4  # some of them quantized
 
 
 class TrainingText(NamedTuple):

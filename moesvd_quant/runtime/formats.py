@@ -15,11 +15,13 @@ import torch.nn.functional as F
 class Format:
     """How a matrix (rows, columns) is stored; its fields are the format's parameters, and stand in the layout.
 
-    A packed format stores integers only, so that no cast of the model can change them.
+    A packed format stores something else than the matrix: codes and places are integers, which no cast of the model can
+    change.
     """
 
     name: ClassVar[str]
     packed: ClassVar[bool] = True
+    state: ClassVar[str] = "quantized"  # what a matrix in a packed format is
     trained: ClassVar[str | None] = None  # the kind of tensor that training may change
 
     def tensors(self, shape: tuple, dtype: torch.dtype) -> dict[str, tuple[tuple, torch.dtype]]:
@@ -62,6 +64,10 @@ class Format:
         """Bytes of a bank of `shape`."""
         sizes = self.tensors(shape, dtype).values()
         return sum(torch.Size(size).numel() * kind.itemsize for size, kind in sizes)
+
+    def matrix_weights(self, shape: tuple[int, int]) -> int:
+        """How many weights of a matrix (rows, columns) are stored, in whatever bits."""
+        return shape[0] * shape[1]
 
     def to_dict(self) -> dict[str, Any]:
         """As a layout has it; `format_from` is the inverse."""

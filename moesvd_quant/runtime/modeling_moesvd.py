@@ -24,6 +24,7 @@ from .more_formats import MORE as MORE  # formats are registered by their import
 from .native_experts import SharedExpert
 from .parts import Layout, layout_from
 from .routers import regroup, router_of, why_not
+from .sparse import Sparse
 from .stored import StoredLinear
 from .trellis import Trellis
 
@@ -33,7 +34,7 @@ SHIPPED = (
     "native_experts.py", "routers.py", "modeling_deepseek.py", "more_formats.py", "packing.py", "numba_here.py",
     "lanes.py", "team.py", "grids.py", "grid_kernels.py", "grid_lanes.py", "grid_numba.py", "grid_triton.py",
     "trellis.py", "trellis_code.py", "trellis_kernels.py", "trellis_lanes.py", "trellis_numba.py", "trellis_read.py",
-    "trellis_triton.py", "hadamard_numba.py",
+    "trellis_triton.py", "hadamard_numba.py", "sparse.py",
 )  # fmt: skip
 MANIFEST = "moesvd.json"
 
@@ -195,7 +196,7 @@ def write_more_formats(folder: Path, layout: Layout) -> None:
     """The source of those formats of the layout that no shipped file has, so that the checkpoint opens itself."""
     forms: list[Format] = [linear.form for linear in layout.linears.values()]
     forms += [form for part in layout.parts() for form in part.formats.values()]
-    kinds = {type(form).name: type(form) for form in forms if type(form) not in (Float, Grid, Trellis)}
+    kinds = {type(form).name: type(form) for form in forms if type(form) not in (Float, Grid, Sparse, Trellis)}
     if kinds:
         sources = [inspect.getsource(kinds[name]) for name in sorted(kinds)]
         listed = "".join(f"{kind.__name__}, " for kind in kinds.values())

@@ -5,9 +5,11 @@ from .d2 import D2
 from .gptq import Gptq
 from .lora import Lora
 from .prune import Prune
+from .sparsify import Sparsify
 from .svd import Svd
 
 register(Prune)
+register(Sparsify)
 register(Svd)
 register(D2)
 register(Lora)

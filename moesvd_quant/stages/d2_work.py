@@ -110,7 +110,7 @@ def _prune(base: DensePart, projection: str, has_gate: bool, stored: int, used: 
 def prepare(context: Context, options: D2, plan: Plan, folder: Path) -> Plan:
     """Bases by Fisher information take a pass of their own over all layers."""
     if options.merge == "fisher":
-        context.statistics.merge_bases(context.progress)
+        context.statistics.measure_fisher("fisher", context.progress)
     return plan
 
 
@@ -153,7 +153,7 @@ def _banks(parts, weights, base, grams, channels, options) -> Iterator[tuple[str
 
 def _base(context: Context, options: D2, full: str, name: str, weights, tokens) -> torch.Tensor:
     if options.merge == "fisher":
-        return context.statistics.fisher_base(full, name).to(weights.device).double()
+        return context.statistics.by_fisher("fisher", full)[name].to(weights.device).double()
     importance = tokens.double() if options.merge == "frequency" else torch.ones(len(weights))
     return merge_base(weights, importance.to(weights.device))
 

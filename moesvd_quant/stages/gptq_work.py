@@ -47,7 +47,7 @@ def plan(context: Context, options: Gptq) -> Plan:
         for path, linear in find_linears(layer):
             full = f"{name}.{path}"
             if isinstance(linear, StoredLinear):
-                raise StageError(f"{full}: is quantized already")
+                raise StageError(f"{full}: is {linear.layout.form.state} already")
             if not options.attention:
                 kept[full] = "attention: false"
             elif linear.out_features < 16:
@@ -91,7 +91,8 @@ def _pack_experts(
     for name, parts in layout.items():
         for i, part in enumerate(parts):
             if part.packed:
-                raise StageError(f"{full}.{name}: is quantized already")
+                state = next(form.state for form in part.formats.values() if form.packed)
+                raise StageError(f"{full}.{name}: is {state} already")
             storage = storages[name][i] if storages else plain
             if storage == FLOAT:  # the budget left it as it is
                 continue

@@ -26,7 +26,7 @@ class Lora(Stage):
         "adapters",
         description="adapters: LoRA, merged afterwards, or kept as a low-rank term where weights are packed; factors: "
         "the 16-bit factors themselves; router: the routers alone; scales: after gptq, the scales of what is packed, "
-        "norms, and routers, in the bytes they have",
+        "after sparsify, the values that are left; norms, and routers, in the bytes they have",
     )
     objective: Literal["lm", "distill", "layerwise"] = Field(
         "lm",

@@ -30,7 +30,7 @@ def plan(context: Context, options: Lora) -> Plan:
     if packed and options.train == "factors":
         raise StageError("lora.train: factors: this checkpoint's are packed; use adapters, or heal before gptq")
     if not packed and options.train == "scales":
-        raise StageError("lora.train: scales: nothing is packed yet; put lora after gptq")
+        raise StageError("lora.train: scales: nothing is packed yet; put lora after gptq or sparsify")
     if packed and options.frozen == "nf4":
         raise StageError("lora.frozen: nf4: this checkpoint is packed already; leave it out")
     if options.checkpointing and not context.parent.model.supports_gradient_checkpointing:

@@ -1,5 +1,7 @@
 """MoE-SVD's own plan for stage `svd`: sensitivity picks the layers, V is shared, U trimmed, a rank share is solved."""
 
+from collections.abc import Iterator
+
 import torch
 
 from ..calibration.statistics import outlier_share
@@ -32,9 +34,7 @@ def _score(experts, statistics, path, frequency, options) -> float:
         return 0.0
     projections = split_projections(experts)
     if options.select == "owl":
-        norms = {name: statistics[f"{path}/{_gram(name)}"].diagonal(dim1=1, dim2=2).sqrt() for name in projections}
-        weights = [weight for matrices in projections.values() for weight in matrices]
-        return outlier_distribution(weights, [norm for name in projections for norm in norms[name]], OWL_MULTIPLE)
+        return outlier_score(experts, statistics, path)
     factors = []
     if "f" in options.select:
         factors.append(frequency)
@@ -47,8 +47,28 @@ def _score(experts, statistics, path, frequency, options) -> float:
     return layer_sensitivity(factors)
 
 
-def _gram(projection: str) -> str:
-    return "gram_mid" if projection == "down" else "gram_in"
+def outlier_score(experts, statistics: dict, path: str) -> float:
+    """OWL's score of an experts module of the original."""
+    weights, norms = zip(*weights_and_norms(experts, statistics, path))
+    return outlier_distribution(weights, norms, OWL_MULTIPLE)
+
+
+def mean_inputs(statistics: dict, path: str) -> dict[str, torch.Tensor]:
+    """Mean absolute inputs (E, in) of each projection; of an expert without tokens those of its layer."""
+    tokens = statistics[f"{path}/tokens"]
+    means = {}
+    for key in ("abs_in", "abs_mid"):
+        total = statistics[f"{path}/{key}"].double()
+        means[key] = torch.where(tokens[:, None] > 0, total / tokens.clamp(min=1)[:, None], total.sum(0) / tokens.sum())
+    return {"gate": means["abs_in"], "up": means["abs_in"], "down": means["abs_mid"]}
+
+
+def weights_and_norms(experts, statistics: dict, path: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(weight (out, in), norms (in,) of its inputs over all tokens of the expert) of every matrix of an experts module
+    of the original."""
+    for name, weights in split_projections(experts).items():
+        gram = statistics[f"{path}/{'gram_mid' if name == 'down' else 'gram_in'}"]
+        yield from zip(weights, gram.diagonal(dim1=1, dim2=2).sqrt())
 
 
 def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
@@ -91,7 +111,7 @@ def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
     return layout, decisions
 
 
-def require_ranks(ranks: dict[tuple[str, str], list[int]], ratio: float) -> None:
+def require_ranks(ranks: dict[tuple[str, str], list[int]], ratio: float | None) -> None:
     """StageError where a matrix would be nothing at all."""
     if min(map(min, ranks.values())) == 0:
         raise StageError(f"ratio {ratio} leaves some matrices no rank at all; lower it")

@@ -1,5 +1,6 @@
 """Stage `svd`: every expert matrix becomes low-rank factors, or stays dense where that is cheaper."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,20 +13,28 @@ if TYPE_CHECKING:
     from ..planning.context import Context, Plan
 
 
+LABELS = {"global": "svd", "svd_llm": "svd-llm", "plain": "svd-plain", "asvd": "asvd", "fwsvd": "fwsvd"}
+
+
 class Svd(Stage):
     name: ClassVar[str] = "svd"
     takes: ClassVar[Form] = Form.FEWER
     leaves: ClassVar[Form] = Form.CHANGED
     budget_option: ClassVar[str | None] = "ratio"
 
-    method: Literal["global", "svd_llm", "asvd", "plain", "moe_svd"] = Field(
+    method: Literal["global", "svd_llm", "asvd", "fwsvd", "plain", "moe_svd"] = Field(
         "global",
-        description="global: ranks by one threshold over the model. svd_llm, asvd, plain: the same share of the rank "
-        "for every matrix, with SVD-LLM's whitening, ASVD's scaling, or no statistics. moe_svd: the MoE-SVD paper: "
-        "sensitive layers kept, V shared, U trimmed",
+        description="global: ranks by one threshold over the model. svd_llm, asvd, fwsvd, plain: ranks by `ranks`; "
+        "with SVD-LLM's whitening, ASVD's scaling, FWSVD's Fisher information, or no statistics. moe_svd: the MoE-SVD "
+        "paper: sensitive layers kept, V shared, U trimmed",
     )
     ratio: float | None = Field(
         None, description="fraction of routed-expert parameters removed, between 0 and 1; left open: the budget decides"
+    )
+    ranks: Literal["uniform", "owl", "strs"] = Field(
+        "uniform",
+        description="svd_llm, asvd, fwsvd, plain: uniform: the same share of the rank for every matrix; owl: more in "
+        "layers with many outliers (OWL); strs, of asvd: by the loss that each truncation alone causes (ASVD)",
     )
     update: bool = Field(
         False,
@@ -65,6 +74,7 @@ class Svd(Stage):
         needs = {
             "update": (self.method == "svd_llm", "method: svd_llm"),
             "error_aware": (self.method == "global", "method: global"),
+            "ranks": (self.method in LABELS and self.method != "global", "method: svd_llm, asvd, fwsvd or plain"),
             "alpha": (self.method == "asvd", "method: asvd"),
             "principal_rank": ("p" in factors, "p in select"),
             "outlier": ("a" in factors, "a in select"),
@@ -82,6 +92,8 @@ class Svd(Stage):
     def _has_ratio(self):
         if self.method != "global" and self.ratio is None:
             raise ValueError("ratio: is required (fraction of routed-expert parameters removed, between 0 and 1)")
+        if self.ranks == "strs" and self.method != "asvd":
+            raise ValueError("ranks: strs is ASVD's search; use method: asvd, or ranks: owl")
         return self
 
     def calibration_walks(self) -> int:
@@ -98,8 +110,8 @@ class Svd(Stage):
 
     def _method_label(self) -> str:
         if self.method != "moe_svd":
-            label = {"global": "svd", "svd_llm": "svd-llm", "plain": "svd-plain", "asvd": "asvd"}[self.method]
-            return f"{label}-update" if self.update else label
+            marks = {self.ranks: self.ranks != "uniform", "update": self.update}
+            return "-".join([LABELS[self.method], *(mark for mark, is_set in marks.items() if is_set)])
         marks = {
             self.select: self.select != "fpa",
             "own": not self.shared_v,
@@ -114,6 +126,11 @@ class Svd(Stage):
         from .svd_work import plan
 
         return plan(context, self)
+
+    def prepare(self, context: "Context", plan: "Plan", folder: Path) -> "Plan":
+        from .svd_work import prepare
+
+        return prepare(context, self, plan)
 
     def run_layer(self, context: "Context", index: int, layer: "nn.Module", statistics: dict, plan: "Plan") -> dict:
         from .svd_work import run_layer

@@ -7,7 +7,7 @@ import torch
 
 from ..calibration.metric import shrink
 from ..checkpoint.layout import layout_of
-from ..decompose.baselines import asvd, plain_svd
+from ..decompose.baselines import asvd, fwsvd, plain_svd
 from ..decompose.sensitivity import sampling_frequency
 from ..decompose.sharing import literal, share_and_trim, share_in_groups
 from ..decompose.whitening import balance, refit_left, whitened_svd
@@ -26,11 +26,11 @@ from ..planning.context import (
     require_experts,
     weak_experts,
 )
-from ..planning.parts import parts_by_rank
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import DensePart
 from .inputs import inputs_of
-from .paper import kept_lefts, own_ranks, plan_paper, require_ranks, shares_factors, survey_layer
+from .paper import kept_lefts, mean_inputs, outlier_score, plan_paper, shares_factors, survey_layer
+from .rank_rules import plan_own
 from .svd import Svd
 
 
@@ -45,9 +45,11 @@ def plan(context: Context, options: Svd) -> Plan:
         return plan_ratio(context, options.ratio)
     survey, kept = _survey(context, options)
     budget = int(kept_share(context.parent, options.ratio, survey))
-    decide = plan_paper if options.method == "moe_svd" else _plan_uniform
     layout = layout_of(context.parent)
-    layout.experts, decisions = decide(survey, budget, options)
+    if options.method == "moe_svd":
+        layout.experts, decisions = plan_paper(survey, budget, options)
+    else:
+        layout.experts, decisions = plan_own(context, survey, budget, options)
     for path, entry in survey.items():
         decisions.setdefault(path, {})["weak_experts"] = entry["weak"]
     return Plan(layout, decisions, {"kept in 16 bit": kept} if kept else {})
@@ -61,6 +63,13 @@ def _require_all(context: Context, method: str) -> None:
                 raise StageError(
                     f"{name}.{path}: some experts were left out; svd.method {method} takes all: use global"
                 )
+
+
+def prepare(context: Context, options: Svd, plan: Plan) -> Plan:
+    """Fisher information takes a pass of its own over all layers."""
+    if options.method == "fwsvd":
+        context.statistics.measure_fisher("fisher-inputs", context.progress)
+    return plan
 
 
 def _survey(context: Context, options: Svd) -> tuple[dict[str, dict], dict[str, str]]:
@@ -87,21 +96,10 @@ def _survey_layer(options: Svd, context: Context, index: int, layer, statistics:
         entry["weak"] = weak_experts(statistics, path)
         if options.method == "moe_svd":
             entry |= survey_layer(experts, statistics, path, context.statistics.windows.numel(), options)
+        if options.ranks == "owl":
+            entry["outliers"] = outlier_score(experts, statistics, path)
         found[full] = entry
     return found
-
-
-def _plan_uniform(survey, budget, options):
-    """One share of the full rank for every matrix: the published methods per expert."""
-    items = [(path, name) for path, entry in survey.items() for name in entry["shapes"]]
-    layout: dict = {}
-    decisions: dict = {}
-    found = own_ranks(survey, items, budget)
-    require_ranks(found, options.ratio)
-    for (path, name), ranks in found.items():
-        layout.setdefault(path, {})[name] = parts_by_rank(ranks)
-        decisions.setdefault(path, {}).setdefault("ranks", {})[name] = ranks
-    return layout, decisions
 
 
 def run_layer(context: Context, options: Svd, index: int, layer, statistics: dict, plan: Plan) -> dict:
@@ -118,7 +116,7 @@ def run_layer(context: Context, options: Svd, index: int, layer, statistics: dic
             continue
         given = inputs_of(context, options.error_aware, native, statistics, path)
         after = expert_grams(seen, path, context.device, shrink) if seen else {}
-        magnitudes = _magnitudes(statistics, path) if options.method == "asvd" else {}
+        importance = _importance(context, options, statistics, path, full)
         frequency = sampling_frequency(statistics[f"{path}/tokens"], context.statistics.windows.numel())
         layout, prices = plan.layout.experts[full], plan.decisions[full].get("price", {})
         made = FactorizedExperts(native, layout)
@@ -127,7 +125,7 @@ def run_layer(context: Context, options: Svd, index: int, layer, statistics: dic
             fitted = given.weights(name, made), given.grams(name, options.method == "global")
             scale = row_scale(prices, name, shapes_of(native)) if prices else None
             for i, part in enumerate(layout[name]):
-                banks = _banks(part, *fitted, after.get(name), magnitudes.get(name), scale, frequency, options)
+                banks = _banks(part, *fitted, after.get(name), importance.get(name), scale, frequency, options)
                 fill(made, ((f"{name}_{i}_{bank}", row, value) for bank, row, value in banks))
         layer.set_submodule(path, made)
         for either in (walk, pair):
@@ -137,18 +135,15 @@ def run_layer(context: Context, options: Svd, index: int, layer, statistics: dic
     return report
 
 
-def _magnitudes(statistics: dict, path: str) -> dict[str, torch.Tensor]:
-    """Mean absolute inputs (E, in) of each projection; of an expert without tokens those of its layer."""
-    tokens = statistics[f"{path}/tokens"]
-    means = {}
-    for key in ("abs_in", "abs_mid"):
-        total = statistics[f"{path}/{key}"].double()
-        means[key] = torch.where(tokens[:, None] > 0, total / tokens.clamp(min=1)[:, None], total.sum(0) / tokens.sum())
-    return {"gate": means["abs_in"], "up": means["abs_in"], "down": means["abs_mid"]}
+def _importance(context: Context, options: Svd, statistics: dict, path: str, full: str) -> dict[str, torch.Tensor]:
+    """What each input of each expert's matrices counts for by the method, (E, in) of each projection."""
+    if options.method == "fwsvd":
+        return context.statistics.by_fisher("fisher-inputs", full)
+    return mean_inputs(statistics, path) if options.method == "asvd" else {}
 
 
 def _banks(
-    part, weights, grams, after, magnitudes, scale, frequency, options
+    part, weights, grams, after, importance, scale, frequency, options
 ) -> Iterator[tuple[str, int | None, torch.Tensor]]:
     """(bank, row or None for all, tensor) of one part; the rows of shared factors are set in it.
 
@@ -170,7 +165,9 @@ def _banks(
         if options.method == "plain":
             left, right = plain_svd(weight, part.rank)
         elif options.method == "asvd":
-            left, right = asvd(weight, magnitudes[e].to(weight.device), options.alpha, part.rank)
+            left, right = asvd(weight, importance[e].to(weight.device), options.alpha, part.rank)
+        elif options.method == "fwsvd":
+            left, right = fwsvd(weight, importance[e].to(weight.device), part.rank)
         elif scale is not None:
             left, right = whitened_svd(weight.float() * scale.to(weight.device), grams[e], part.rank)
             left, right = balance(left / scale.to(left.device), right)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moesvd_quant.calibration.fisher import expert_fisher
+from moesvd_quant.calibration.fisher import expert_fisher, fisher_inputs
 from moesvd_quant.model.experts import find_experts, split_projections
 from moesvd_quant.model.stream import StreamedModel
 from tiny import tiny_model
@@ -37,3 +37,14 @@ def test_it_is_the_mean_of_squared_gradients_per_sequence(architecture, make_mod
     for key, value in expected.items():
         assert torch.allclose(found[key], value, rtol=1e-3, atol=1e-4 * float(value.max())), key
         assert value.max() > 0
+
+
+def test_of_each_input_it_is_the_sum_over_outputs(make_model):
+    streamed = StreamedModel(make_model("mixtral"))
+    found = dict(fisher_inputs(streamed, WINDOWS, lambda done, total: None, None))
+    for index, modules in expert_fisher(StreamedModel(make_model("mixtral")), WINDOWS):
+        for path, projections in modules.items():
+            for name, (weights, fisher) in projections.items():
+                own = found[f"{streamed.layer_names[index]}.{path}"][name]
+                assert own.shape == (len(weights), weights.shape[2])
+                assert torch.allclose(own, torch.einsum("eoi->ei", fisher))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moesvd_quant.decompose.baselines import asvd, plain_svd
+from moesvd_quant.decompose.baselines import asvd, fwsvd, plain_svd
 from moesvd_quant.decompose.sharing import literal, share_and_trim, share_in_groups
 from moesvd_quant.decompose.whitening import whitened_svd
 
@@ -40,11 +40,21 @@ def test_asvd_is_plain_svd_for_alike_inputs_and_svd_llm_for_uncorrelated_ones():
     assert torch.allclose(torch.matmul(*asvd(w, deviation, 1.0, 5)), whitened)
 
 
+def test_fwsvd_loses_least_of_its_rank_in_the_weighted_norm():
+    w, fisher = weight(), torch.rand(20, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.1
+    left, right = fwsvd(w, fisher, 5)
+    values = np.linalg.svd(w.numpy() * np.sqrt(fisher.numpy()), compute_uv=False)
+    # Each squared error counts by the information of its input's weights; Eckart-Young says what is the least.
+    assert float(((w - left @ right) ** 2 * fisher).sum()) == pytest.approx(float((values[5:] ** 2).sum()))
+    assert torch.allclose(torch.matmul(*fwsvd(w, torch.ones(20), 5)), torch.matmul(*plain_svd(w, 5)))
+
+
 def test_a_feature_that_was_never_seen_does_not_break_asvd():
     magnitude = torch.ones(20)
     magnitude[3] = 0
     assert all(torch.isfinite(side).all() for side in asvd(weight(), magnitude, 0.5, 5))
     assert torch.isfinite(asvd(weight(), torch.zeros(20), 0.5, 5)[1]).all()
+    assert all(torch.isfinite(side).all() for side in fwsvd(weight(), magnitude, 5))
 
 
 @pytest.mark.parametrize("make", [share_and_trim, literal])
