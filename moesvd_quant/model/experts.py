@@ -8,9 +8,8 @@ from torch import nn
 
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.native_experts import Flags, Routed, SharedExpert, add_bias, apply_gate, arguments, form_of
-from ..runtime.parts import JOINT, DensePart, joined, separate
+from ..runtime.parts import JOINT, joined, separate
 from ..runtime.routers import ROUTERS as ROUTERS
-from ..runtime.routers import Sources
 from ..runtime.stored import StoredLinear
 
 
@@ -70,16 +69,6 @@ def split_projections(native: nn.Module) -> dict[str, torch.Tensor]:
     return _form(native).weights(native)
 
 
-def is_whole(experts: nn.Module) -> bool:
-    """Whether the weights are the original's, if perhaps of fewer experts: no factors, nothing packed or cut."""
-    if not isinstance(experts, FactorizedExperts):
-        return True
-    parts = [part for parts in experts.layout.values() for part in parts]
-    plain = all(isinstance(part, DensePart) and not part.packed for part in parts)
-    whole = all(part.rows is None and part.columns is None for part in parts)
-    return plain and whole and all(part.users("dense") == list(range(experts.experts)) for part in parts)
-
-
 def weight_parameters(native: nn.Module) -> list[nn.Parameter]:
     """The parameters of a native experts module that `split_projections` views."""
     return [native.get_parameter(name) for name in _form(native).parameters(native)]
@@ -87,12 +76,6 @@ def weight_parameters(native: nn.Module) -> list[nn.Parameter]:
 
 def expert_count(experts: nn.Module) -> int:
     return experts.experts if isinstance(experts, FactorizedExperts) else len(split_projections(experts)["down"])
-
-
-def sources_of(experts: nn.Module) -> Sources:
-    """From which original experts each expert of a module comes."""
-    own = experts.sources if isinstance(experts, FactorizedExperts) else None
-    return own or [[expert] for expert in range(expert_count(experts))]
 
 
 def shapes_of(experts: nn.Module) -> dict[str, tuple[int, int]]:
@@ -152,6 +135,14 @@ def intermediate(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tens
     names = [name for name in shapes_of(experts) if name != "down"]
     pairs = {name: x @ dense_weight(experts, name, expert, x.dtype).T for name in names}
     return activate(experts, separate(pairs), expert)
+
+
+def expert_output(experts: nn.Module, expert: int, inner: torch.Tensor) -> torch.Tensor:
+    """Output (n, hidden) of one expert from the input of its down (n, intermediate)."""
+    out, flags = inner @ dense_weight(experts, "down", expert, inner.dtype).T, flags_of(experts)
+    if flags.has_bias:
+        out = out + experts.down_proj_bias[expert]
+    return experts.post_expert_norm(out) if flags.has_post_expert_norm else out
 
 
 def pairs_of(expert: torch.Tensor, count: int) -> Iterator[tuple[int, slice]]:

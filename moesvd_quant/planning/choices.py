@@ -8,14 +8,8 @@ from typing import NamedTuple
 import torch
 
 from ..calibration.metric import METRIC
-from ..model.experts import (
-    dense_weight,
-    find_experts,
-    is_whole,
-    shapes_of,
-    sources_of,
-    split_projections,
-)
+from ..model.experts import dense_weight, find_experts, shapes_of, split_projections
+from ..model.remaining import is_whole, shared_rows, sources_of
 from ..quantize.codec import Bank, QuantizeError
 from ..quantize.noise import NOISE
 from ..runtime.factorized_experts import FactorizedExperts
@@ -62,11 +56,18 @@ def _require_whole(context: Context) -> dict[str, Sources]:
     for layer, name in zip(context.parent.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
             if isinstance(experts, FactorizedExperts) and not is_whole(experts):
-                factors = any(part.rank for parts in experts.layout.values() for part in parts)
-                kind = "factorized" if factors else "compressed"
-                raise StageError(f"{name}.{path}: is {kind} already; ranks and widths are chosen of an original model")
+                raise StageError(
+                    f"{name}.{path}: {_what(experts)} already; ranks and widths are chosen of an original model"
+                )
             sources[f"{name}.{path}"] = sources_of(experts)
     return sources
+
+
+def _what(experts: FactorizedExperts) -> str:
+    """What was done to experts that are not whole."""
+    if any(part.rank for parts in experts.layout.values() for part in parts):
+        return "is factorized"
+    return "is merged on shared matrices" if any(len(rows) > 1 for rows in shared_rows(experts)) else "is compressed"
 
 
 def _layer_choices(

@@ -134,12 +134,14 @@ class Plan:
 def expert_grams(statistics: dict, path: str, device, metric=blend, sources: Sources | None = None) -> dict[str, Grams]:
     """Gram matrices (in, in), by expert, that a projection's errors are judged by; `metric`: `blend` or `shrink`.
 
-    sources: the original experts that each expert stands for, where they are not the same.
+    sources: the original experts that each expert stands for, where they are not the same. Inputs of down are those of
+    the first alone: the channels of others were in another order.
     """
     tokens = statistics[f"{path}/tokens"]
     try:
         gram_in, gram_mid = (
-            Grams(statistics[f"{path}/{k}"], tokens, metric, device, sources) for k in ("gram_in", "gram_mid")
+            Grams(statistics[f"{path}/{k}"], tokens, metric, device, groups)
+            for k, groups in (("gram_in", sources), ("gram_mid", sources and [group[:1] for group in sources]))
         )
     except ValueError as error:
         raise StageError(f"{path}: {error}; give more or other calibration text") from error

@@ -4,10 +4,12 @@ from ..recipe.stage import register
 from .d2 import D2
 from .gptq import Gptq
 from .lora import Lora
+from .merge import Merge
 from .prune import Prune
 from .svd import Svd
 
 register(Prune)
+register(Merge)
 register(Svd)
 register(D2)
 register(Lora)

@@ -29,7 +29,7 @@ from ..planning.context import (
 from ..planning.parts import parts_by_rank
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import DensePart
-from .inputs import inputs_of
+from .inputs import inputs_of, require_originals
 from .paper import kept_lefts, own_ranks, plan_paper, require_ranks, shares_factors, survey_layer
 from .svd import Svd
 
@@ -37,6 +37,8 @@ from .svd import Svd
 def plan(context: Context, options: Svd) -> Plan:
     """Ranks of all experts under the ratio, by the method of the options."""
     require_experts(context.parent)
+    if options.error_aware:
+        require_originals(context.parent)
     if options.method != "global":
         _require_all(context, options.method)
     if options.ratio is None:
@@ -54,12 +56,12 @@ def plan(context: Context, options: Svd) -> Plan:
 
 
 def _require_all(context: Context, method: str) -> None:
-    """Before any walk: StageError where experts were left out, which the published methods do not know of."""
+    """Before any walk: StageError where experts were left out or merged: the published methods know of neither."""
     for layer, name in zip(context.parent.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
             if isinstance(experts, FactorizedExperts):
                 raise StageError(
-                    f"{name}.{path}: some experts were left out; svd.method {method} takes all: use global"
+                    f"{name}.{path}: some experts were left out or merged; svd.method {method} takes all: use global"
                 )
 
 
