@@ -27,10 +27,15 @@ def find_experts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def mark_shared_experts(layer: nn.Module) -> None:
     """From now on the MLPs beside the experts of a layer, which every token passes, are experts as well; those that do
     something of their own with their weights stay linears."""
+    for _, module in shared_beside(layer):
+        module.is_expert = True
+
+
+def shared_beside(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path in the layer, module) of the plain MLPs beside the experts, which every token passes."""
     homes = {path.rpartition(".")[0] for path, _ in find_experts(layer)}
-    for path, module in layer.named_modules():
-        if path and path.rpartition(".")[0] in homes and SharedExpert.fits(module) and _is_plain(module):
-            module.is_expert = True
+    beside = [(path, m) for path, m in layer.named_modules() if path and path.rpartition(".")[0] in homes]
+    return [(path, module) for path, module in beside if SharedExpert.fits(module) and _is_plain(module)]
 
 
 def is_shared(experts: nn.Module) -> bool:

@@ -8,6 +8,11 @@ from ..runtime.routers import Sources
 from .experts import expert_count
 
 
+def is_gone(experts: nn.Module) -> bool:
+    """Whether nothing is left of any expert: the layer was dropped."""
+    return isinstance(experts, FactorizedExperts) and not any(experts.layout.values())
+
+
 def is_whole(experts: nn.Module) -> bool:
     """Whether the weights are the original's, if perhaps of fewer experts: no factors, nothing packed or cut."""
     if not isinstance(experts, FactorizedExperts):

@@ -9,7 +9,7 @@ import torch
 
 from ..calibration.metric import METRIC
 from ..model.experts import dense_weight, find_experts, shapes_of, split_projections
-from ..model.remaining import is_whole, shared_rows, sources_of
+from ..model.remaining import is_gone, is_whole, shared_rows, sources_of
 from ..quantize.codec import Bank, QuantizeError
 from ..quantize.noise import NOISE
 from ..runtime.factorized_experts import FactorizedExperts
@@ -51,7 +51,7 @@ def choices_of(context: Context, storages: list[Storage], ranks: bool) -> Choice
 
 def _require_whole(context: Context) -> dict[str, Sources]:
     """Before any walk: StageError for experts that are compressed already. From which of the original's experts those
-    of each module come."""
+    of each module come: of none, where its layer was dropped."""
     sources = {}
     for layer, name in zip(context.parent.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
@@ -59,7 +59,7 @@ def _require_whole(context: Context) -> dict[str, Sources]:
                 raise StageError(
                     f"{name}.{path}: {_what(experts)} already; ranks and widths are chosen of an original model"
                 )
-            sources[f"{name}.{path}"] = sources_of(experts)
+            sources[f"{name}.{path}"] = [] if is_gone(experts) else sources_of(experts)
     return sources
 
 
@@ -88,7 +88,7 @@ def _layer_choices(
 
     for path, experts in find_experts(layer):
         full = f"{name}.{path}"
-        if not reached(statistics, path):  # kept as it is
+        if not sources[full] or not reached(statistics, path):  # kept as it is
             continue
         made.weak[full] = weak_experts(statistics, path, sources[full])
         shapes = joined(shapes_of(experts)) if ranks else shapes_of(experts)

@@ -16,6 +16,7 @@ from ..errors import MoesvdError
 from ..memory.pool import Pool
 from ..model.experts import expert_count, find_experts, shapes_of, unknown_experts
 from ..model.folder import ModelError
+from ..model.remaining import is_gone
 from ..model.stream import StreamedModel
 from ..recipe.recipe import Limits
 from ..recipe.stage import Stage
@@ -173,7 +174,7 @@ def kept_share(parent: StreamedModel, ratio: float, changed: Collection[str]) ->
     for layer, name in zip(parent.layers, parent.layer_names):
         for path, experts in find_experts(layer):
             each = sum(out * in_features for out, in_features in shapes_of(experts).values())
-            sizes[f"{name}.{path}"] = expert_count(experts) * each
+            sizes[f"{name}.{path}"] = 0 if is_gone(experts) else expert_count(experts) * each
     whole = sum(sizes.values())
     rest = sum(size for path, size in sizes.items() if path not in changed)
     left = whole * (1 - ratio) - rest

@@ -2,12 +2,14 @@
 
 from ..recipe.stage import register
 from .d2 import D2
+from .drop import Drop
 from .gptq import Gptq
 from .lora import Lora
 from .merge import Merge
 from .prune import Prune
 from .svd import Svd
 
+register(Drop)
 register(Prune)
 register(Merge)
 register(Svd)

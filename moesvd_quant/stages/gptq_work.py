@@ -11,7 +11,7 @@ from ..checkpoint.layout import layout_of, projections_of
 from ..decompose.whitening import whitened_error
 from ..memory.lazy import LazySequence, select
 from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of
-from ..model.remaining import sources_of
+from ..model.remaining import is_gone, sources_of
 from ..planning.allocation import in_formats, plan_budget
 from ..planning.context import UNREACHED, Context, Plan, StageError, factorized, require_experts, weak_experts
 from ..quantize.codec import Bank, Codecs, PackedMatrix, QuantizeError
@@ -127,6 +127,8 @@ def run_layer(context: Context, options: Gptq, index: int, layer, statistics: di
         report[full] = error
     for path, experts in list(find_experts(layer)):
         full = f"{name}.{path}"
+        if is_gone(experts):
+            continue
         given = inputs_of(context, options.error_aware, experts, statistics, path)
         made = _quantize_experts(codec, context.seed, full, experts, given, plan.layout.experts[full])
         layer.set_submodule(path, made)

@@ -12,6 +12,7 @@ from ..decompose.sensitivity import sampling_frequency
 from ..decompose.sharing import literal, share_and_trim, share_in_groups
 from ..decompose.whitening import balance, refit_left, whitened_svd
 from ..model.experts import expert_count, find_experts, shapes_of
+from ..model.remaining import is_gone
 from ..planning.allocation import plan_budget, plan_ratio
 from ..planning.choices import row_scale
 from ..planning.context import (
@@ -116,7 +117,7 @@ def run_layer(context: Context, options: Svd, index: int, layer, statistics: dic
     seen = walk.statistics(index) if walk else {}
     for path, native in list(find_experts(layer)):
         full = f"{context.parent.layer_names[index]}.{path}"
-        if full not in plan.layout.experts:
+        if full not in plan.layout.experts or is_gone(native):
             continue
         given = inputs_of(context, options.error_aware, native, statistics, path)
         after = expert_grams(seen, path, context.device, shrink) if seen else {}
