@@ -74,6 +74,12 @@ def split_projections(native: nn.Module) -> dict[str, torch.Tensor]:
     return _form(native).weights(native)
 
 
+def sums_by_token(experts: nn.Module) -> bool:
+    """Whether the module gives each token the sum of its experts' outputs times the router's weights, so that an
+    expert's output is the same whatever the router says."""
+    return hasattr(_form(experts), "combine")
+
+
 def weight_parameters(native: nn.Module) -> list[nn.Parameter]:
     """The parameters of a native experts module that `split_projections` views."""
     return [native.get_parameter(name) for name in _form(native).parameters(native)]

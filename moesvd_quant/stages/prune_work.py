@@ -11,6 +11,7 @@ from ..model.experts import dense_weight, find_experts, shapes_of
 from ..planning.context import UNREACHED, Context, Plan, StageError, factorized, reached, require_experts
 from ..runtime.modeling_moesvd import replace_experts
 from .candidates import Candidate, candidates_of, require_servable
+from .naee import require_comparable, subsets_of
 from .prune import Prune
 
 Chosen = dict[str, tuple[list[int], dict]]  # by path: the experts that stay, and figures for the manifest
@@ -21,7 +22,8 @@ def plan(context: Context, options: Prune) -> Plan:
     require_experts(context.parent)
     candidates = candidates_of(context.parent, "pruned")
     protected = _protected(candidates, options.protect)
-    chosen = _by_scores(context, options, candidates, protected)
+    choose = _by_reconstruction if options.by == "reconstruction" else _by_scores
+    chosen = choose(context, options, candidates, protected)
     if not chosen:
         raise StageError("no calibration token reached any expert; give other calibration text")
     layout, decisions = layout_of(context.parent), {}
@@ -53,6 +55,17 @@ def _by_scores(context: Context, options: Prune, candidates: list[Candidate], pr
     found = [one for one in candidates if one.full in scores]
     kept = _kept(found, [scores[one.full] for one in found], options, protected) if found else []
     return {one.full: (stay, {"scores": scores[one.full].tolist()}) for one, stay in zip(found, kept)}
+
+
+def _by_reconstruction(
+    context: Context, options: Prune, candidates: list[Candidate], protected: dict[int, set[int]]
+) -> Chosen:
+    """By what the layer's output loses without them together."""
+    for one in candidates:
+        require_comparable(one, len(protected[one.index]), options)
+    found = [one for one, _ in _reached(context, candidates)]
+    subsets = subsets_of(context, options, found, protected)
+    return {one.full: (subsets[one.full].tolist(), {"loss": float(subsets[f"{one.full}/loss"])}) for one in found}
 
 
 def _protected(candidates: list[Candidate], places: list[str]) -> dict[int, set[int]]:
