@@ -26,16 +26,16 @@ class CompressedWalk:
     def statistics(self, index: int) -> dict[str, torch.Tensor]:
         """The sums of `LayerRecorder` for the original layer on the inputs that the compressed ones before it give;
         mapped from a file."""
-        self._visit = next(self._visits)
-        if self._visit.index != index:
-            raise RuntimeError(f"layer {index} was asked for and the walk is at {self._visit.index}; this is a defect")
+        self.visit = next(self._visits)
+        if self.visit.index != index:
+            raise RuntimeError(f"layer {index} was asked for and the walk is at {self.visit.index}; this is a defect")
         path = Path(self._own.name) / "layer.safetensors"
         with torch.no_grad():
-            self.known.record(self._visit, path, lambda: self._visit.run(self._visit.hidden))
+            self.known.record(self.visit, path, lambda: self.visit.run(self.visit.hidden))
         found = load_file(path)
         path.unlink()  # it is gone when it is no longer mapped
         return found
 
     def replace(self, path: str, made: nn.Module) -> None:
         """Puts a copy of what the stage made into the layer that the walk is at."""
-        self._visit.put_copy(path, made, self.known.dtype)
+        self.visit.put_copy(path, made, self.known.dtype)

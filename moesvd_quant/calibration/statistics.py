@@ -12,11 +12,10 @@ from torch import nn
 
 from ..memory.limits import Batches
 from ..model.experts import (
-    dense_weight,
     expert_count,
+    expert_output,
     find_experts,
     find_linears,
-    flags_of,
     gather,
     intermediate,
     pairs_of,
@@ -93,7 +92,7 @@ class ExpertsRecorder:
                 f"{path}: each token chooses channels of the base (d2.dynamic): what its experts see cannot be "
                 "recorded; run all stages in one recipe on the original model"
             )
-        self.module, self.count, self.flags = module, expert_count(module), flags_of(module)
+        self.module, self.count = module, expert_count(module)
         self.hidden, self.inner = shapes_of(module)["down"]
         self.at_once = self.count if at_once is None else min(at_once, self.count)
         self.device = next(module.parameters()).device
@@ -160,10 +159,7 @@ class ExpertsRecorder:
             inner = intermediate(self.module, expert, x)
             if expert in self.group:
                 self._observe(expert, x, inner)
-            out = inner @ dense_weight(self.module, "down", expert, x.dtype).T
-            if self.flags.has_bias:
-                out = out + self.module.down_proj_bias[expert]
-            y[rows] = self.module.post_expert_norm(out) if self.flags.has_post_expert_norm else out
+            y[rows] = expert_output(self.module, expert, inner)
             if self.group:
                 self._weigh(expert, y[rows], None if routed.scale is None else routed.scale[rows])
         return gather(self.module, y, routed, *inputs)

@@ -8,9 +8,8 @@ from torch import nn
 
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.native_experts import Flags, Routed, SharedExpert, add_bias, apply_gate, arguments, form_of
-from ..runtime.parts import JOINT, DensePart, joined, separate
+from ..runtime.parts import JOINT, joined, separate
 from ..runtime.routers import ROUTERS as ROUTERS
-from ..runtime.routers import Sources
 from ..runtime.stored import StoredLinear
 
 
@@ -28,10 +27,15 @@ def find_experts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def mark_shared_experts(layer: nn.Module) -> None:
     """From now on the MLPs beside the experts of a layer, which every token passes, are experts as well; those that do
     something of their own with their weights stay linears."""
+    for _, module in shared_beside(layer):
+        module.is_expert = True
+
+
+def shared_beside(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path in the layer, module) of the plain MLPs beside the experts, which every token passes."""
     homes = {path.rpartition(".")[0] for path, _ in find_experts(layer)}
-    for path, module in layer.named_modules():
-        if path and path.rpartition(".")[0] in homes and SharedExpert.fits(module) and _is_plain(module):
-            module.is_expert = True
+    beside = [(path, m) for path, m in layer.named_modules() if path and path.rpartition(".")[0] in homes]
+    return [(path, module) for path, module in beside if SharedExpert.fits(module) and _is_plain(module)]
 
 
 def is_shared(experts: nn.Module) -> bool:
@@ -70,14 +74,10 @@ def split_projections(native: nn.Module) -> dict[str, torch.Tensor]:
     return _form(native).weights(native)
 
 
-def is_whole(experts: nn.Module) -> bool:
-    """Whether the weights are the original's, if perhaps of fewer experts: no factors, nothing packed or cut."""
-    if not isinstance(experts, FactorizedExperts):
-        return True
-    parts = [part for parts in experts.layout.values() for part in parts]
-    plain = all(isinstance(part, DensePart) and not part.packed for part in parts)
-    whole = all(part.rows is None and part.columns is None for part in parts)
-    return plain and whole and all(part.users("dense") == list(range(experts.experts)) for part in parts)
+def sums_by_token(experts: nn.Module) -> bool:
+    """Whether the module gives each token the sum of its experts' outputs times the router's weights, so that an
+    expert's output is the same whatever the router says."""
+    return hasattr(_form(experts), "combine")
 
 
 def weight_parameters(native: nn.Module) -> list[nn.Parameter]:
@@ -87,12 +87,6 @@ def weight_parameters(native: nn.Module) -> list[nn.Parameter]:
 
 def expert_count(experts: nn.Module) -> int:
     return experts.experts if isinstance(experts, FactorizedExperts) else len(split_projections(experts)["down"])
-
-
-def sources_of(experts: nn.Module) -> Sources:
-    """From which original experts each expert of a module comes."""
-    own = experts.sources if isinstance(experts, FactorizedExperts) else None
-    return own or [[expert] for expert in range(expert_count(experts))]
 
 
 def shapes_of(experts: nn.Module) -> dict[str, tuple[int, int]]:
@@ -152,6 +146,14 @@ def intermediate(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tens
     names = [name for name in shapes_of(experts) if name != "down"]
     pairs = {name: x @ dense_weight(experts, name, expert, x.dtype).T for name in names}
     return activate(experts, separate(pairs), expert)
+
+
+def expert_output(experts: nn.Module, expert: int, inner: torch.Tensor) -> torch.Tensor:
+    """Output (n, hidden) of one expert from the input of its down (n, intermediate)."""
+    out, flags = inner @ dense_weight(experts, "down", expert, inner.dtype).T, flags_of(experts)
+    if flags.has_bias:
+        out = out + experts.down_proj_bias[expert]
+    return experts.post_expert_norm(out) if flags.has_post_expert_norm else out
 
 
 def pairs_of(expert: torch.Tensor, count: int) -> Iterator[tuple[int, slice]]:

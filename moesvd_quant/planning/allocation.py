@@ -10,6 +10,7 @@ import numpy as np
 
 from ..checkpoint.layout import layout_of
 from ..model.experts import all_shapes, find_experts
+from ..model.remaining import is_gone
 from ..recipe.recipe import Limits
 from ..runtime.parts import JOINT
 from .choices import Choices, choices_of
@@ -95,11 +96,11 @@ def forecast_error(table: Table, choices: list[Choice]) -> float:
 
 
 def _shapes(context: Context) -> dict[tuple[str, str], tuple[int, int]]:
-    """(out, in) of the matrices of each projection of each experts module, of gate and up together as well."""
+    """(out, in) of the matrices of each projection of each experts module that has any, of gate and up together too."""
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for layer, name in zip(context.parent.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
-            shapes = all_shapes(experts)
+            shapes = {} if is_gone(experts) else all_shapes(experts)
             found |= {(f"{name}.{path}", projection): shape for projection, shape in shapes.items()}
     return found
 

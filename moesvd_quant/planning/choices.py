@@ -8,14 +8,8 @@ from typing import NamedTuple
 import torch
 
 from ..calibration.metric import METRIC
-from ..model.experts import (
-    dense_weight,
-    find_experts,
-    is_whole,
-    shapes_of,
-    sources_of,
-    split_projections,
-)
+from ..model.experts import dense_weight, find_experts, shapes_of, split_projections
+from ..model.remaining import is_gone, is_whole, shared_rows, sources_of
 from ..quantize.codec import Bank, QuantizeError
 from ..quantize.noise import NOISE
 from ..runtime.factorized_experts import FactorizedExperts
@@ -57,16 +51,23 @@ def choices_of(context: Context, storages: list[Storage], ranks: bool) -> Choice
 
 def _require_whole(context: Context) -> dict[str, Sources]:
     """Before any walk: StageError for experts that are compressed already. From which of the original's experts those
-    of each module come."""
+    of each module come: of none, where its layer was dropped."""
     sources = {}
     for layer, name in zip(context.parent.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
             if isinstance(experts, FactorizedExperts) and not is_whole(experts):
-                factors = any(part.rank for parts in experts.layout.values() for part in parts)
-                kind = "factorized" if factors else "compressed"
-                raise StageError(f"{name}.{path}: is {kind} already; ranks and widths are chosen of an original model")
-            sources[f"{name}.{path}"] = sources_of(experts)
+                raise StageError(
+                    f"{name}.{path}: {_what(experts)} already; ranks and widths are chosen of an original model"
+                )
+            sources[f"{name}.{path}"] = [] if is_gone(experts) else sources_of(experts)
     return sources
+
+
+def _what(experts: FactorizedExperts) -> str:
+    """What was done to experts that are not whole."""
+    if any(part.rank for parts in experts.layout.values() for part in parts):
+        return "is factorized"
+    return "is merged on shared matrices" if any(len(rows) > 1 for rows in shared_rows(experts)) else "is compressed"
 
 
 def _layer_choices(
@@ -87,7 +88,7 @@ def _layer_choices(
 
     for path, experts in find_experts(layer):
         full = f"{name}.{path}"
-        if not reached(statistics, path):  # kept as it is
+        if not sources[full] or not reached(statistics, path):  # kept as it is
             continue
         made.weak[full] = weak_experts(statistics, path, sources[full])
         shapes = joined(shapes_of(experts)) if ranks else shapes_of(experts)

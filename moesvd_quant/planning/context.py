@@ -16,6 +16,7 @@ from ..errors import MoesvdError
 from ..memory.pool import Pool
 from ..model.experts import expert_count, find_experts, shapes_of, unknown_experts
 from ..model.folder import ModelError
+from ..model.remaining import is_gone
 from ..model.stream import StreamedModel
 from ..recipe.recipe import Limits
 from ..recipe.stage import Stage
@@ -134,12 +135,14 @@ class Plan:
 def expert_grams(statistics: dict, path: str, device, metric=blend, sources: Sources | None = None) -> dict[str, Grams]:
     """Gram matrices (in, in), by expert, that a projection's errors are judged by; `metric`: `blend` or `shrink`.
 
-    sources: the original experts that each expert stands for, where they are not the same.
+    sources: the original experts that each expert stands for, where they are not the same. Inputs of down are those of
+    the first alone: the channels of others were in another order.
     """
     tokens = statistics[f"{path}/tokens"]
     try:
         gram_in, gram_mid = (
-            Grams(statistics[f"{path}/{k}"], tokens, metric, device, sources) for k in ("gram_in", "gram_mid")
+            Grams(statistics[f"{path}/{k}"], tokens, metric, device, groups)
+            for k, groups in (("gram_in", sources), ("gram_mid", sources and [group[:1] for group in sources]))
         )
     except ValueError as error:
         raise StageError(f"{path}: {error}; give more or other calibration text") from error
@@ -171,7 +174,7 @@ def kept_share(parent: StreamedModel, ratio: float, changed: Collection[str]) ->
     for layer, name in zip(parent.layers, parent.layer_names):
         for path, experts in find_experts(layer):
             each = sum(out * in_features for out, in_features in shapes_of(experts).values())
-            sizes[f"{name}.{path}"] = expert_count(experts) * each
+            sizes[f"{name}.{path}"] = 0 if is_gone(experts) else expert_count(experts) * each
     whole = sum(sizes.values())
     rest = sum(size for path, size in sizes.items() if path not in changed)
     left = whole * (1 - ratio) - rest

@@ -24,7 +24,7 @@ class Form(IntEnum):
     """What weights a checkpoint has. A stage that takes a form takes all smaller ones as well."""
 
     ORIGINAL = 0  # those of the original model
-    FEWER = 1  # the same, of some of the experts
+    FEWER = 1  # the same, of some of the experts, or averages of several
     CHANGED = 2  # others, in floating point
     SPARSE = 3  # some of them zero, and not stored
     PACKED = 4  # some of them quantized

@@ -2,13 +2,17 @@
 
 from ..recipe.stage import register
 from .d2 import D2
+from .drop import Drop
 from .gptq import Gptq
 from .lora import Lora
+from .merge import Merge
 from .prune import Prune
 from .sparsify import Sparsify
 from .svd import Svd
 
+register(Drop)
 register(Prune)
+register(Merge)
 register(Sparsify)
 register(Svd)
 register(D2)

@@ -10,7 +10,8 @@ from ..calibration.recording import linear_gram
 from ..checkpoint.layout import layout_of, projections_of
 from ..decompose.whitening import whitened_error
 from ..memory.lazy import LazySequence, select
-from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of, sources_of
+from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of
+from ..model.remaining import is_gone, sources_of
 from ..planning.allocation import in_formats, plan_budget
 from ..planning.context import UNREACHED, Context, Plan, StageError, factorized, require_experts, weak_experts
 from ..quantize.codec import Bank, Codecs, PackedMatrix, QuantizeError
@@ -22,7 +23,7 @@ from ..runtime.formats import Format
 from ..runtime.parts import DensePart, LinearLayout, Part, Projections
 from ..runtime.stored import StoredLinear
 from .gptq import Gptq
-from .inputs import inputs_of
+from .inputs import inputs_of, require_originals
 
 OTHER_BITS = 4  # of linears outside the experts, where a budget decides about the experts
 
@@ -31,6 +32,8 @@ def plan(context: Context, options: Gptq) -> Plan:
     """The parent's layout with every bank of every expert, and the other linears, packed."""
     parent = context.parent
     require_experts(parent)
+    if options.error_aware:
+        require_originals(parent)
     made = (
         plan_budget(context, ranks=False)
         if options.needs_budget() and not context.storages
@@ -125,6 +128,8 @@ def run_layer(context: Context, options: Gptq, index: int, layer, statistics: di
         report[full] = error
     for path, experts in list(find_experts(layer)):
         full = f"{name}.{path}"
+        if is_gone(experts):
+            continue
         given = inputs_of(context, options.error_aware, experts, statistics, path)
         made = _quantize_experts(codec, context.seed, full, experts, given, plan.layout.experts[full])
         layer.set_submodule(path, made)

@@ -4,7 +4,9 @@ compressed model will really give them."""
 from ..calibration.metric import Grams, blend, shrink, unknown
 from ..calibration.paired import PairedExperts, output_error
 from ..memory.lazy import LazySequence, select
-from ..model.experts import dense_weight, expert_count, sources_of
+from ..model.experts import dense_weight, expert_count, find_experts
+from ..model.remaining import members_of, sources_of
+from ..model.stream import StreamedModel
 from ..planning.context import Context, StageError, errors_of, expert_grams, reached
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import JOINT
@@ -17,7 +19,7 @@ class OriginalInputs:
         known = reached(statistics, path)
         self.experts = experts
         # A whole matrix loses little everywhere: its own inputs tell best. Factors have to choose what to keep.
-        sources = sources_of(experts)
+        sources = members_of(experts)
         self.own = expert_grams(statistics, path, context.device, shrink if known else unknown, sources)
         self.blended = expert_grams(statistics, path, context.device, blend, sources) if known else self.own
 
@@ -71,15 +73,21 @@ class PairedInputs:
         return found
 
 
+def require_originals(parent: StreamedModel) -> None:
+    """Before any walk: StageError where experts have no original whose outputs they could be fitted to."""
+    for layer, name in zip(parent.layers, parent.layer_names):
+        for path, experts in find_experts(layer):
+            if any(len(group) > 1 for group in sources_of(experts)):
+                raise StageError(
+                    f"{name}.{path}: some of its experts are merged of several: there is no original to learn from; "
+                    "leave out error_aware"
+                )
+
+
 def inputs_of(
     context: Context, error_aware: bool, experts, statistics: dict, path: str
 ) -> OriginalInputs | PairedInputs:
     """The inputs that a stage fits experts to. Experts that no token reaches have no others than the original's."""
     if error_aware and reached(statistics, path):
-        if any(len(group) > 1 for group in sources_of(experts)):
-            raise StageError(
-                f"{path}: some of its experts are merged of several: there is no original to learn from; leave out "
-                "error_aware"
-            )
         return PairedInputs(context, context.paired_walk().experts(path, sources_of(experts)), statistics, path)
     return OriginalInputs(context, experts, statistics, path)

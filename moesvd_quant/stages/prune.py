@@ -20,10 +20,11 @@ class Prune(Stage):
     leaves: ClassVar[Form] = Form.FEWER
 
     ratio: float = Field(description="share of the experts left out, between 0 and 1; layers keep whole experts")
-    by: Literal["reap", "frequency", "weight", "norm"] = Field(
+    by: Literal["reap", "frequency", "weight", "norm", "reconstruction"] = Field(
         "reap",
         description="what an expert is worth. reap: mean over its tokens of router weight times norm of its output. "
-        "frequency: tokens. weight: sum of router weights. norm: sum of output norms",
+        "frequency: tokens. weight: sum of router weights. norm: sum of output norms. reconstruction: the best subset "
+        "of each layer by what its output loses (NAEE)",
     )
     scope: Literal["layer", "model"] = Field(
         "layer", description="layer: the same number in each layer. model: the least of all, as a share of their layer"
@@ -37,7 +38,12 @@ class Prune(Stage):
             raise ValueError(f"{value} is not between 0 and 1 (share of the experts left out)")
         return value
 
+    def unused_options(self) -> dict[str, str]:
+        return {"scope": "by other than reconstruction"} if self.by == "reconstruction" else {}
+
     def label(self) -> str:
+        if self.by == "reconstruction":
+            return f"naee-{round(self.ratio * 100)}"
         model = "-model" if self.scope == "model" else ""
         return f"{'reap' if self.by == 'reap' else f'prune-{self.by}'}{model}-{round(self.ratio * 100)}"
 

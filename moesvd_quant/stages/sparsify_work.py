@@ -12,14 +12,8 @@ from ..decompose.sensitivity import OWL_MULTIPLE, outlier_distribution
 from ..decompose.sparsity import TWO_OF_FOUR, Pattern, owl_shares, wanda_kept, wanda_mask
 from ..decompose.whitening import whitened_error
 from ..memory.lazy import LazySequence
-from ..model.experts import (
-    dense_weight,
-    find_experts,
-    find_linears,
-    is_whole,
-    left_over,
-    shapes_of,
-)
+from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of
+from ..model.remaining import is_gone, is_whole
 from ..planning.context import (
     UNREACHED,
     Context,
@@ -68,8 +62,8 @@ def _require_whole(context: Context) -> None:
     """Before any walk: StageError where something is compressed already."""
     for layer, name in zip(context.parent.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
-            if not is_whole(experts):
-                raise StageError(f"{name}.{path}: is compressed already; sparsify takes the original's matrices")
+            if is_gone(experts) or not is_whole(experts):
+                raise StageError(f"{name}.{path}: is changed already; sparsify takes the original's matrices")
         for path, linear in find_linears(layer):
             if isinstance(linear, StoredLinear):
                 raise StageError(f"{name}.{path}: is {linear.layout.form.state} already")

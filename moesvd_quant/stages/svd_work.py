@@ -12,6 +12,7 @@ from ..decompose.sensitivity import sampling_frequency
 from ..decompose.sharing import literal, share_and_trim, share_in_groups
 from ..decompose.whitening import balance, refit_left, whitened_svd
 from ..model.experts import expert_count, find_experts, shapes_of
+from ..model.remaining import is_gone
 from ..planning.allocation import plan_budget, plan_ratio
 from ..planning.choices import row_scale
 from ..planning.context import (
@@ -28,7 +29,7 @@ from ..planning.context import (
 )
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import DensePart
-from .inputs import inputs_of
+from .inputs import inputs_of, require_originals
 from .paper import kept_lefts, mean_inputs, outlier_score, plan_paper, shares_factors, survey_layer
 from .rank_rules import plan_own
 from .svd import Svd
@@ -37,6 +38,8 @@ from .svd import Svd
 def plan(context: Context, options: Svd) -> Plan:
     """Ranks of all experts under the ratio, by the method of the options."""
     require_experts(context.parent)
+    if options.error_aware:
+        require_originals(context.parent)
     if options.method != "global":
         _require_all(context, options.method)
     if options.ratio is None:
@@ -56,12 +59,12 @@ def plan(context: Context, options: Svd) -> Plan:
 
 
 def _require_all(context: Context, method: str) -> None:
-    """Before any walk: StageError where experts were left out, which the published methods do not know of."""
+    """Before any walk: StageError where experts were left out or merged: the published methods know of neither."""
     for layer, name in zip(context.parent.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
             if isinstance(experts, FactorizedExperts):
                 raise StageError(
-                    f"{name}.{path}: some experts were left out; svd.method {method} takes all: use global"
+                    f"{name}.{path}: some experts were left out or merged; svd.method {method} takes all: use global"
                 )
 
 
@@ -112,7 +115,7 @@ def run_layer(context: Context, options: Svd, index: int, layer, statistics: dic
     seen = walk.statistics(index) if walk else {}
     for path, native in list(find_experts(layer)):
         full = f"{context.parent.layer_names[index]}.{path}"
-        if full not in plan.layout.experts:
+        if full not in plan.layout.experts or is_gone(native):
             continue
         given = inputs_of(context, options.error_aware, native, statistics, path)
         after = expert_grams(seen, path, context.device, shrink) if seen else {}

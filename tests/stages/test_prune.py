@@ -4,57 +4,17 @@ from itertools import combinations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import moesvd_quant
+from expert_runs import IDS, job, logits, seen_by_experts
 from moesvd_quant.decompose.saliency import keep_in_layer, keep_in_model, saliency
 from moesvd_quant.export.export import export_checkpoint
-from moesvd_quant.model.experts import find_experts
 from moesvd_quant.planning.context import StageError
-from moesvd_quant.recipe.recipe import RecipeError, load_recipe
+from moesvd_quant.recipe.recipe import RecipeError
 from moesvd_quant.run.plan import plan_stages
-from moesvd_quant.run.run import Run, RunError
-
-IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
-
-
-def job(folder, out, small, stages, more=()):
-    (out / "mine.yaml").write_text(f"stages: [{stages}]")
-    return Run(load_recipe(out / "mine.yaml", [*small, "evaluate.perplexity=[]", *more]), folder, out / "out")
-
-
-def logits(folder):
-    with torch.no_grad():
-        return moesvd_quant.load(folder)(IDS).logits
-
-
-def seen_by_experts(model, windows):
-    """{path: (tokens, router weights, norms, products), each (E,)}: the formulas with F.linear, from what the experts
-    modules of transformers are called with."""
-    found, hooks = {}, []
-
-    def note(path):
-        def hook(module, args):
-            hidden, index, weights = args
-            sums = found.setdefault(path, torch.zeros(4, module.num_experts, dtype=torch.float64))
-            for row, chosen, share in zip(hidden, index, weights):
-                for expert, weight in zip(chosen.tolist(), share.double()):
-                    gate, up = F.linear(row, module.gate_up_proj[expert]).chunk(2)
-                    out = F.linear(F.silu(gate) * up, module.down_proj[expert]).double()
-                    size = out.square().sum().sqrt()
-                    sums[:, expert] += torch.stack([torch.ones_like(size), weight, size, weight * size])
-
-        return hook
-
-    for path, experts in find_experts(model):
-        hooks.append(experts.register_forward_pre_hook(note(path)))
-    with torch.no_grad():
-        model(windows)
-    for hook in hooks:
-        hook.remove()
-    return found
+from moesvd_quant.run.run import RunError
 
 
 @pytest.mark.parametrize("by", ["reap", "frequency", "weight", "norm"])
@@ -178,5 +138,5 @@ def test_a_budget_after_pruning_is_met_and_resumes_to_the_same_bits(make_model, 
 
 def test_published_factorizations_take_all_experts(make_model, tmp_path, small):
     stages = "{prune: {ratio: 0.5}}, {svd: {method: svd_llm, ratio: 0.3}}"
-    with pytest.raises(StageError, match=r"experts were left out; svd\.method svd_llm takes all: use global"):
+    with pytest.raises(StageError, match=r"experts were left out or merged; svd\.method svd_llm takes all"):
         plan_stages(job(make_model("mixtral"), tmp_path, small, stages))
