@@ -13,7 +13,7 @@ from ..decompose.sensitivity import (
     principal_rank,
     sampling_frequency,
 )
-from ..decompose.sharing import left_count
+from ..decompose.sharing import stored_factors
 from ..model.experts import split_projections
 from ..planning.context import StageError
 from ..planning.parts import parts_by_rank
@@ -75,7 +75,7 @@ def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
         decomposed = [name for name in names[path] if (path, name) in items]
         decisions[path] = {"sensitivity": entry["sensitivity"], "decomposed": decomposed}
         layout[path] = dense_layout(entry["experts"], entry["shapes"])
-    if options.shared_v:
+    if options.share != "none":
         full_ranks = [survey[path]["full"][name] for path, name in items]
         shared = level_ranks([units[path][name] for path, name in items], full_ranks, left_over)
         ranks = {item: [rank] for item, rank in zip(items, shared)}
@@ -83,11 +83,11 @@ def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
         ranks = own_ranks(survey, items, left_over)
     require_ranks(ranks, options.ratio)
     for (path, name), found in ranks.items():
-        if options.shared_v:
+        if options.share != "none":
             layout[path][name] = [_shared_part(survey[path], found[0], options)]
         else:
             layout[path][name] = parts_by_rank(found)
-        decisions[path].setdefault("ranks", {})[name] = found[0] if options.shared_v else found
+        decisions[path].setdefault("ranks", {})[name] = found[0] if options.share != "none" else found
     return layout, decisions
 
 
@@ -109,11 +109,13 @@ def own_ranks(survey: dict, items: list[tuple[str, str]], budget: int) -> dict[t
 
 def shares_factors(options: Svd, experts: int) -> bool:
     """Whether so many experts have a right factor in common. A shared expert is alone and has its own factors."""
-    return options.method == "moe_svd" and options.shared_v and experts > 1
+    return options.method == "moe_svd" and options.share != "none" and experts > 1
 
 
 def kept_lefts(options: Svd, group: int) -> int:
     """How many left factors a group of so many experts keeps. ValueError where it does not have as many."""
+    if options.share == "equation_6":
+        return group
     kept = options.keep_u if options.trim_u is None else group - options.trim_u
     if 1 <= kept <= group:
         return kept
@@ -133,9 +135,8 @@ def _units(path: str, entry: dict, options) -> dict[str, int]:
             kept = kept_lefts(options, count // options.groups)
         except ValueError as error:
             raise StageError(f"{path}: {error}") from error
-        lefts = left_count(entry["frequency"], kept, options.literal, options.groups)
-        rights = count if options.literal else options.groups
-    entry["lefts"] = lefts
+        lefts, rights = stored_factors(options.share, entry["frequency"], kept, options.groups)
+    entry["lefts"], entry["rights"] = lefts, rights
     return {name: lefts * out + rights * in_features for name, (out, in_features) in entry["shapes"].items()}
 
 
@@ -162,6 +163,6 @@ def _choose(scores, dense, full, removed, survey, options) -> list[tuple[int, in
 def _shared_part(entry: dict, rank: int, options) -> FactorPart:
     """Which left factor an expert takes is known when the layer is done: the rows are filled in there."""
     count = entry["experts"]
-    group = [e * options.groups // count for e in range(count)]
+    rights = [e * entry["rights"] // count for e in range(count)]
     lefts = [min(e, entry["lefts"] - 1) for e in range(count)]
-    return factor_part(list(range(count)), rank, left=lefts, right=list(range(count)) if options.literal else group)
+    return factor_part(list(range(count)), rank, left=lefts, right=rights)

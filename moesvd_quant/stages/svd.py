@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from ..planning.context import Context, Plan
 
+SHARE_MARKS = {"refit": "", "equation_6": "eq6", "equation_8": "eq8", "algorithm_3": "alg3", "none": "own"}
+
 
 class Svd(Stage):
     name: ClassVar[str] = "svd"
@@ -40,7 +42,11 @@ class Svd(Stage):
     select: Literal["fpa", "fp", "fa", "pa", "f", "p", "a", "owl", "uniform"] = Field(
         "fpa", description="moe_svd: what keeps a layer: factors of eq. 4 (Table 5), OWL's score, or nothing (Table 4)"
     )
-    shared_v: bool = Field(True, description="moe_svd: one right factor for all experts of a group; false: own factors")
+    share: Literal["refit", "equation_6", "equation_8", "algorithm_3", "none"] = Field(
+        "refit",
+        description="moe_svd: what the experts of a decomposed layer share. refit: one V, few U fitted to it. "
+        "equation_6: one V, own U. equation_8: one V, sums of U. algorithm_3: the paper's code. none: own factors",
+    )
     groups: Annotated[int, Field(ge=1)] = Field(1, description="moe_svd: groups of neighbouring experts; one V each")
     keep_u: Annotated[int, Field(ge=1)] = Field(2, description="moe_svd: left factors kept per group (k of eq. 7)")
     trim_u: Annotated[int, Field(ge=0)] | None = Field(
@@ -52,7 +58,6 @@ class Svd(Stage):
     outlier: Annotated[float, Field(gt=0)] = Field(
         2.0, description="moe_svd: an activation is an outlier above this multiple of the mean (eq. 10)"
     )
-    literal: bool = Field(False, description="moe_svd: Algorithm 3 by the letter, without refit")
 
     @field_validator("ratio")
     @classmethod
@@ -70,10 +75,12 @@ class Svd(Stage):
             "outlier": ("a" in factors, "a in select"),
             "keep_u": (self.trim_u is None, "trim_u left out"),
         }
-        for name in ("groups", "keep_u", "trim_u", "literal"):
+        trims = self.share not in ("none", "equation_6")
+        for name in ("keep_u", "trim_u"):
             met, need = needs.get(name, (True, ""))
-            needs[name] = (met and self.shared_v, need if self.shared_v else "shared_v: true")
-        for name in ("select", "shared_v", "groups", "keep_u", "trim_u", "principal_rank", "outlier", "literal"):
+            needs[name] = (met and trims, need if trims else "a share that trims U")
+        needs["groups"] = (self.share != "none", "a share of V")
+        for name in ("select", "share", "groups", "keep_u", "trim_u", "principal_rank", "outlier"):
             met, need = needs.get(name, (True, ""))
             needs[name] = (met and paper, need if paper else "method: moe_svd")
         return {name: need for name, (met, need) in needs.items() if not met}
@@ -102,11 +109,10 @@ class Svd(Stage):
             return f"{label}-update" if self.update else label
         marks = {
             self.select: self.select != "fpa",
-            "own": not self.shared_v,
+            SHARE_MARKS[self.share]: self.share != "refit",
             f"g{self.groups}": self.groups > 1,
             f"trim{self.trim_u}": self.trim_u is not None,
             f"keep{self.keep_u}": self.keep_u != 2,
-            "literal": self.literal,
         }
         return "-".join(["moe-svd-paper", *(mark for mark, is_set in marks.items() if is_set)])
 

@@ -9,7 +9,7 @@ from ..calibration.metric import shrink
 from ..checkpoint.layout import layout_of
 from ..decompose.baselines import asvd, plain_svd
 from ..decompose.sensitivity import sampling_frequency
-from ..decompose.sharing import literal, share_and_trim, share_in_groups
+from ..decompose.sharing import SHARINGS, share_in_groups
 from ..decompose.whitening import balance, refit_left, whitened_svd
 from ..model.experts import expert_count, find_experts, shapes_of
 from ..planning.allocation import plan_budget, plan_ratio
@@ -159,8 +159,7 @@ def _banks(
         yield from (("dense", row, weights[e]) for row, e in enumerate(experts))
         return
     if shares_factors(options, len(weights)):
-        make = literal if options.literal else share_and_trim
-        kept = kept_lefts(options, len(weights) // options.groups)
+        make, kept = SHARINGS[options.share], kept_lefts(options, len(weights) // options.groups)
         made = share_in_groups(make, list(weights), grams, frequency, part.rank, kept, options.groups)
         part.left, part.right = made.left_rows, made.right_rows
         yield from (("left", None, made.left), ("right", None, made.right))
