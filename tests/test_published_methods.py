@@ -52,6 +52,7 @@ def survey(name):
         for _ in range(layers):
             frequency = torch.rand(experts, generator=generator)
             found[f"layer{len(found)}"] = {
+                "layer": len(found),
                 "experts": experts,
                 "shapes": {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)},
                 "frequency": 2 * frequency / frequency.sum(),

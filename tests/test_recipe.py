@@ -36,7 +36,7 @@ def test_defaults_are_filled_in_and_written_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given", ["trim_u: 0", "share: none", "share: equation_6", "select: owl", "keep_u: 4, groups: 8"]
+    "given", ["trim_u: 0", "share: none", "share: equation_6", "select: owl", "keep_u: 4, groups: 8", "layers: [1]"]
 )
 def test_options_of_one_reading_are_written_out_and_load_back(tmp_path, given):
     recipe = load_recipe(write(tmp_path, f"stages: [{{svd: {{method: moe_svd, ratio: 0.4, {given}}}}}]"))
@@ -108,6 +108,18 @@ def test_no_budgets(text):
             "stages: [{svd: {ratio: 0.4, method: moe_svd, share: equation_6, keep_u: 2}}]",
             ["keep_u: only with a share that trims U"],
         ),
+        (
+            "stages: [{svd: {ratio: 0.4, method: moe_svd, layers: [1, 2], select: fp, rank: 8}}]",
+            ["select: only with layers left out"],
+        ),
+        (
+            "stages: [{svd: {ratio: 0.4, method: moe_svd, layers: [1, 2], rank: 8}}]",
+            ["ratio: follows from layers and rank"],
+        ),
+        ("stages: [{svd: {ratio: 0.4, method: moe_svd, layers: [1, 1]}}]", ["stages[0].svd.layers: give the numbers"]),
+        ("stages: [{svd: {method: moe_svd, layers: [1], rank: 12}}]", ["stages[0].svd.rank:", "multiple of 8"]),
+        ("stages: [{svd: {method: moe_svd, rank: 8}}]", ["rank: only with layers"]),
+        ("stages: [{svd: {ratio_of: model}}]", ["ratio_of: only with a ratio"]),
         (
             "stages: [{svd: {ratio: 0.4, method: moe_svd, share: eq8}}]",
             ["mine.yaml:1: stages[0].svd.share:", "'equation_8'", "got 'eq8'"],

@@ -19,12 +19,13 @@ from .parts import parts_by_choice
 from .tables import describe
 
 
-def plan_ratio(context: Context, ratio: float) -> Plan:
-    """Ranks of all experts that leave out a fraction `ratio` of their parameters, in floating point."""
+def plan_ratio(context: Context, ratio: float, of: str = "experts") -> Plan:
+    """Ranks of all experts that leave out a fraction `ratio` of their parameters, or `of` the "model"'s, in floating
+    point."""
     found = choices_of(context, [FLOAT], ranks=True)
     if not found.tables:
         raise StageError("no calibration token reached any expert; give other calibration text")
-    left = kept_share(context.parent, ratio, {path for path, _ in found.tables})
+    left = kept_share(context.parent, ratio, of, {path for path, _ in found.tables})
     made = allocate(found.tables, left * context.parent.stored_dtype.itemsize)
     plan = _explained(plan_of(context, found, made.choices), context, found.tables, made)
     return replace(plan, storages={})  # the stage that quantizes has its own

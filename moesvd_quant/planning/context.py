@@ -11,6 +11,7 @@ from ..calibration.compressed import CompressedWalk
 from ..calibration.metric import Grams, blend, coverage
 from ..calibration.paired import PairedWalk
 from ..calibration.store import Statistics
+from ..checkpoint.accounting import stored_tensors
 from ..decompose.whitening import whitened_error
 from ..errors import MoesvdError
 from ..memory.pool import Pool
@@ -162,10 +163,11 @@ def reached(statistics: dict, path: str) -> bool:
     return bool(statistics[f"{path}/tokens"].sum())
 
 
-def kept_share(parent: StreamedModel, ratio: float, changed: Collection[str]) -> float:
+def kept_share(parent: StreamedModel, ratio: float, of: str, changed: Collection[str]) -> float:
     """Parameters that `ratio` leaves to the experts modules at the paths `changed`, where all others stay as they are.
 
-    StageError where the others alone are more than the ratio leaves to all.
+    of: what ratio is a share of, the parameters of the "experts" or of the "model" that the stage is given. StageError
+    where the others alone are more than the ratio leaves to all, or a share of the model more than all experts.
     """
     sizes: dict[str, int] = {}
     for layer, name in zip(parent.layers, parent.layer_names):
@@ -174,7 +176,10 @@ def kept_share(parent: StreamedModel, ratio: float, changed: Collection[str]) ->
             sizes[f"{name}.{path}"] = expert_count(experts) * each
     whole = sum(sizes.values())
     rest = sum(size for path, size in sizes.items() if path not in changed)
-    left = whole * (1 - ratio) - rest
+    removed = ratio * (sum(t.numel() for t in stored_tensors(parent.model).values()) if of == "model" else whole)
+    if removed >= whole:
+        raise StageError(f"ratio {ratio} of the model: all its experts are {ratio * whole / removed:.3f}; lower it")
+    left = whole - removed - rest
     if left <= 0:
         raise StageError(
             f"ratio {ratio}: no calibration token reaches {rest / whole:.1%} of the expert parameters, which stay as "

@@ -18,7 +18,10 @@ class D2(Stage):
     takes: ClassVar[Form] = Form.ORIGINAL
     leaves: ClassVar[Form] = Form.CHANGED
 
-    ratio: float = Field(description="fraction of routed-expert parameters removed, between 0 and 1")
+    ratio: float = Field(description="fraction of parameters removed (see ratio_of), between 0 and 1")
+    ratio_of: Literal["experts", "model"] = Field(
+        "experts", description="what ratio is a share of: routed-expert parameters, or all parameters, as papers count"
+    )
     merge: Literal["fisher", "frequency", "mean"] = Field("fisher", description="what weights the experts in the base")
     shared_v: bool = Field(False, description="one right factor for the deltas of all experts")
     static: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the base's channels left out")
@@ -39,7 +42,7 @@ class D2(Stage):
 
     def label(self) -> str:
         pruned = f"-p{round(self.static * 100)}+{round(self.dynamic * 100)}-" if self.static or self.dynamic else ""
-        return f"d2-{self.merge}{pruned}{round(self.ratio * 100)}"
+        return f"d2-{self.merge}{pruned}{round(self.ratio * 100)}{'-of-model' if self.ratio_of == 'model' else ''}"
 
     def plan(self, context: "Context") -> "Plan":
         from .d2_work import plan

@@ -29,6 +29,7 @@ from ..planning.context import (
     errors_of,
     expert_grams,
     factorized,
+    kept_share,
     require_experts,
     weak_experts,
 )
@@ -56,7 +57,8 @@ def plan(context: Context, options: D2) -> Plan:
     kept = {
         path: kept_counts(entry["shapes"]["down"][1], options.static, options.dynamic) for path, entry in survey.items()
     }
-    ranks = _ranks(survey, {path: stored for path, (stored, _) in kept.items()}, options)
+    left = kept_share(context.parent, options.ratio, options.ratio_of, survey)
+    ranks = _ranks(survey, left, {path: stored for path, (stored, _) in kept.items()}, options)
     decisions: dict = {}
     for (path, projection), found in ranks.items():
         everyone = list(range(len(found)))
@@ -72,8 +74,9 @@ def plan(context: Context, options: D2) -> Plan:
     return Plan(layout, decisions)
 
 
-def _ranks(survey: dict, stored: dict[str, int], options: D2) -> dict[tuple[str, str], list[int]]:
-    """Ranks of the deltas of each (path, projection), one for each expert: what the bases leave of the parameters."""
+def _ranks(survey: dict, whole: float, stored: dict[str, int], options: D2) -> dict[tuple[str, str], list[int]]:
+    """Ranks of the deltas of each (path, projection), one for each expert: they spend what the bases leave of `whole`
+    parameters."""
     items = [(path, projection) for path, entry in survey.items() for projection in entry["shapes"]]
     counts = [survey[path]["experts"] for path, _ in items]
     shapes = [survey[path]["shapes"][projection] for path, projection in items]
@@ -82,7 +85,7 @@ def _ranks(survey: dict, stored: dict[str, int], options: D2) -> dict[tuple[str,
         base_parameters(list(entry["shapes"].values()), entry["shapes"]["down"][1], stored[path])
         for path, entry in survey.items()
     )
-    left = max(int(total * (1 - options.ratio)) - bases, 0)
+    left = max(int(whole) - bases, 0)
     if options.shared_v:
         units = [count * out + in_features for count, (out, in_features) in zip(counts, shapes)]
         shared = level_ranks(units, [min(shape) for shape in shapes], left)

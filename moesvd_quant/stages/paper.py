@@ -1,58 +1,21 @@
-"""MoE-SVD's own plan for stage `svd`: sensitivity picks the layers, V is shared, U trimmed, a rank share is solved."""
+"""MoE-SVD's own plan for stage `svd`: V is shared and U trimmed in the layers that `paper_layers` chooses, and one
+share of the full rank is solved for all of them."""
 
-import torch
-
-from ..calibration.statistics import outlier_share
 from ..checkpoint.layout import dense_layout, factor_part
 from ..decompose.ranks import STEP, level_ranks
-from ..decompose.sensitivity import (
-    OWL_MULTIPLE,
-    choose_projections,
-    layer_sensitivity,
-    outlier_distribution,
-    principal_rank,
-    sampling_frequency,
-)
 from ..decompose.sharing import stored_factors
-from ..model.experts import split_projections
 from ..planning.context import StageError
 from ..planning.parts import parts_by_rank
 from ..runtime.parts import FactorPart, Projections
+from .paper_layers import choose_items, named_paths
 from .svd import Svd
 
-
-def survey_layer(experts, statistics: dict, path: str, total_tokens: int, options) -> dict:
-    """What the choice of layers and the layout need of a layer: {"frequency" (E,), "sensitivity"}."""
-    frequency = sampling_frequency(statistics[f"{path}/tokens"], total_tokens)
-    return {"frequency": frequency, "sensitivity": _score(experts, statistics, path, frequency, options)}
+Item = tuple[str, str]  # path and projection
 
 
-def _score(experts, statistics, path, frequency, options) -> float:
-    if options.select == "uniform":
-        return 0.0
-    projections = split_projections(experts)
-    if options.select == "owl":
-        norms = {name: statistics[f"{path}/{_gram(name)}"].diagonal(dim1=1, dim2=2).sqrt() for name in projections}
-        weights = [weight for matrices in projections.values() for weight in matrices]
-        return outlier_distribution(weights, [norm for name in projections for norm in norms[name]], OWL_MULTIPLE)
-    factors = []
-    if "f" in options.select:
-        factors.append(frequency)
-    if "p" in options.select:  # an expert's rank is the sum over its matrices
-        ranks = [[principal_rank(w, options.principal_rank) for w in matrices] for matrices in projections.values()]
-        factors.append(torch.tensor(ranks, dtype=torch.float64).sum(0))
-    if "a" in options.select:
-        magnitudes, total = statistics[f"{path}/magnitudes"], statistics[f"{path}/magnitude_sum"]
-        factors.append(outlier_share(magnitudes, total, options.outlier))
-    return layer_sensitivity(factors)
-
-
-def _gram(projection: str) -> str:
-    return "gram_mid" if projection == "down" else "gram_in"
-
-
-def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
-    """Layout and decisions of the experts: `budget` parameters for all of them, spent to within a step of a rank."""
+def plan_paper(survey: dict, budget: int, options: Svd) -> tuple[dict, dict]:
+    """Layout and decisions of the experts: `budget` parameters for all of them, spent to within a step of a rank; not
+    asked where the options give the rank."""
     units = {path: _units(path, entry, options) for path, entry in survey.items()}
     paths = list(survey)
     dense, full = [], []
@@ -63,27 +26,22 @@ def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
         }
         dense.append(list(sizes.values()))
         full.append([units[path][name] * rank for name, rank in entry["full"].items()])
-    total = sum(map(sum, dense))
-    chosen = _choose([survey[path]["sensitivity"] for path in paths], dense, full, total - budget, survey, options)
     names = {path: list(survey[path]["shapes"]) for path in paths}
-    items = [(paths[layer], names[paths[layer]][p]) for layer, p in chosen]
-    items.sort(key=lambda item: -survey[item[0]]["sensitivity"])  # the most sensitive are rounded up first
-    left_over = budget - (total - sum(dense[layer][p] for layer, p in chosen))
+    if options.layers is None:
+        removed = sum(map(sum, dense)) - budget
+        chosen = choose_items([survey[path]["sensitivity"] for path in paths], dense, full, removed, survey, options)
+        items = [(paths[layer], names[paths[layer]][p]) for layer, p in chosen]
+        items.sort(key=lambda item: -survey[item[0]]["sensitivity"])  # the most sensitive are rounded up first
+    else:
+        items = [(path, name) for path in named_paths(survey, options.layers) for name in names[path]]
     layout: dict[str, Projections] = {}
     decisions: dict[str, dict] = {}
     for path, entry in survey.items():
         decomposed = [name for name in names[path] if (path, name) in items]
         decisions[path] = {"sensitivity": entry["sensitivity"], "decomposed": decomposed}
         layout[path] = dense_layout(entry["experts"], entry["shapes"])
-    if options.share != "none":
-        full_ranks = [survey[path]["full"][name] for path, name in items]
-        shared = level_ranks([units[path][name] for path, name in items], full_ranks, left_over)
-        ranks = {item: [rank] for item, rank in zip(items, shared)}
-    else:
-        ranks = own_ranks(survey, items, left_over)
-    require_ranks(ranks, options.ratio)
-    for (path, name), found in ranks.items():
-        if options.share != "none":
+    for (path, name), found in _ranks(survey, items, units, dense, budget, options).items():
+        if shares_factors(options, survey[path]["experts"]):
             layout[path][name] = [_shared_part(survey[path], found[0], options)]
         else:
             layout[path][name] = parts_by_rank(found)
@@ -91,17 +49,49 @@ def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
     return layout, decisions
 
 
-def require_ranks(ranks: dict[tuple[str, str], list[int]], ratio: float) -> None:
+def _ranks(survey, items: list[Item], units, dense, budget: int, options: Svd) -> dict[Item, list[int]]:
+    """Ranks of the experts of each item, one for each: the given one, or what spends the budget."""
+    if options.rank is not None:
+        for path, name in items:
+            full = survey[path]["full"][name]
+            if options.rank > full:
+                raise StageError(
+                    f"{path}.{name}: svd.rank {options.rank}: above {full} factors are exact, or as large as the "
+                    "matrices; lower it"
+                )
+        return {(path, name): [options.rank] * survey[path]["experts"] for path, name in items}
+    total, held = sum(map(sum, dense)), {path: dict(zip(survey[path]["shapes"], d)) for path, d in zip(survey, dense)}
+    chosen = sum(held[path][name] for path, name in items)
+    left_over = budget - total + chosen
+    most = sum(units[path][name] * survey[path]["full"][name] for path, name in items)
+    least = sum(units[path][name] * STEP for path, name in items)
+    if options.layers is not None and not least <= left_over <= most + 0.005 * total:
+        raise StageError(
+            f"svd.layers: these {len(options.layers)} layers can remove {(chosen - most) / total:.3f} to "
+            f"{(chosen - least) / total:.3f} of the expert parameters, and {(total - budget) / total:.3f} are asked "
+            "for; give others, or another ratio"
+        )
+    if options.share == "none":
+        ranks = own_ranks(survey, items, left_over)
+    else:
+        full_ranks = [survey[path]["full"][name] for path, name in items]
+        shared = level_ranks([units[path][name] for path, name in items], full_ranks, left_over)
+        ranks = {item: [rank] * survey[item[0]]["experts"] for item, rank in zip(items, shared)}
+    require_ranks(ranks)
+    return ranks
+
+
+def require_ranks(ranks: dict[Item, list[int]]) -> None:
     """StageError where a matrix would be nothing at all."""
-    if min(map(min, ranks.values())) == 0:
-        raise StageError(f"ratio {ratio} leaves some matrices no rank at all; lower it")
+    if nothing := next((f"{path}.{name}" for (path, name), found in ranks.items() if min(found) == 0), None):
+        raise StageError(f"{nothing}: the ratio leaves some of its matrices no rank at all; lower it")
 
 
-def own_ranks(survey: dict, items: list[tuple[str, str]], budget: int) -> dict[tuple[str, str], list[int]]:
+def own_ranks(survey: dict, items: list[Item], budget: int) -> dict[Item, list[int]]:
     """Ranks of each expert of the (path, projection) items: one share of the full rank, a step more for the first."""
     owners = [item for item in items for _ in range(survey[item[0]]["experts"])]
     shapes = [survey[path]["shapes"][name] for path, name in owners]
-    found: dict[tuple[str, str], list[int]] = {}
+    found: dict[Item, list[int]] = {}
     for item, rank in zip(owners, level_ranks([sum(s) for s in shapes], [min(s) for s in shapes], budget)):
         found.setdefault(item, []).append(rank)
     return found
@@ -138,26 +128,6 @@ def _units(path: str, entry: dict, options) -> dict[str, int]:
         lefts, rights = stored_factors(options.share, entry["frequency"], kept, options.groups)
     entry["lefts"], entry["rights"] = lefts, rights
     return {name: lefts * out + rights * in_features for name, (out, in_features) in entry["shapes"].items()}
-
-
-def _choose(scores, dense, full, removed, survey, options) -> list[tuple[int, int]]:
-    if options.select == "uniform":
-        everything = [(layer, p) for layer, sizes in enumerate(dense) for p in range(len(sizes))]
-        if sum(map(sum, dense)) - removed <= sum(map(sum, full)):
-            return everything
-        least = 1 - sum(map(sum, full)) / sum(map(sum, dense))
-        raise StageError(
-            f"ratio {options.ratio}: factors shared in every layer remove at least {least:.3f}; raise it, or give "
-            "another select"
-        )
-    least = max(STEP / rank for entry in survey.values() for rank in entry["full"].values())
-    try:
-        return choose_projections(scores, dense, full, removed, least)
-    except ValueError as error:
-        raise StageError(
-            f"ratio {options.ratio} cannot be had by decomposing some of {len(scores)} layers; the nearest that can: "
-            f"{error}"
-        ) from error
 
 
 def _shared_part(entry: dict, rank: int, options) -> FactorPart:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..recipe.stage import Form, Stage, check_ratio
+from ..recipe.stage import STEP, Form, Stage, check_ratio
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +27,10 @@ class Svd(Stage):
         "sensitive layers kept, V shared, U trimmed",
     )
     ratio: float | None = Field(
-        None, description="fraction of routed-expert parameters removed, between 0 and 1; left open: the budget decides"
+        None, description="fraction of parameters removed, see ratio_of, between 0 and 1; open: the budget decides"
+    )
+    ratio_of: Literal["experts", "model"] = Field(
+        "experts", description="what ratio is a share of: routed-expert parameters, or all parameters, as papers count"
     )
     update: bool = Field(
         False,
@@ -41,6 +44,12 @@ class Svd(Stage):
     )
     select: Literal["fpa", "fp", "fa", "pa", "f", "p", "a", "owl", "uniform"] = Field(
         "fpa", description="moe_svd: what keeps a layer: factors of eq. 4 (Table 5), OWL's score, or nothing (Table 4)"
+    )
+    layers: list[int] | None = Field(
+        None, description="moe_svd: the layers to decompose, from 0, in place of a choice by score (Table 10)"
+    )
+    rank: Annotated[int, Field(gt=0, multiple_of=STEP)] | None = Field(
+        None, description="moe_svd: rank of all factors of these layers, in place of a ratio"
     )
     share: Literal["refit", "equation_6", "equation_8", "algorithm_3", "none"] = Field(
         "refit",
@@ -64,32 +73,47 @@ class Svd(Stage):
     def _ratio(cls, value):
         return None if value is None else check_ratio(value)
 
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value):
+        if value is not None and (not value or min(value) < 0 or len(set(value)) < len(value)):
+            raise ValueError("give the numbers of some layers, from 0, each once")
+        return value
+
     def unused_options(self) -> dict[str, str]:
         """Options of other methods, {name: what they need}."""
-        paper, factors = self.method == "moe_svd", self.select if self.select not in ("owl", "uniform") else ""
+        factors = self.select if self.select not in ("owl", "uniform") else ""
+        scored, trims = self.layers is None, self.share not in ("none", "equation_6")
         needs = {
+            "ratio_of": (self.ratio is not None, "a ratio"),
             "update": (self.method == "svd_llm", "method: svd_llm"),
             "error_aware": (self.method == "global", "method: global"),
             "alpha": (self.method == "asvd", "method: asvd"),
-            "principal_rank": ("p" in factors, "p in select"),
-            "outlier": ("a" in factors, "a in select"),
-            "keep_u": (self.trim_u is None, "trim_u left out"),
         }
-        trims = self.share not in ("none", "equation_6")
-        for name in ("keep_u", "trim_u"):
-            met, need = needs.get(name, (True, ""))
-            needs[name] = (met and trims, need if trims else "a share that trims U")
-        needs["groups"] = (self.share != "none", "a share of V")
-        for name in ("select", "share", "groups", "keep_u", "trim_u", "principal_rank", "outlier"):
-            met, need = needs.get(name, (True, ""))
-            needs[name] = (met and paper, need if paper else "method: moe_svd")
+        own = {
+            "select": (scored, "layers left out"),
+            "layers": (True, ""),
+            "rank": (not scored, "layers"),
+            "share": (True, ""),
+            "groups": (self.share != "none", "a share of V"),
+            "keep_u": (trims and self.trim_u is None, "trim_u left out" if trims else "a share that trims U"),
+            "trim_u": (trims, "a share that trims U"),
+            "principal_rank": (scored and "p" in factors, "p in select" if scored else "layers left out"),
+            "outlier": (scored and "a" in factors, "a in select" if scored else "layers left out"),
+        }
+        needs |= own if self.method == "moe_svd" else dict.fromkeys(own, (False, "method: moe_svd"))
         return {name: need for name, (met, need) in needs.items() if not met}
 
     @model_validator(mode="after")
     def _has_ratio(self):
-        if self.method != "global" and self.ratio is None:
-            raise ValueError("ratio: is required (fraction of routed-expert parameters removed, between 0 and 1)")
+        if self.ratio is not None and self.rank is not None:
+            raise ValueError("ratio: follows from layers and rank; remove ratio, or rank")
+        if self.method != "global" and self.ratio is None and self.rank is None:
+            raise ValueError("ratio: is required (fraction of parameters removed, between 0 and 1)")
         return self
+
+    def needs_budget(self) -> bool:
+        return self.ratio is None and self.rank is None
 
     def calibration_walks(self) -> int:
         return 2 if self.error_aware else int(self.update)
@@ -99,8 +123,9 @@ class Svd(Stage):
 
     def label(self) -> str:
         label = self._method_label()
-        ratio = "" if self.ratio is None else f"{round(self.ratio * 100)}"
-        label = f"{label}-{ratio}" if label[-1].isdigit() else label + ratio
+        if self.ratio is not None:
+            label += f"{'-' if label[-1].isdigit() else ''}{round(self.ratio * 100)}"
+            label += "-of-model" if self.ratio_of == "model" else ""
         return f"{label}-aware" if self.error_aware else label
 
     def _method_label(self) -> str:
@@ -109,6 +134,8 @@ class Svd(Stage):
             return f"{label}-update" if self.update else label
         marks = {
             self.select: self.select != "fpa",
+            f"layers{len(self.layers or ())}": self.layers is not None,
+            f"r{self.rank}": self.rank is not None,
             SHARE_MARKS[self.share]: self.share != "refit",
             f"g{self.groups}": self.groups > 1,
             f"trim{self.trim_u}": self.trim_u is not None,

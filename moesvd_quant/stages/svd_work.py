@@ -30,7 +30,8 @@ from ..planning.parts import parts_by_rank
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import DensePart
 from .inputs import inputs_of
-from .paper import kept_lefts, own_ranks, plan_paper, require_ranks, shares_factors, survey_layer
+from .paper import kept_lefts, own_ranks, plan_paper, require_ranks, shares_factors
+from .paper_layers import require_layers, survey_layer
 from .svd import Svd
 
 
@@ -39,12 +40,13 @@ def plan(context: Context, options: Svd) -> Plan:
     require_experts(context.parent)
     if options.method != "global":
         _require_all(context, options.method)
-    if options.ratio is None:
+    if options.needs_budget():
         return plan_budget(context, ranks=True)
-    if options.method == "global":
-        return plan_ratio(context, options.ratio)
+    if options.method == "global" and options.ratio is not None:
+        return plan_ratio(context, options.ratio, options.ratio_of)
+    require_layers(context.parent, options)
     survey, kept = _survey(context, options)
-    budget = int(kept_share(context.parent, options.ratio, survey))
+    budget = 0 if options.ratio is None else int(kept_share(context.parent, options.ratio, options.ratio_of, survey))
     decide = plan_paper if options.method == "moe_svd" else _plan_uniform
     layout = layout_of(context.parent)
     layout.experts, decisions = decide(survey, budget, options)
@@ -83,7 +85,7 @@ def _survey_layer(options: Svd, context: Context, index: int, layer, statistics:
         if not reached(statistics, path):
             found[full] = None
             continue
-        entry: dict = {"shapes": shapes_of(experts), "experts": expert_count(experts)}
+        entry: dict = {"layer": index, "shapes": shapes_of(experts), "experts": expert_count(experts)}
         entry["weak"] = weak_experts(statistics, path)
         if options.method == "moe_svd":
             entry |= survey_layer(experts, statistics, path, context.statistics.windows.numel(), options)
@@ -97,7 +99,7 @@ def _plan_uniform(survey, budget, options):
     layout: dict = {}
     decisions: dict = {}
     found = own_ranks(survey, items, budget)
-    require_ranks(found, options.ratio)
+    require_ranks(found)
     for (path, name), ranks in found.items():
         layout.setdefault(path, {})[name] = parts_by_rank(ranks)
         decisions.setdefault(path, {}).setdefault("ranks", {})[name] = ranks
