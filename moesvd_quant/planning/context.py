@@ -1,6 +1,6 @@
 """What a stage is given, its plan, and what stages share."""
 
-from collections.abc import Callable, Collection, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,10 @@ from ..calibration.compressed import CompressedWalk
 from ..calibration.metric import Grams, blend, coverage
 from ..calibration.paired import PairedWalk
 from ..calibration.store import Statistics
-from ..checkpoint.accounting import stored_tensors
 from ..decompose.whitening import whitened_error
 from ..errors import MoesvdError
 from ..memory.pool import Pool
-from ..model.experts import expert_count, find_experts, shapes_of, unknown_experts
+from ..model.experts import find_experts, unknown_experts
 from ..model.folder import ModelError
 from ..model.stream import StreamedModel
 from ..recipe.recipe import Limits
@@ -161,31 +160,6 @@ UNREACHED = "no calibration token reaches it"
 def reached(statistics: dict, path: str) -> bool:
     """Whether any calibration token reached these experts; those for images see none of a text."""
     return bool(statistics[f"{path}/tokens"].sum())
-
-
-def kept_share(parent: StreamedModel, ratio: float, of: str, changed: Collection[str]) -> float:
-    """Parameters that `ratio` leaves to the experts modules at the paths `changed`, where all others stay as they are.
-
-    of: what ratio is a share of, the parameters of the "experts" or of the "model" that the stage is given. StageError
-    where the others alone are more than the ratio leaves to all, or a share of the model more than all experts.
-    """
-    sizes: dict[str, int] = {}
-    for layer, name in zip(parent.layers, parent.layer_names):
-        for path, experts in find_experts(layer):
-            each = sum(out * in_features for out, in_features in shapes_of(experts).values())
-            sizes[f"{name}.{path}"] = expert_count(experts) * each
-    whole = sum(sizes.values())
-    rest = sum(size for path, size in sizes.items() if path not in changed)
-    removed = ratio * (sum(t.numel() for t in stored_tensors(parent.model).values()) if of == "model" else whole)
-    if removed >= whole:
-        raise StageError(f"ratio {ratio} of the model: all its experts are {ratio * whole / removed:.3f}; lower it")
-    left = whole - removed - rest
-    if left <= 0:
-        raise StageError(
-            f"ratio {ratio}: no calibration token reaches {rest / whole:.1%} of the expert parameters, which stay as "
-            "they are; lower the ratio, or give calibration text that reaches them"
-        )
-    return left
 
 
 def require_experts(parent: StreamedModel) -> None:

@@ -17,8 +17,11 @@ class D2(Stage):
     name: ClassVar[str] = "d2"
     takes: ClassVar[Form] = Form.ORIGINAL
     leaves: ClassVar[Form] = Form.CHANGED
+    budget_option: ClassVar[str | None] = "ratio"
 
-    ratio: float = Field(description="fraction of parameters removed (see ratio_of), between 0 and 1")
+    ratio: float | None = Field(
+        None, description="fraction of parameters removed, see ratio_of, between 0 and 1; open: the budget decides"
+    )
     ratio_of: Literal["experts", "model"] = Field(
         "experts", description="what ratio is a share of: routed-expert parameters, or all parameters, as papers count"
     )
@@ -32,7 +35,10 @@ class D2(Stage):
     @field_validator("ratio")
     @classmethod
     def _ratio(cls, value):
-        return check_ratio(value)
+        return None if value is None else check_ratio(value)
+
+    def unused_options(self) -> dict[str, str]:
+        return {"ratio_of": "a ratio"} if self.ratio is None else {}
 
     @model_validator(mode="after")
     def _something_left(self):
@@ -42,7 +48,9 @@ class D2(Stage):
 
     def label(self) -> str:
         pruned = f"-p{round(self.static * 100)}+{round(self.dynamic * 100)}-" if self.static or self.dynamic else ""
-        return f"d2-{self.merge}{pruned}{round(self.ratio * 100)}{'-of-model' if self.ratio_of == 'model' else ''}"
+        ratio = "" if self.ratio is None else f"{round(self.ratio * 100)}"
+        of = "-of-model" if ratio and self.ratio_of == "model" else ""
+        return f"d2-{self.merge}{pruned}{ratio}{of}".removesuffix("-")
 
     def plan(self, context: "Context") -> "Plan":
         from .d2_work import plan

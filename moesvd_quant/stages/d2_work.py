@@ -22,6 +22,7 @@ from ..decompose.ranks import level_ranks
 from ..decompose.whitening import whitened_svd
 from ..memory.lazy import LazySequence
 from ..model.experts import expert_count, find_experts, is_shared, shapes_of, split_projections
+from ..planning.by_bytes import NotReachable, require_one_unknown, spend
 from ..planning.context import (
     Context,
     Plan,
@@ -29,11 +30,11 @@ from ..planning.context import (
     errors_of,
     expert_grams,
     factorized,
-    kept_share,
     require_experts,
     weak_experts,
 )
 from ..planning.parts import parts_by_rank
+from ..planning.shares import kept_share
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import DensePart, Projections
 from .d2 import D2
@@ -41,9 +42,22 @@ from .paper import own_ranks
 
 
 def plan(context: Context, options: D2) -> Plan:
-    """One base per projection; one rank share for all deltas spends the rest of what the ratio leaves."""
+    """One base per projection; one rank share for all deltas spends the rest of what the ratio or the budget leaves."""
     require_experts(context.parent)
-    layout = layout_of(context.parent)
+    if options.ratio is None:
+        require_one_unknown(context, "d2.ratio")
+    layout, survey = layout_of(context.parent), _survey(context)
+    if options.ratio is None:
+        made = spend(context, lambda parameters: _decide(survey, parameters, options))
+        layout.experts, decisions = made.experts, made.decisions
+    else:
+        left = kept_share(context.parent, options.ratio, options.ratio_of, survey)
+        layout.experts, decisions = _decide(survey, int(left), options)
+    return Plan(layout, decisions)
+
+
+def _survey(context: Context) -> dict[str, dict]:
+    """Number and shapes of all experts, by path. StageError for what has no base and deltas."""
     survey: dict[str, dict] = {}
     for layer, name in zip(context.parent.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
@@ -54,11 +68,16 @@ def plan(context: Context, options: D2) -> Plan:
                     f"{name}.{path}: a shared expert is alone, it has no base and no delta; leave out experts: all"
                 )
             survey[f"{name}.{path}"] = {"experts": expert_count(experts), "shapes": shapes_of(experts)}
+    return survey
+
+
+def _decide(survey: dict, whole: int, options: D2) -> tuple[dict[str, Projections], dict]:
+    """Layouts and decisions of bases and deltas of `whole` parameters."""
     kept = {
         path: kept_counts(entry["shapes"]["down"][1], options.static, options.dynamic) for path, entry in survey.items()
     }
-    left = kept_share(context.parent, options.ratio, options.ratio_of, survey)
-    ranks = _ranks(survey, left, {path: stored for path, (stored, _) in kept.items()}, options)
+    ranks = _ranks(survey, whole, {path: stored for path, (stored, _) in kept.items()}, options)
+    layouts: dict[str, Projections] = {}
     decisions: dict = {}
     for (path, projection), found in ranks.items():
         everyone = list(range(len(found)))
@@ -66,15 +85,15 @@ def plan(context: Context, options: D2) -> Plan:
         if options.static or options.dynamic:
             _prune(base, projection, "gate" in survey[path]["shapes"], *kept[path], bool(options.dynamic))
         deltas = [factor_part(everyone, found[0], right=[0] * len(found))] if options.shared_v else parts_by_rank(found)
-        layout.experts.setdefault(path, {})[projection] = [base, *deltas]
+        layouts.setdefault(path, {})[projection] = [base, *deltas]
         decision = decisions.setdefault(path, {"base channels": {"stored": kept[path][0], "used": kept[path][1]}})
         decision.setdefault("ranks", {})[projection] = found[0] if options.shared_v else found
         ratio = delta_ratio(sum(found) / len(found), survey[path]["shapes"][projection])
         decision.setdefault("delta_ratio", {})[projection] = round(ratio, 4)
-    return Plan(layout, decisions)
+    return layouts, decisions
 
 
-def _ranks(survey: dict, whole: float, stored: dict[str, int], options: D2) -> dict[tuple[str, str], list[int]]:
+def _ranks(survey: dict, whole: int, stored: dict[str, int], options: D2) -> dict[tuple[str, str], list[int]]:
     """Ranks of the deltas of each (path, projection), one for each expert: they spend what the bases leave of `whole`
     parameters."""
     items = [(path, projection) for path, entry in survey.items() for projection in entry["shapes"]]
@@ -85,7 +104,7 @@ def _ranks(survey: dict, whole: float, stored: dict[str, int], options: D2) -> d
         base_parameters(list(entry["shapes"].values()), entry["shapes"]["down"][1], stored[path])
         for path, entry in survey.items()
     )
-    left = max(int(whole) - bases, 0)
+    left = max(whole - bases, 0)
     if options.shared_v:
         units = [count * out + in_features for count, (out, in_features) in zip(counts, shapes)]
         shared = level_ranks(units, [min(shape) for shape in shapes], left)
@@ -93,7 +112,7 @@ def _ranks(survey: dict, whole: float, stored: dict[str, int], options: D2) -> d
     else:
         ranks = own_ranks(survey, items, left)
     if min(map(min, ranks.values())) == 0:
-        raise StageError(
+        raise NotReachable(
             f"ratio {options.ratio}: the bases take {bases / total:.1%} of the expert parameters and "
             "leave some deltas no rank; lower it"
         )

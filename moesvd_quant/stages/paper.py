@@ -4,6 +4,7 @@ share of the full rank is solved for all of them."""
 from ..checkpoint.layout import dense_layout, factor_part
 from ..decompose.ranks import STEP, level_ranks
 from ..decompose.sharing import stored_factors
+from ..planning.by_bytes import NotReachable
 from ..planning.context import StageError
 from ..planning.parts import parts_by_rank
 from ..runtime.parts import FactorPart, Projections
@@ -66,10 +67,11 @@ def _ranks(survey, items: list[Item], units, dense, budget: int, options: Svd) -
     most = sum(units[path][name] * survey[path]["full"][name] for path, name in items)
     least = sum(units[path][name] * STEP for path, name in items)
     if options.layers is not None and not least <= left_over <= most + 0.005 * total:
-        raise StageError(
+        raise NotReachable(
             f"svd.layers: these {len(options.layers)} layers can remove {(chosen - most) / total:.3f} to "
             f"{(chosen - least) / total:.3f} of the expert parameters, and {(total - budget) / total:.3f} are asked "
-            "for; give others, or another ratio"
+            "for; give others, or another ratio",
+            total - chosen + most if left_over > most else None,
         )
     if options.share == "none":
         ranks = own_ranks(survey, items, left_over)
@@ -84,7 +86,7 @@ def _ranks(survey, items: list[Item], units, dense, budget: int, options: Svd) -
 def require_ranks(ranks: dict[Item, list[int]]) -> None:
     """StageError where a matrix would be nothing at all."""
     if nothing := next((f"{path}.{name}" for (path, name), found in ranks.items() if min(found) == 0), None):
-        raise StageError(f"{nothing}: the ratio leaves some of its matrices no rank at all; lower it")
+        raise NotReachable(f"{nothing}: the ratio leaves some of its matrices no rank at all; lower it")
 
 
 def own_ranks(survey: dict, items: list[Item], budget: int) -> dict[Item, list[int]]:

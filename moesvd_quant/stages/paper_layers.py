@@ -6,6 +6,7 @@ from ..calibration.statistics import outlier_share
 from ..decompose.ranks import STEP
 from ..decompose.sensitivity import (
     OWL_MULTIPLE,
+    Unreachable,
     choose_projections,
     layer_sensitivity,
     outlier_distribution,
@@ -14,6 +15,7 @@ from ..decompose.sensitivity import (
 )
 from ..model.experts import find_experts, split_projections
 from ..model.stream import StreamedModel
+from ..planning.by_bytes import NotReachable
 from ..planning.context import UNREACHED, StageError
 from .svd import Svd
 
@@ -64,17 +66,19 @@ def choose_items(scores, dense, full, removed, survey, options) -> list[tuple[in
         if sum(map(sum, dense)) - removed <= sum(map(sum, full)):
             return everything
         least = 1 - sum(map(sum, full)) / sum(map(sum, dense))
-        raise StageError(
+        raise NotReachable(
             f"ratio {options.ratio}: factors shared in every layer remove at least {least:.3f}; raise it, or give "
-            "another select"
+            "another select",
+            sum(map(sum, full)),
         )
     least = max(STEP / rank for entry in survey.values() for rank in entry["full"].values())
     try:
         return choose_projections(scores, dense, full, removed, least)
-    except ValueError as error:
-        raise StageError(
+    except Unreachable as error:
+        raise NotReachable(
             f"ratio {options.ratio} cannot be had by decomposing some of {len(scores)} layers; the nearest that can: "
-            f"{error}"
+            f"{error}",
+            None if error.above is None else sum(map(sum, dense)) - error.above,
         ) from error
 
 

@@ -105,11 +105,9 @@ class Svd(Stage):
         return {name: need for name, (met, need) in needs.items() if not met}
 
     @model_validator(mode="after")
-    def _has_ratio(self):
+    def _ratio_or_rank(self):
         if self.ratio is not None and self.rank is not None:
             raise ValueError("ratio: follows from layers and rank; remove ratio, or rank")
-        if self.method != "global" and self.ratio is None and self.rank is None:
-            raise ValueError("ratio: is required (fraction of parameters removed, between 0 and 1)")
         return self
 
     def needs_budget(self) -> bool:

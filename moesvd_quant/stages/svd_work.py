@@ -13,6 +13,7 @@ from ..decompose.sharing import SHARINGS, share_in_groups
 from ..decompose.whitening import balance, refit_left, whitened_svd
 from ..model.experts import expert_count, find_experts, shapes_of
 from ..planning.allocation import plan_budget, plan_ratio
+from ..planning.by_bytes import require_one_unknown, spend
 from ..planning.choices import row_scale
 from ..planning.context import (
     UNREACHED,
@@ -21,12 +22,12 @@ from ..planning.context import (
     StageError,
     expert_grams,
     fill,
-    kept_share,
     reached,
     require_experts,
     weak_experts,
 )
 from ..planning.parts import parts_by_rank
+from ..planning.shares import kept_share, parameters_of
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import DensePart
 from .inputs import inputs_of
@@ -40,16 +41,23 @@ def plan(context: Context, options: Svd) -> Plan:
     require_experts(context.parent)
     if options.method != "global":
         _require_all(context, options.method)
-    if options.needs_budget():
-        return plan_budget(context, ranks=True)
-    if options.method == "global" and options.ratio is not None:
+    if options.method == "global":
+        if options.ratio is None:
+            return plan_budget(context, ranks=True)
         return plan_ratio(context, options.ratio, options.ratio_of)
+    if options.needs_budget():
+        require_one_unknown(context, "svd.ratio")
     require_layers(context.parent, options)
     survey, kept = _survey(context, options)
-    budget = 0 if options.ratio is None else int(kept_share(context.parent, options.ratio, options.ratio_of, survey))
     decide = plan_paper if options.method == "moe_svd" else _plan_uniform
     layout = layout_of(context.parent)
-    layout.experts, decisions = decide(survey, budget, options)
+    if options.needs_budget():
+        others = parameters_of(context.parent) - parameters_of(context.parent, survey)
+        made = spend(context, lambda parameters: decide(survey, parameters - others, options))
+        layout.experts, decisions = made.experts, made.decisions
+    else:
+        share = options.ratio and kept_share(context.parent, options.ratio, options.ratio_of, survey)
+        layout.experts, decisions = decide(survey, int(share or 0), options)
     for path, entry in survey.items():
         decisions.setdefault(path, {})["weak_experts"] = entry["weak"]
     return Plan(layout, decisions, {"kept in 16 bit": kept} if kept else {})
@@ -66,7 +74,15 @@ def _require_all(context: Context, method: str) -> None:
 
 
 def _survey(context: Context, options: Svd) -> tuple[dict[str, dict], dict[str, str]]:
-    """Per experts module: shapes, and what the method needs of weights and statistics; and modules that are kept."""
+    """Per experts module: shapes, and what the method needs of weights and statistics; and modules that are kept. Kept
+    in `context.memo` for the next budget."""
+    key = "survey", options.model_dump_json()
+    if key not in context.memo:
+        context.memo[key] = _surveyed(context, options)
+    return context.memo[key]
+
+
+def _surveyed(context: Context, options: Svd) -> tuple[dict[str, dict], dict[str, str]]:
     found = dict(context.each_layer(partial(_survey_layer, options), context.surveyed))
     survey = {path: entry for index in sorted(found) for path, entry in found[index].items()}
     unreached = {path: UNREACHED for path, entry in survey.items() if entry is None}
