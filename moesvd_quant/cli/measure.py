@@ -74,19 +74,21 @@ def evaluate_verb(
 
 @app.command()
 def table(
-    number: Annotated[str, typer.Argument(help="Table of the paper: 2, 8, 11 or 12.")],
+    number: Annotated[str, typer.Argument(help="Table of the paper: 2, 8, 8-printed, 11, 12 or 12-paired.")],
     folders: Annotated[list[Path], typer.Argument(help="Folders with eval.json, or of runs.")],
     form: Annotated[str, typer.Option("--format", help="terminal, markdown, csv, json or latex.")] = "terminal",
     plot: Annotated[Path | None, typer.Option(help="Also draw perplexity against bytes into this PNG.")] = None,
 ) -> None:
     """Print a table in the paper's layout, from the records of evaluated checkpoints."""
+    from ..evaluation.published import PRINTED
     from ..evaluation.record import collect
     from ..evaluation.table import TABLES, render
 
-    if number not in TABLES:
-        raise UsageError(f"table {number}: is none of {', '.join(TABLES)}")
+    tables = TABLES | PRINTED
+    if number not in tables:
+        raise UsageError(f"table {number}: is none of {', '.join(tables)}")
     records = collect(folders)
-    print(render(TABLES[number](records), form), end="")
+    print(render(tables[number](records), form), end="")
     if plot:
         from ..evaluation.plot import plot_bytes
 
