@@ -99,6 +99,9 @@ def test_no_budgets(text):
             "stages: [{d2: {ratio: 0.4, static: 0.5, dynamic: 0.5}}]",
             ["mine.yaml:1: stages[0].d2: static 0.5 and dynamic"],
         ),
+        ("stages: [{d2: {ratio: 0.4, delta_ratio: 0.5}}]", ["ratio: follows from delta_ratio"]),
+        ("stages: [{d2: {ratio: 0.4, count: used}}]", ["count: only with dynamic"]),
+        ("stages: [{d2: {delta_ratio: 0.4, dynamic: 0.1, count: used}}]", ["count: only with a ratio"]),
         ("stages: [{d2: {ratio: 0.4, dynamic: 1.0}}]", ["mine.yaml:1: stages[0].d2.dynamic:", "got 1.0"]),
         (
             "stages: [{svd: {ratio: 0.4, method: moe_svd, share: none, groups: 2, trim_u: 1}}]",

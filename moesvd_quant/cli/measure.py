@@ -110,10 +110,24 @@ def speed(
     tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 16,
     repeats: Annotated[int, typer.Option(help="Rounds in which each model has its turn.")] = 7,
     plot: Annotated[Path | None, typer.Option(help="Also draw the paper's Figure 4 into this PNG.")] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="Measure nothing: count what experts split over so many devices cost.")
+    ] = None,
+    flops: Annotated[float, typer.Option(help="With --tp: TFLOP/s of a device.")] = 19.5,
+    bandwidth: Annotated[float, typer.Option(help="With --tp: GB/s of its link.")] = 600.0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Prefill and decode tokens per second, models alternating; writes speed.json beside weights."""
+    if tp is not None:
+        from ..evaluation import tensor_parallel
+        from ..evaluation.table import render
+
+        models = [resolve_model(str(folder)) for folder in folders]
+        link = tensor_parallel.Device(flops * 1e12, bandwidth * 1e9)
+        counted = tensor_parallel.tensor_parallel_table(models, ratio or [], _numbers(batch), tp, link)
+        print(render(counted, "json" if as_json else "terminal"), end="")
+        return
     from ..evaluation.speed import run_speed
     from ..evaluation.table import render, speed_table
     from ..run.run import sync_threads
