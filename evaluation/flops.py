@@ -20,7 +20,7 @@ def flops_per_token(model: nn.Module, context: int) -> dict[str, float]:
     inside: tuple[str, ...] = ()
     for path, experts in find_experts(model):
         inside += (f"{path}.",)
-        count["experts"] += 2 * _expert_macs(experts, 1 if is_shared(experts) else top_k)
+        count["experts"] += 2 * expert_macs(experts, 1 if is_shared(experts) else top_k)
     attention = _attention_paths(model)
     count["attention"] += 2 * context * len(attention) * config.num_attention_heads * sum(_head_dims(config))
     homes = tuple(f"{path}." for path in attention)
@@ -57,7 +57,7 @@ def _head_dims(config) -> tuple[int, int]:
     return plain, plain
 
 
-def _expert_macs(experts: nn.Module, top_k: int) -> float:
+def expert_macs(experts: nn.Module, top_k: int) -> float:
     """Multiply-adds of one token; banks that all experts share are met once per token, before routing."""
     if not isinstance(experts, FactorizedExperts):
         return top_k * sum(out * inner for out, inner in shapes_of(experts).values())

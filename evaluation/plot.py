@@ -1,6 +1,7 @@
 """Perplexity against bytes, the picture every method is judged by; speed over batches and lengths."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 
@@ -96,25 +97,35 @@ def plot_speed(result: dict, file: Path) -> None:
     _save(figure, file)
 
 
+def sweep_lines(swept: list[dict]) -> dict[str, list[dict]]:
+    """Records of a sweep by what they are a line of: the method, and the recipe where several recipes are of that."""
+    recipes = {(r["sweep"]["method"], r["sweep"]["recipe"]) for r in swept}
+    alike = Counter(method for method, _ in recipes)
+    lines: dict[str, list[dict]] = {}
+    for record in swept:
+        method, recipe = record["sweep"]["method"], record["sweep"]["recipe"]
+        lines.setdefault(f"{method} ({recipe})" if alike[method] > 1 else method, []).append(record)
+    return lines
+
+
 def plot_sweep(records: list[dict], file: Path) -> None:
     """The paper's Figure 6 as PNG: perplexity over the number of calibration windows, a point for each seed and a line
-    through their means; a panel per text."""
+    through their means for each recipe (the calibration text is one of its options); a panel per text."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
-    swept = [r for r in records if "sweep" in r]
+    swept = sweep_lines([r for r in records if "sweep" in r])
     figure, axes = plt.subplots(1, len(texts), figsize=(5 * len(texts), 4), squeeze=False)
     for axis, text in zip(axes[0], texts):
-        for method in dict.fromkeys(r["sweep"]["method"] for r in swept):
+        for label, members in swept.items():
             points: dict[int, list[float]] = {}
-            for record in swept:
-                if record["sweep"]["method"] == method:
-                    points.setdefault(record["sweep"]["samples"], []).append(record["perplexity"][text]["ppl"])
+            for record in members:
+                points.setdefault(record["sweep"]["samples"], []).append(record["perplexity"][text]["ppl"])
             sizes = sorted(points)
-            (line,) = axis.plot(sizes, [sum(points[s]) / len(points[s]) for s in sizes], label=method)
+            (line,) = axis.plot(sizes, [sum(points[s]) / len(points[s]) for s in sizes], label=label)
             axis.scatter(
                 [s for s in sizes for _ in points[s]], [v for s in sizes for v in points[s]], color=line.get_color()
             )

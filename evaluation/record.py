@@ -33,6 +33,7 @@ def evaluate(
     TextError for a text that cannot be measured on.
     """
     from ..calibration.store import fingerprint
+    from ..checkpoint.finish import origin_of
     from ..model.opened import open_folder
     from ..model.tokenizer import load_tokenizer
 
@@ -52,6 +53,7 @@ def evaluate(
     length = window_length(wanted, config)
     record = {
         "name": name or about["name"],
+        "base_model": origin_of(folder)["base_model"],
         "path": folder.name,
         "folder": str(folder.resolve()),
         "fingerprint": fingerprint(folder),
@@ -186,7 +188,7 @@ def collect(folders: list[Path]) -> list[dict]:
         if not found:
             raise UsageError(f"{folder}: no {RECORD} in it or in its sub-folders; run `moesvd eval {folder}` first")
         records += [_with_speed(path) for path in found]
-    return list({json.dumps([r["name"], r["perplexity"]]): r for r in records}.values())
+    return list({json.dumps([r["name"], r.get("base_model"), r["perplexity"]]): r for r in records}.values())
 
 
 def _with_speed(path: Path) -> dict:

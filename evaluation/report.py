@@ -206,7 +206,7 @@ def _figures(stages: list[Stage], records: list[dict]):
     sensitive = {p: d["sensitivity"] for p, d in stages[0].manifest["decisions"].items() if "sensitivity" in d}
     if sensitive:
         chosen = [stages[0].manifest["decisions"][path].get("decomposed", True) for path in sensitive]
-        note = "Sensitivity of each layer (eq. 10 of the paper); the decomposed ones are filled."
+        note = "Sensitivity of each layer (eq. 4 of the paper); the decomposed ones are filled."
         yield "Layer sensitivity", note, _svg(lambda: _draw_sensitivity(list(sensitive.values()), chosen))
     for stage in stages:
         for file in sorted(stage.folder.glob("loss*.csv")):

@@ -30,12 +30,17 @@ def open_model(folder: str | Path, device: str = "cpu", layout: Layout | None = 
     shape; so does `layout`, a layout of ours for the config."""
     import moesvd_quant
 
-    from ..model.folder import class_for, read_config
-    from ..runtime.modeling_moesvd import config_class, model_class
-
     folder = Path(folder)
     if layout is None and any(folder.glob("*.safetensors")):
         return moesvd_quant.load(folder, device=device)
+    return _filled(describe_model(folder, layout, dtype), device).eval()
+
+
+def describe_model(folder: Path, layout: Layout | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model of a folder with a config, or of a layout of ours for that, on the meta device."""
+    from ..model.folder import class_for, read_config
+    from ..runtime.modeling_moesvd import config_class, model_class
+
     config = read_config(folder)
     dtype = dtype or config.dtype or torch.bfloat16
     if layout is not None:
@@ -43,8 +48,7 @@ def open_model(folder: str | Path, device: str = "cpu", layout: Layout | None = 
     with init_empty_weights(include_buffers=False):
         described = getattr(config, "moesvd", None)
         kind = model_class(described["native_type"]) if described else class_for(config)
-        model = kind._from_config(config, dtype=dtype)
-    return _filled(model, device).eval()
+        return kind._from_config(config, dtype=dtype)
 
 
 def _filled(model: nn.Module, device: str) -> nn.Module:

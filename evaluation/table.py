@@ -1,5 +1,5 @@
 """Tables of records in the layouts of the paper: 2 (all measures), 8 (memory and perplexity), 11 (size and speed),
-12 (over seeds)."""
+12 (over seeds). Further ones are in `published.py`."""
 
 import csv
 import io
@@ -25,16 +25,18 @@ class Table:
 
 
 def table8(records: list[dict]) -> Table:
-    """Methods as rows, largest first: bytes on disk, after load and at the peak (where measured), bits per
-    original expert weight, what was removed, perplexity on each text."""
+    """Methods as rows, largest first, those of each model together: bytes on disk, after load and at the peak
+    (where measured), bits per original expert weight, what was removed, perplexity on each text."""
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
     lengths = sorted({r["protocol"]["length"] for r in records})
+    models = len({record.get("base_model") for record in records}) > 1
     peaks = any("peak_rss_bytes" in r["memory"] for r in records)
     rows: list[list[str | float]] = []
-    for record in _by_size(records):
+    for record in sorted(_by_size(records), key=lambda r: r.get("base_model", "")):
         memory, account = record["memory"], record["accounting"]
         figures = [record["perplexity"].get(text, {}).get("ppl") for text in texts]
         rows.append([
+            *([record.get("base_model", "-")] if models else []),
             record["name"],
             _megabytes(memory["disk_bytes"]),
             _megabytes(memory["resident_bytes"]),
@@ -45,7 +47,7 @@ def table8(records: list[dict]) -> Table:
             *["-" if value is None else float(f"{value:.5g}") for value in figures],
         ])  # fmt: skip
     columns = [
-        "method", "disk MB", "loaded MB", *(["peak MB"] if peaks else []),
+        *(["model"] if models else []), "method", "disk MB", "loaded MB", *(["peak MB"] if peaks else []),
         "bits/expert weight", "experts removed %", "model removed %", *texts,
     ]  # fmt: skip
     windows = ", ".join(map(str, lengths))
@@ -58,13 +60,14 @@ def table2(records: list[dict]) -> Table:
     words = [text for text in texts if any("lm_eval" in r["perplexity"].get(text, {}) for r in records)]
     more = [t for t in dict.fromkeys(t for r in records for t in _tasks(r)) if t not in SEVEN]
     rows: list[list[str | float]] = []
+    originals = {r.get("base_model"): r for r in records if r["name"] == "original"}
     for record in _by_size(records):
         figures, tasks = record["perplexity"], _tasks(record)
         accuracies = [tasks[task]["acc"] for task in SEVEN if task in tasks]
         rows.append([
             f"{100 * record['accounting']['model_ratio']:.0f}%",
             record["name"],
-            _runtime(record),
+            _runtime(record, originals.get(record.get("base_model"))),
             *[_figure(figures.get(text, {}).get("ppl")) for text in texts],
             *[_figure(figures.get(text, {}).get("lm_eval", {}).get("word_ppl")) for text in words],
             *[_figure(tasks[task]["acc"]) if task in tasks else "-" for task in SEVEN],
@@ -117,11 +120,13 @@ def table12(records: list[dict]) -> Table:
     rows: list[list[str | float]] = []
     for (method, samples, _, recipe), members in groups.items():
         label = f"{method} ({recipe})" if alike[method, samples] > 1 else method
-        measured = [[r["perplexity"][t]["ppl"] for r in members if t in r["perplexity"]] for t in texts]
-        measured += [[_tasks(r)[t]["acc"] for r in members if t in _tasks(r)] for t in tasks]
-        rows.append([label, samples, len(members), *map(_spread, measured)])
+        measured = [_spread([r["perplexity"][t]["ppl"] for r in members if t in r["perplexity"]]) for t in texts]
+        measured += [_with_error([_tasks(r)[t] for r in members if t in _tasks(r)]) for t in tasks]
+        rows.append([label, samples, len(members), *measured])
     columns = ["method", "calibration windows", "runs", *texts, *[SEVEN[task] for task in tasks]]
-    return Table("Mean \u00b1 standard deviation over seeds (smallest to largest)", columns, rows)
+    error = "; se: standard error over documents, by lm-eval, which is what the paper's \u00b1 has the size of"
+    title = f"Mean \u00b1 standard deviation over seeds (smallest to largest){error if tasks else ''}"
+    return Table(title, columns, rows)
 
 
 TABLES = {"2": table2, "8": table8, "11": table11, "12": table12}
@@ -192,10 +197,19 @@ def _main(figures: dict) -> float | None:
     return next((figures[key] for key in ("acc", "word_perplexity", "exact_match") if key in figures), None)
 
 
-def _runtime(record: dict) -> str | float:
-    """Tokens per second when decoding at the largest batch that was timed."""
-    cells = record.get("speed", {}).get("cells", [])
-    return _figure(max(cells, key=lambda c: c["batch"])["decode"]["tokens_per_second"]) if cells else "-"
+def _runtime(record: dict, original: dict | None = None) -> str | float:
+    """Tokens per second when decoding at the largest batch that was timed, with the factor to the original's."""
+    own = _decoded(record)
+    base = _decoded(original) if original is not None and original is not record else {}
+    if own and (batch := max(own)) in base:
+        return f"{_figure(own[batch])} ({own[batch] / base[batch]:.2f}x)"
+    return _figure(own[max(own)]) if own else "-"
+
+
+def _decoded(record: dict) -> dict[int, float]:
+    """Tokens per second when decoding, by batch; at the longest prompt of each."""
+    cells = sorted(record.get("speed", {}).get("cells", []), key=lambda cell: cell.get("length", 0))
+    return {cell["batch"]: cell["decode"]["tokens_per_second"] for cell in cells}
 
 
 def _figure(value: float | None) -> str | float:
@@ -210,6 +224,12 @@ def _spread(values: list[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.5g}" if values else "-"
     return f"{fmean(values):.5g} \u00b1 {stdev(values):.2g} ({min(values):.5g} to {max(values):.5g})"
+
+
+def _with_error(runs: list[dict]) -> str:
+    """Accuracies of a task over runs, with the mean of their standard errors where they were measured."""
+    errors = [run["acc_stderr"] for run in runs if "acc_stderr" in run]
+    return _spread([run["acc"] for run in runs]) + (f", se {fmean(errors):.2g}" if errors else "")
 
 
 def _peak(memory: dict) -> int | None:

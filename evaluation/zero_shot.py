@@ -35,7 +35,8 @@ def task_names(wanted: Iterable[str]) -> list[str]:
 def zero_shot(
     model, tokenizer, tasks: list[str], data: str | None = None, limit: int | None = None, batch_size: int = 16
 ) -> dict:
-    """{"tasks": {name: {"acc", "acc_norm", "acc_stderr", ..., "n"}}, "mean": of acc, "protocol": how it was made}.
+    """{"tasks": {name: {"acc", "acc_norm", "acc_stderr", ..., "n", "correct"}}, "mean": of acc, "protocol": how it was
+    made}; correct: a digit for each document, 1 where its answer was, so that two models can be compared in pairs.
 
     model, tokenizer: of transformers, in evaluation mode; tasks: names of lm-eval, or `zero-shot`. data: folder of
     local files ($MOESVD_TASK_DATA by default); without one lm-eval loads its own from the hub. limit: the first so
@@ -61,7 +62,7 @@ def zero_shot(
             tasks=list(known.values()),
             limit=limit,
             task_manager=manager,
-            log_samples=False,
+            log_samples=True,
         )
     except (OSError, ValueError) as error:
         hint = "" if data else "; without network give --task-data FOLDER with local files"
@@ -83,10 +84,14 @@ def zero_shot(
 
 
 def _figures(found: dict, key: str) -> dict:
-    """Metrics of a task without lm-eval's filter name: {"acc": ..., "n": documents}."""
+    """Metrics of a task without lm-eval's filter name: {"acc": ..., "n": documents, "correct": a digit for each}."""
     metrics = {
         name.removesuffix(",none"): value for name, value in found["results"][key].items() if name.endswith(",none")
     }
-    return {name: value for name, value in metrics.items() if isinstance(value, float)} | {
-        "n": found["n-samples"][key]["effective"]
-    }
+    samples = sorted(found["samples"][key], key=lambda sample: sample["doc_id"])
+    correct = "".join(str(int(sample["acc"])) for sample in samples if "acc" in sample)
+    return (
+        {name: value for name, value in metrics.items() if isinstance(value, float)}
+        | {"n": found["n-samples"][key]["effective"]}
+        | ({"correct": correct} if correct else {})
+    )

@@ -35,7 +35,9 @@ def test_defaults_are_filled_in_and_written_out(tmp_path):
     assert again.model_dump() == recipe.model_dump() and again.stages == recipe.stages
 
 
-@pytest.mark.parametrize("given", ["trim_u: 0", "shared_v: false", "select: owl", "keep_u: 4, groups: 8"])
+@pytest.mark.parametrize(
+    "given", ["trim_u: 0", "share: none", "share: equation_6", "select: owl", "keep_u: 4, groups: 8", "layers: [1]"]
+)
 def test_options_of_one_reading_are_written_out_and_load_back(tmp_path, given):
     recipe = load_recipe(write(tmp_path, f"stages: [{{svd: {{method: moe_svd, ratio: 0.4, {given}}}}}]"))
     assert load_recipe(write(tmp_path, recipe.to_yaml())).model_dump() == recipe.model_dump()
@@ -97,10 +99,33 @@ def test_no_budgets(text):
             "stages: [{d2: {ratio: 0.4, static: 0.5, dynamic: 0.5}}]",
             ["mine.yaml:1: stages[0].d2: static 0.5 and dynamic"],
         ),
+        ("stages: [{d2: {ratio: 0.4, delta_ratio: 0.5}}]", ["ratio: follows from delta_ratio"]),
+        ("stages: [{d2: {ratio: 0.4, count: used}}]", ["count: only with dynamic"]),
+        ("stages: [{d2: {delta_ratio: 0.4, dynamic: 0.1, count: used}}]", ["count: only with a ratio"]),
         ("stages: [{d2: {ratio: 0.4, dynamic: 1.0}}]", ["mine.yaml:1: stages[0].d2.dynamic:", "got 1.0"]),
         (
-            "stages: [{svd: {ratio: 0.4, method: moe_svd, shared_v: false, groups: 2, literal: true}}]",
-            ["groups, literal: only with shared_v: true"],
+            "stages: [{svd: {ratio: 0.4, method: moe_svd, share: none, groups: 2, trim_u: 1}}]",
+            ["groups: only with a share of V", "trim_u: only with a share that trims U"],
+        ),
+        (
+            "stages: [{svd: {ratio: 0.4, method: moe_svd, share: equation_6, keep_u: 2}}]",
+            ["keep_u: only with a share that trims U"],
+        ),
+        (
+            "stages: [{svd: {ratio: 0.4, method: moe_svd, layers: [1, 2], select: fp, rank: 8}}]",
+            ["select: only with layers left out"],
+        ),
+        (
+            "stages: [{svd: {ratio: 0.4, method: moe_svd, layers: [1, 2], rank: 8}}]",
+            ["ratio: follows from layers and rank"],
+        ),
+        ("stages: [{svd: {ratio: 0.4, method: moe_svd, layers: [1, 1]}}]", ["stages[0].svd.layers: give the numbers"]),
+        ("stages: [{svd: {method: moe_svd, layers: [1], rank: 12}}]", ["stages[0].svd.rank:", "multiple of 8"]),
+        ("stages: [{svd: {method: moe_svd, rank: 8}}]", ["rank: only with layers"]),
+        ("stages: [{svd: {ratio_of: model}}]", ["ratio_of: only with a ratio"]),
+        (
+            "stages: [{svd: {ratio: 0.4, method: moe_svd, share: eq8}}]",
+            ["mine.yaml:1: stages[0].svd.share:", "'equation_8'", "got 'eq8'"],
         ),
         ("stages: [{gptq: {bits: 4, group_size: 12}}]", ["12 is not a positive multiple of 8"]),
         ("stages: []", ["mine.yaml:1: stages: give at least one of prune, sparsify, svd, d2, lora, gptq"]),

@@ -21,7 +21,7 @@ from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run, sync_threads
 from moesvd_quant.runtime.modeling_moesvd import MANIFEST
 
-OWN = {"shared_v": False}
+OWN = {"share": "none"}
 METRICS = ("f", "p", "a", "fp", "fa", "pa", "fpa")
 TITLES = {
     4: "Table 4: how layers are chosen",

@@ -78,7 +78,15 @@ def origin_of(folder: Path) -> dict:
     manifest = folder / MANIFEST
     content = read_json(manifest) if manifest.is_file() else {}
     names = [content["name"]] if "name" in content else []
-    return {"base_model": content.get("base_model", folder.name), "names": names}
+    return {"base_model": content.get("base_model", _own_name(folder)), "names": names}
+
+
+def _own_name(folder: Path) -> str:
+    """Name of a model folder; in the hub's cache, where folders are named by commits, the hub's."""
+    hub = folder.resolve().parent.parent.name
+    if folder.resolve().parent.name == "snapshots" and hub.startswith("models--"):
+        return hub.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def licence_of(folder: Path) -> str | None:

@@ -74,19 +74,21 @@ def evaluate_verb(
 
 @app.command()
 def table(
-    number: Annotated[str, typer.Argument(help="Table of the paper: 2, 8, 11 or 12.")],
+    number: Annotated[str, typer.Argument(help="Table of the paper: 2, 8, 8-printed, 11, 12 or 12-paired.")],
     folders: Annotated[list[Path], typer.Argument(help="Folders with eval.json, or of runs.")],
     form: Annotated[str, typer.Option("--format", help="terminal, markdown, csv, json or latex.")] = "terminal",
     plot: Annotated[Path | None, typer.Option(help="Also draw perplexity against bytes into this PNG.")] = None,
 ) -> None:
     """Print a table in the paper's layout, from the records of evaluated checkpoints."""
+    from ..evaluation.published import PRINTED
     from ..evaluation.record import collect
     from ..evaluation.table import TABLES, render
 
-    if number not in TABLES:
-        raise UsageError(f"table {number}: is none of {', '.join(TABLES)}")
+    tables = TABLES | PRINTED
+    if number not in tables:
+        raise UsageError(f"table {number}: is none of {', '.join(tables)}")
     records = collect(folders)
-    print(render(TABLES[number](records), form), end="")
+    print(render(tables[number](records), form), end="")
     if plot:
         from ..evaluation.plot import plot_bytes
 
@@ -108,10 +110,24 @@ def speed(
     tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 16,
     repeats: Annotated[int, typer.Option(help="Rounds in which each model has its turn.")] = 7,
     plot: Annotated[Path | None, typer.Option(help="Also draw the paper's Figure 4 into this PNG.")] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="Measure nothing: count what experts split over so many devices cost.")
+    ] = None,
+    flops: Annotated[float, typer.Option(help="With --tp: TFLOP/s of a device.")] = 19.5,
+    bandwidth: Annotated[float, typer.Option(help="With --tp: GB/s of its link.")] = 600.0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Prefill and decode tokens per second, models alternating; writes speed.json beside weights."""
+    if tp is not None:
+        from ..evaluation import tensor_parallel
+        from ..evaluation.table import render
+
+        models = [resolve_model(str(folder)) for folder in folders]
+        link = tensor_parallel.Device(flops * 1e12, bandwidth * 1e9)
+        counted = tensor_parallel.tensor_parallel_table(models, ratio or [], _numbers(batch), tp, link)
+        print(render(counted, "json" if as_json else "terminal"), end="")
+        return
     from ..evaluation.speed import run_speed
     from ..evaluation.table import render, speed_table
     from ..run.run import sync_threads

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..recipe.stage import STEP
+
 CALIBRATED = 0.5  # share of the calibrated score in a token's choice of channels; the rest is the token's own
 ROUND = 8  # kept channels are a multiple of it
 
@@ -56,6 +58,13 @@ def delta_rank(total: float, fixed: float, base: float, pruned: float, unit: flo
     fixed: parameters outside the routed experts; base: of all whole bases; unit: of all deltas per unit of rank.
     """
     return (total - fixed - base * (1 - pruned)) / unit
+
+
+def rank_of(ratio: float, shape: tuple[int, int]) -> int:
+    """The rank, in steps that grouped products can take, whose `delta_ratio` is nearest to this; never above the full
+    one."""
+    nearest = round(ratio * shape[0] * shape[1] / sum(shape) / STEP) * STEP
+    return min(nearest, min(shape))
 
 
 def delta_ratio(rank: float, shape: tuple[int, int]) -> float:

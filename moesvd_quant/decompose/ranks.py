@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-STEP = 8  # of ranks: a grouped product needs rows of whole 16 bytes
+from ..recipe.stage import STEP
 
 
 def level_ranks(costs: Sequence[int], full: Sequence[int], budget: int, step: int = STEP) -> list[int]:

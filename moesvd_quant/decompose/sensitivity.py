@@ -1,5 +1,6 @@
 """Which expert layers of a model bear decomposition (MoE-SVD, section 3.2 and appendix D.1)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,14 @@ def outlier_distribution(weights: Sequence[torch.Tensor], norms: Sequence[torch.
     return above / count
 
 
+class Unreachable(ValueError):
+    """No choice of layers removes so many parameters. above: the nearest larger number that one does remove."""
+
+    def __init__(self, message: str, above: int | None):
+        super().__init__(message)
+        self.above = above
+
+
 def choose_projections(
     scores: Sequence[float], dense: Sequence[Sequence[int]], full: Sequence[Sequence[int]], removed: float, least: float
 ) -> list[tuple[int, int]]:
@@ -47,7 +56,7 @@ def choose_projections(
     its full rank; least: smallest share of the full rank. The least sensitive layers are taken, as few as remove
     enough at half their full rank (the papers fix no rank); where those remove too much even at their full rank, one
     fewer, down to a quarter of it; where that does not fit either, the last layer gives some of its projections only.
-    ValueError, naming the shares of all parameters that could be removed, where nothing fits.
+    Unreachable, naming the shares of all parameters that could be removed, where nothing fits.
     """
     # Scores alike to nine digits are ties: rounding of a sum must not choose a layer.
     order = sorted(range(len(scores)), key=lambda layer: (float(f"{scores[layer]:.9g}"), layer))
@@ -69,4 +78,5 @@ def choose_projections(
     total = sum(map(sum, dense))
     below = max((r for r in reachable if 0 < r <= removed), default=None)
     above = min((r for r in reachable if r >= removed), default=None)
-    raise ValueError(" and ".join(f"{r / total:.3f}" for r in (below, above) if r is not None))
+    nearest = " and ".join(f"{r / total:.3f}" for r in (below, above) if r is not None)
+    raise Unreachable(nearest, None if above is None else math.ceil(above))

@@ -1,9 +1,10 @@
 """V sharing and U trimming (MoE-SVD section 3.3): one right factor for all experts, few left ones.
 
-Two readings, see docs/moe-svd.md: `share_and_trim` refits what is borrowed, `literal` is Algorithm 3 by the
-letter.
+Four readings, by the name that option `share` gives them (`SHARINGS`), see docs/moe-svd.md: `refit` fits what is
+borrowed anew, `equation_6`, `equation_8` and `algorithm_3` are the paper by the letter.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,7 @@ def trimmed_sources(frequency: torch.Tensor, keep_u: int) -> list[list[int]]:
     return sources
 
 
-def literal(weights, grams, frequency: torch.Tensor, rank: int, keep_u: int) -> Shared:
+def algorithm_3(weights, grams, frequency: torch.Tensor, rank: int, keep_u: int) -> Shared:
     """Algorithm 3: W_i = (sum U_j) (sum Sigma_j) V_s S_i^-1 over the sources j of expert i.
 
     The whitening of each expert is its own, so that the right factors V_s S_i^-1 differ: nothing is shared.
@@ -72,7 +73,36 @@ def literal(weights, grams, frequency: torch.Tensor, rank: int, keep_u: int) -> 
     return Shared(left, right, [distinct.index(tuple(s)) for s in sources], list(range(len(weights))))
 
 
-def share_and_trim(weights, grams, frequency: torch.Tensor, rank: int, keep_u: int) -> Shared:
+def equation_6(weights, grams, frequency: torch.Tensor, rank: int, keep_u: int = 0) -> Shared:
+    """Eq. 6: W_i = U_i Sigma_i V_s S_s^-1, every expert's own left factor as its SVD gives it. keep_u has no effect.
+
+    The equation does not say whose whitening is undone; that of the expert s that V comes from leaves one right factor.
+    """
+    left, right = _lefts_and_shared_right(weights, grams, frequency, rank)
+    return _balanced(torch.stack(left), right, list(range(len(weights))))
+
+
+def equation_8(weights, grams, frequency: torch.Tensor, rank: int, keep_u: int) -> Shared:
+    """Eq. 7 and 8: W_i = (sum U_j Sigma_j) V_s S_s^-1 over the sources j of expert i, with one right factor."""
+    left, right = _lefts_and_shared_right(weights, grams, frequency, rank)
+    sources = trimmed_sources(frequency, keep_u)
+    distinct = sorted({tuple(s) for s in sources})
+    sums = torch.stack([torch.stack([left[j] for j in s]).sum(0) for s in distinct])
+    return _balanced(sums, right, [distinct.index(tuple(s)) for s in sources])
+
+
+def _lefts_and_shared_right(weights, grams, frequency: torch.Tensor, rank: int):
+    """U_i Sigma_i (out, rank) of each expert, and V_s S_s^-1 (rank, in) of the most frequent one, float64."""
+    first, left, right = int(frequency.argmax()), [], None
+    for expert, (weight, gram) in enumerate(zip(weights, grams)):
+        u, sigma, v, root = activation_weighted_svd(weight, gram, rank)
+        left.append(u * sigma)
+        if expert == first:
+            right = torch.linalg.solve_triangular(root, v, upper=False, left=False)
+    return left, right
+
+
+def refit(weights, grams, frequency: torch.Tensor, rank: int, keep_u: int) -> Shared:
     """Eq. 5 to 8 made to work: V_s of the most frequent expert with its whitening undone, so that it really is
     one matrix; the left factors of the `keep_u` most frequent experts, each refitted to V_s in closed form
     under its own inputs; every other expert takes the kept left factor that hurts it least.
@@ -89,12 +119,26 @@ def share_and_trim(weights, grams, frequency: torch.Tensor, rank: int, keep_u: i
             continue
         losses = [energy(weight.double() - u @ right, gram) for u in left]
         rows.append(losses.index(min(losses)))
+    return _balanced(left, right, rows)
+
+
+def _balanced(left: torch.Tensor, right: torch.Tensor, rows: list[int]) -> Shared:
+    """The same products with equal norms of each column of all left factors (n_left, out, r) and row of the one right
+    factor (r, in): a gauge kind to rounding."""
     scale = (right.norm(dim=1) / left.square().sum((0, 1)).sqrt().clamp(min=1e-300)).sqrt()
-    return Shared(left * scale, (right / scale[:, None])[None], rows, [0] * len(weights))
+    return Shared(left * scale, (right / scale[:, None])[None], rows, [0] * len(rows))
+
+
+SHARINGS: dict[str, Callable[..., Shared]] = {
+    "refit": refit,
+    "equation_6": equation_6,
+    "equation_8": equation_8,
+    "algorithm_3": algorithm_3,
+}
 
 
 def share_in_groups(make, weights, grams, frequency: torch.Tensor, rank: int, keep_u: int, groups: int) -> Shared:
-    """`make` (share_and_trim or literal) within each of `groups` equal groups of neighbouring experts (appendix D.3:
+    """`make` (one of SHARINGS) within each of `groups` equal groups of neighbouring experts (appendix D.3:
     DeepSeekMoE's 64 experts in 8 groups): a right factor and keep_u left ones for each group."""
     size = len(weights) // groups
     spans = [list(range(start, start + size)) for start in range(0, len(weights), size)]
@@ -111,8 +155,12 @@ def share_in_groups(make, weights, grams, frequency: torch.Tensor, rank: int, ke
     )
 
 
-def left_count(frequency: torch.Tensor, keep_u: int, by_letter: bool, groups: int = 1) -> int:
-    """Left factors that a layer stores."""
-    if not by_letter:
-        return groups * min(keep_u, len(frequency) // groups)
-    return sum(len({tuple(s) for s in trimmed_sources(part, keep_u)}) for part in frequency.chunk(groups))
+def stored_factors(share: str, frequency: torch.Tensor, keep_u: int, groups: int = 1) -> tuple[int, int]:
+    """How many left and right factors a layer stores; share: one of SHARINGS."""
+    experts = len(frequency)
+    if share == "equation_6":
+        return experts, groups
+    if share == "refit":
+        return groups * min(keep_u, experts // groups), groups
+    lefts = sum(len({tuple(s) for s in trimmed_sources(part, keep_u)}) for part in frequency.chunk(groups))
+    return lefts, groups if share == "equation_8" else experts

@@ -1,7 +1,8 @@
 """Plans by one allocation over all experts of the model: ranks that keep a share of the parameters, or rank and bits
 under a byte budget."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
 from math import prod
@@ -11,21 +12,24 @@ import numpy as np
 from ..checkpoint.layout import layout_of
 from ..model.experts import all_shapes, find_experts
 from ..model.remaining import is_gone
+from ..quantize.codec import Codecs, QuantizeError
 from ..recipe.recipe import Limits
 from ..runtime.parts import JOINT
 from .choices import Choices, choices_of
-from .context import UNREACHED, Context, Plan, StageError, kept_share
+from .context import UNREACHED, Context, Plan, StageError
 from .knapsack import DENSE, FLOAT, Allocation, Choice, Storage, Table, allocate, least_cost
 from .parts import parts_by_choice
+from .shares import kept_share
 from .tables import describe
 
 
-def plan_ratio(context: Context, ratio: float) -> Plan:
-    """Ranks of all experts that leave out a fraction `ratio` of their parameters, in floating point."""
+def plan_ratio(context: Context, ratio: float, of: str = "experts") -> Plan:
+    """Ranks of all experts that leave out a fraction `ratio` of their parameters, or `of` the "model"'s, in floating
+    point."""
     found = choices_of(context, [FLOAT], ranks=True)
     if not found.tables:
         raise StageError("no calibration token reached any expert; give other calibration text")
-    left = kept_share(context.parent, ratio, {path for path, _ in found.tables})
+    left = kept_share(context.parent, ratio, of, {path for path, _ in found.tables})
     made = allocate(found.tables, left * context.parent.stored_dtype.itemsize)
     plan = _explained(plan_of(context, found, made.choices), context, found.tables, made)
     return replace(plan, storages={})  # the stage that quantizes has its own
@@ -57,6 +61,26 @@ def allowed_storages(context: Context) -> list[Storage]:
     if not packing.needs_budget():
         return storages
     return [storage for storage in [*storages, FLOAT] if widths is None or storage.rate in widths]
+
+
+OTHER_BITS = 4  # of linears outside the experts, where a budget decides about the experts
+
+
+def plain_storage(packing, limits: Limits, codec: Codecs) -> Storage:
+    """What the stage `packing` stores everything in that no budget decides about: as the recipe says, or OTHER_BITS or
+    near it, in the format that loses least."""
+    storages = in_formats(packing.storages(), limits)
+    # Any size will do to compare by: as if it were pruned, it need not suit the groups.
+    return min(storages, key=lambda s: (abs(s.rate - OTHER_BITS), codec.noise(codec.form(s, 1024, pruned=True))))
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """A matrix that cannot be quantized is a StageError that names `where`."""
+    try:
+        yield
+    except QuantizeError as error:
+        raise StageError(f"{where}: {error}") from error
 
 
 def in_formats(storages: list[Storage], limits: Limits) -> list[Storage]:

@@ -1,6 +1,6 @@
 """What a stage is given, its plan, and what stages share."""
 
-from collections.abc import Callable, Collection, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from ..calibration.store import Statistics
 from ..decompose.whitening import whitened_error
 from ..errors import MoesvdError
 from ..memory.pool import Pool
-from ..model.experts import expert_count, find_experts, shapes_of, unknown_experts
+from ..model.experts import find_experts, unknown_experts
 from ..model.folder import ModelError
-from ..model.remaining import is_gone
 from ..model.stream import StreamedModel
 from ..recipe.recipe import Limits
 from ..recipe.stage import Stage
@@ -163,27 +162,6 @@ UNREACHED = "no calibration token reaches it"
 def reached(statistics: dict, path: str) -> bool:
     """Whether any calibration token reached these experts; those for images see none of a text."""
     return bool(statistics[f"{path}/tokens"].sum())
-
-
-def kept_share(parent: StreamedModel, ratio: float, changed: Collection[str]) -> float:
-    """Parameters that `ratio` leaves to the experts modules at the paths `changed`, where all others stay as they are.
-
-    StageError where the others alone are more than the ratio leaves to all.
-    """
-    sizes: dict[str, int] = {}
-    for layer, name in zip(parent.layers, parent.layer_names):
-        for path, experts in find_experts(layer):
-            each = sum(out * in_features for out, in_features in shapes_of(experts).values())
-            sizes[f"{name}.{path}"] = 0 if is_gone(experts) else expert_count(experts) * each
-    whole = sum(sizes.values())
-    rest = sum(size for path, size in sizes.items() if path not in changed)
-    left = whole * (1 - ratio) - rest
-    if left <= 0:
-        raise StageError(
-            f"ratio {ratio}: no calibration token reaches {rest / whole:.1%} of the expert parameters, which stay as "
-            "they are; lower the ratio, or give calibration text that reaches them"
-        )
-    return left
 
 
 def require_experts(parent: StreamedModel) -> None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ..quantize.registry import Storage
 
 
+STEP = 8  # of ranks: a grouped product needs rows of whole 16 bytes
+
+
 class Form(IntEnum):
     """What weights a checkpoint has. A stage that takes a form takes all smaller ones as well."""
 
@@ -156,5 +159,5 @@ def packing_stage(stages: Sequence[Stage]) -> Stage | None:
 def check_ratio(value: float) -> float:
     """ValueError where a share of parameters to remove is not between 0 and 1."""
     if not 0 < value < 1:
-        raise ValueError(f"{value} is not between 0 and 1 (fraction of routed-expert parameters removed)")
+        raise ValueError(f"{value} is not between 0 and 1 (fraction of parameters removed)")
     return value

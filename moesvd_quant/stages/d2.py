@@ -17,9 +17,27 @@ class D2(Stage):
     name: ClassVar[str] = "d2"
     takes: ClassVar[Form] = Form.ORIGINAL
     leaves: ClassVar[Form] = Form.CHANGED
+    budget_option: ClassVar[str | None] = "ratio"
 
-    ratio: float = Field(description="fraction of routed-expert parameters removed, between 0 and 1")
-    merge: Literal["fisher", "frequency", "mean"] = Field("fisher", description="what weights the experts in the base")
+    ratio: float | None = Field(
+        None, description="fraction of parameters removed, see ratio_of, between 0 and 1; open: the budget decides"
+    )
+    ratio_of: Literal["experts", "model"] = Field(
+        "experts", description="what ratio is a share of: routed-expert parameters, or all parameters, as papers count"
+    )
+    delta_ratio: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="a delta's parameters as a share of its matrix, in place of a ratio (Table 12's thresholds)"
+    )
+    count: Literal["stored", "used"] = Field(
+        "stored",
+        description="channels of the bases that the ratio counts. stored: those on disk. used: those that a token "
+        "uses, as Table 12 counts; then less is removed than ratio says",
+    )
+    merge: Literal["fisher", "frequency", "mean", "regmean", "ties"] = Field(
+        "fisher",
+        description="how the base is made. fisher, frequency, mean: what weights the experts. regmean: the least "
+        "squares of all experts' outputs. ties: the largest changes from the most used expert, by elected sign",
+    )
     shared_v: bool = Field(False, description="one right factor for the deltas of all experts")
     static: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the base's channels left out")
     dynamic: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -29,20 +47,35 @@ class D2(Stage):
     @field_validator("ratio")
     @classmethod
     def _ratio(cls, value):
-        return check_ratio(value)
+        return None if value is None else check_ratio(value)
+
+    def unused_options(self) -> dict[str, str]:
+        unused = {} if self.dynamic else {"count": "dynamic"}
+        return unused | ({"ratio_of": "a ratio"} if self.ratio is None else {})
+
+    def needs_budget(self) -> bool:
+        return self.ratio is None and self.delta_ratio is None
 
     @model_validator(mode="after")
     def _something_left(self):
+        if self.ratio is not None and self.delta_ratio is not None:
+            raise ValueError("ratio: follows from delta_ratio; remove one of them")
+        if self.count == "used" and self.ratio is None:
+            raise ValueError("count: only with a ratio; a delta_ratio or a budget counts nothing that is not stored")
         if self.static + self.dynamic >= 1:
             raise ValueError(f"static {self.static} and dynamic {self.dynamic}: leave nothing of the base; lower them")
         return self
 
     def label(self) -> str:
         pruned = f"-p{round(self.static * 100)}+{round(self.dynamic * 100)}-" if self.static or self.dynamic else ""
-        return f"d2-{self.merge}{pruned}{round(self.ratio * 100)}"
+        ratio = "" if self.ratio is None else f"{round(self.ratio * 100)}"
+        if self.delta_ratio is not None:
+            ratio = f"-delta{self.delta_ratio * 100:g}"
+        of = "-of-model" if ratio and self.ratio_of == "model" else ""
+        return f"d2-{self.merge}{pruned}{ratio}{of}".removesuffix("-").replace("--", "-")
 
     def plan(self, context: "Context") -> "Plan":
-        from .d2_work import plan
+        from .d2_plan import plan
 
         return plan(context, self)
 

@@ -7,104 +7,27 @@ from pathlib import Path
 import torch
 
 from ..calibration.metric import shrink
-from ..checkpoint.layout import factor_part, layout_of
+from ..decompose.bases import regmean, ties
 from ..decompose.deltas import merge_base, share_deltas
 from ..decompose.pruning import (
-    base_parameters,
     channel_scores,
-    delta_ratio,
     kept_channels,
-    kept_counts,
     output_energy,
     token_choice,
 )
-from ..decompose.ranks import level_ranks
 from ..decompose.whitening import whitened_svd
 from ..memory.lazy import LazySequence
-from ..model.experts import expert_count, find_experts, is_shared, shapes_of, split_projections
+from ..model.experts import find_experts, split_projections
 from ..planning.context import (
     Context,
     Plan,
-    StageError,
     errors_of,
     expert_grams,
     factorized,
-    require_experts,
     weak_experts,
 )
-from ..planning.parts import parts_by_rank
-from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import DensePart, Projections
 from .d2 import D2
-from .paper import own_ranks
-
-
-def plan(context: Context, options: D2) -> Plan:
-    """One base per projection; one rank share for all deltas spends the rest of what the ratio leaves."""
-    require_experts(context.parent)
-    layout = layout_of(context.parent)
-    survey: dict[str, dict] = {}
-    for layer, name in zip(context.parent.layers, context.parent.layer_names):
-        for path, experts in find_experts(layer):
-            if isinstance(experts, FactorizedExperts):
-                raise StageError(f"{name}.{path}: is factorized already; stage d2 needs an original model")
-            if is_shared(experts):
-                raise StageError(
-                    f"{name}.{path}: a shared expert is alone, it has no base and no delta; leave out experts: all"
-                )
-            survey[f"{name}.{path}"] = {"experts": expert_count(experts), "shapes": shapes_of(experts)}
-    kept = {
-        path: kept_counts(entry["shapes"]["down"][1], options.static, options.dynamic) for path, entry in survey.items()
-    }
-    ranks = _ranks(survey, {path: stored for path, (stored, _) in kept.items()}, options)
-    decisions: dict = {}
-    for (path, projection), found in ranks.items():
-        everyone = list(range(len(found)))
-        base = DensePart(everyone, [0] * len(found))
-        if options.static or options.dynamic:
-            _prune(base, projection, "gate" in survey[path]["shapes"], *kept[path], bool(options.dynamic))
-        deltas = [factor_part(everyone, found[0], right=[0] * len(found))] if options.shared_v else parts_by_rank(found)
-        layout.experts.setdefault(path, {})[projection] = [base, *deltas]
-        decision = decisions.setdefault(path, {"base channels": {"stored": kept[path][0], "used": kept[path][1]}})
-        decision.setdefault("ranks", {})[projection] = found[0] if options.shared_v else found
-        ratio = delta_ratio(sum(found) / len(found), survey[path]["shapes"][projection])
-        decision.setdefault("delta_ratio", {})[projection] = round(ratio, 4)
-    return Plan(layout, decisions)
-
-
-def _ranks(survey: dict, stored: dict[str, int], options: D2) -> dict[tuple[str, str], list[int]]:
-    """Ranks of the deltas of each (path, projection), one for each expert: what the bases leave of the parameters."""
-    items = [(path, projection) for path, entry in survey.items() for projection in entry["shapes"]]
-    counts = [survey[path]["experts"] for path, _ in items]
-    shapes = [survey[path]["shapes"][projection] for path, projection in items]
-    total = sum(count * out * in_features for count, (out, in_features) in zip(counts, shapes))
-    bases = sum(
-        base_parameters(list(entry["shapes"].values()), entry["shapes"]["down"][1], stored[path])
-        for path, entry in survey.items()
-    )
-    left = max(int(total * (1 - options.ratio)) - bases, 0)
-    if options.shared_v:
-        units = [count * out + in_features for count, (out, in_features) in zip(counts, shapes)]
-        shared = level_ranks(units, [min(shape) for shape in shapes], left)
-        ranks = {item: [rank] * count for item, rank, count in zip(items, shared, counts)}
-    else:
-        ranks = own_ranks(survey, items, left)
-    if min(map(min, ranks.values())) == 0:
-        raise StageError(
-            f"ratio {options.ratio}: the bases take {bases / total:.1%} of the expert parameters and "
-            "leave some deltas no rank; lower it"
-        )
-    return ranks
-
-
-def _prune(base: DensePart, projection: str, has_gate: bool, stored: int, used: int, dynamic: bool) -> None:
-    """Makes a base a pruned one. The first projection is whole for every token: it makes the choice."""
-    if projection == "down":
-        base.columns = stored
-    else:
-        base.rows = stored
-    if dynamic and (projection == "down" or (projection == "up" and has_gate)):
-        base.dynamic = used
 
 
 def prepare(context: Context, options: D2, plan: Plan, folder: Path) -> Plan:
@@ -122,7 +45,7 @@ def run_layer(context: Context, options: D2, index: int, layer, statistics: dict
         grams = expert_grams(statistics, path, context.device, shrink)
         weights, tokens = split_projections(native), statistics[f"{path}/tokens"]
         layout = plan.layout.experts[full]
-        bases = {name: _base(context, options, full, name, weights[name], tokens) for name in layout}
+        bases = {name: _base(context, options, full, name, weights[name], grams[name], tokens) for name in layout}
         channels = _channels(bases, layout, statistics, path)
         banks = (
             (f"{name}_{bank}", row, value)
@@ -151,9 +74,13 @@ def _banks(parts, weights, base, grams, channels, options) -> Iterator[tuple[str
             yield from ((f"{i}_left", row, left), (f"{i}_right", row, right))
 
 
-def _base(context: Context, options: D2, full: str, name: str, weights, tokens) -> torch.Tensor:
+def _base(context: Context, options: D2, full: str, name: str, weights, grams, tokens) -> torch.Tensor:
     if options.merge == "fisher":
         return context.statistics.by_fisher("fisher", full)[name].to(weights.device).double()
+    if options.merge == "regmean":
+        return regmean(weights, grams)
+    if options.merge == "ties":
+        return ties(weights, tokens)
     importance = tokens.double() if options.merge == "frequency" else torch.ones(len(weights))
     return merge_base(weights, importance.to(weights.device))
 

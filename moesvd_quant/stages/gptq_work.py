@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -12,20 +11,17 @@ from ..decompose.whitening import whitened_error
 from ..memory.lazy import LazySequence, select
 from ..model.experts import dense_weight, find_experts, find_linears, left_over, shapes_of
 from ..model.remaining import is_gone, sources_of
-from ..planning.allocation import in_formats, plan_budget
+from ..planning.allocation import named, plain_storage, plan_budget
 from ..planning.context import UNREACHED, Context, Plan, StageError, factorized, require_experts, weak_experts
-from ..quantize.codec import Bank, Codecs, PackedMatrix, QuantizeError
+from ..quantize.codec import Bank, Codecs, PackedMatrix
 from ..quantize.factors import quantize_factors
 from ..quantize.registry import FLOAT, Storage
-from ..recipe.recipe import Limits
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.formats import Format
 from ..runtime.parts import DensePart, LinearLayout, Part, Projections
 from ..runtime.stored import StoredLinear
 from .gptq import Gptq
 from .inputs import inputs_of, require_originals
-
-OTHER_BITS = 4  # of linears outside the experts, where a budget decides about the experts
 
 
 def plan(context: Context, options: Gptq) -> Plan:
@@ -41,7 +37,7 @@ def plan(context: Context, options: Gptq) -> Plan:
     )
     storages, layout, kept = context.storages or made.storages, made.layout, {}
     codec = options.codec()
-    other = _storage_of_others(options, context.limits, codec)
+    other = plain_storage(options, context.limits, codec)
     for layer, name in zip(parent.layers, parent.layer_names):
         for path, experts in find_experts(layer):
             full = f"{name}.{path}"
@@ -72,19 +68,9 @@ def plan(context: Context, options: Gptq) -> Plan:
     return made
 
 
-def _storage_of_others(options: Gptq, limits: Limits, codec: Codecs) -> Storage:
-    """Of linears outside the experts: as the recipe says, or where a budget decides about experts, OTHER_BITS or near
-    it, in the format that loses least."""
-    storages = in_formats(options.storages(), limits)
-    # Any size will do to compare by: as if it were pruned, it need not suit the groups.
-    return min(storages, key=lambda s: (abs(s.rate - OTHER_BITS), codec.noise(codec.form(s, 1024, pruned=True))))
-
-
 def _form(codec: Codecs, storage: Storage, columns: int, where: str, bank: Bank = "dense", pruned=False) -> Format:
-    try:
+    with named(where):
         return codec.form(storage, columns, bank, pruned)
-    except QuantizeError as error:
-        raise StageError(f"{where}: {error}") from error
 
 
 def _pack_experts(
@@ -149,17 +135,8 @@ def run_outer(context: Context, options: Gptq, plan: Plan) -> dict:
     return {"lm_head": error}
 
 
-@contextmanager
-def _named(where: str) -> Iterator[None]:
-    """A matrix that cannot be quantized is a StageError that names `where`."""
-    try:
-        yield
-    except QuantizeError as error:
-        raise StageError(f"{where}: {error}") from error
-
-
 def _quantize(codec: Codecs, where: str, weight, gram, form: Format) -> PackedMatrix:
-    with _named(where):
+    with named(where):
         return codec.pack(weight, codec.inputs(gram, form), form)
 
 
@@ -237,7 +214,7 @@ def _quantize_part(
         count = max(part.users(kind)) + 1
         return LazySequence(count, lambda row: experts.bank(name, i, kind, torch.float64, row))
 
-    with _named(f"{full}.{name}"):
+    with named(f"{full}.{name}"):
         lefts, rights = quantize_factors(
             select(targets, part.experts),
             select(grams, part.experts),

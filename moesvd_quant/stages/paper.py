@@ -1,78 +1,22 @@
-"""MoE-SVD's own plan for stage `svd`: sensitivity picks the layers, V is shared, U trimmed, a rank share is solved."""
+"""MoE-SVD's own plan for stage `svd`: V is shared and U trimmed in the layers that `paper_layers` chooses, and one
+share of the full rank is solved for all of them."""
 
-from collections.abc import Iterator
-
-import torch
-
-from ..calibration.statistics import outlier_share
 from ..checkpoint.layout import dense_layout, factor_part
 from ..decompose.ranks import STEP, level_ranks
-from ..decompose.sensitivity import (
-    OWL_MULTIPLE,
-    choose_projections,
-    layer_sensitivity,
-    outlier_distribution,
-    principal_rank,
-    sampling_frequency,
-)
-from ..decompose.sharing import left_count
-from ..model.experts import split_projections
+from ..decompose.sharing import stored_factors
+from ..planning.by_bytes import NotReachable
 from ..planning.context import StageError
 from ..planning.parts import parts_by_rank
 from ..runtime.parts import FactorPart, Projections
+from .paper_layers import choose_items, named_paths
 from .svd import Svd
 
-
-def survey_layer(experts, statistics: dict, path: str, total_tokens: int, options) -> dict:
-    """What the choice of layers and the layout need of a layer: {"frequency" (E,), "sensitivity"}."""
-    frequency = sampling_frequency(statistics[f"{path}/tokens"], total_tokens)
-    return {"frequency": frequency, "sensitivity": _score(experts, statistics, path, frequency, options)}
+Item = tuple[str, str]  # path and projection
 
 
-def _score(experts, statistics, path, frequency, options) -> float:
-    if options.select == "uniform":
-        return 0.0
-    projections = split_projections(experts)
-    if options.select == "owl":
-        return outlier_score(experts, statistics, path)
-    factors = []
-    if "f" in options.select:
-        factors.append(frequency)
-    if "p" in options.select:  # an expert's rank is the sum over its matrices
-        ranks = [[principal_rank(w, options.principal_rank) for w in matrices] for matrices in projections.values()]
-        factors.append(torch.tensor(ranks, dtype=torch.float64).sum(0))
-    if "a" in options.select:
-        magnitudes, total = statistics[f"{path}/magnitudes"], statistics[f"{path}/magnitude_sum"]
-        factors.append(outlier_share(magnitudes, total, options.outlier))
-    return layer_sensitivity(factors)
-
-
-def outlier_score(experts, statistics: dict, path: str) -> float:
-    """OWL's score of an experts module of the original."""
-    weights, norms = zip(*weights_and_norms(experts, statistics, path))
-    return outlier_distribution(weights, norms, OWL_MULTIPLE)
-
-
-def mean_inputs(statistics: dict, path: str) -> dict[str, torch.Tensor]:
-    """Mean absolute inputs (E, in) of each projection; of an expert without tokens those of its layer."""
-    tokens = statistics[f"{path}/tokens"]
-    means = {}
-    for key in ("abs_in", "abs_mid"):
-        total = statistics[f"{path}/{key}"].double()
-        means[key] = torch.where(tokens[:, None] > 0, total / tokens.clamp(min=1)[:, None], total.sum(0) / tokens.sum())
-    return {"gate": means["abs_in"], "up": means["abs_in"], "down": means["abs_mid"]}
-
-
-def weights_and_norms(experts, statistics: dict, path: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(weight (out, in), norms (in,) of its inputs over all tokens of the expert) of every matrix of an experts module
-    of the original."""
-    for name, weights in split_projections(experts).items():
-        gram = statistics[f"{path}/{'gram_mid' if name == 'down' else 'gram_in'}"]
-        yield from zip(weights, gram.diagonal(dim1=1, dim2=2).sqrt())
-
-
-def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
-    """Layout and decisions of the experts: `budget` parameters for all of them, spent to within a step of a rank."""
+def plan_paper(survey: dict, budget: int, options: Svd) -> tuple[dict, dict]:
+    """Layout and decisions of the experts: `budget` parameters for all of them, spent to within a step of a rank; not
+    asked where the options give the rank."""
     units = {path: _units(path, entry, options) for path, entry in survey.items()}
     paths = list(survey)
     dense, full = [], []
@@ -83,45 +27,73 @@ def plan_paper(survey: dict, budget: int, options) -> tuple[dict, dict]:
         }
         dense.append(list(sizes.values()))
         full.append([units[path][name] * rank for name, rank in entry["full"].items()])
-    total = sum(map(sum, dense))
-    chosen = _choose([survey[path]["sensitivity"] for path in paths], dense, full, total - budget, survey, options)
     names = {path: list(survey[path]["shapes"]) for path in paths}
-    items = [(paths[layer], names[paths[layer]][p]) for layer, p in chosen]
-    items.sort(key=lambda item: -survey[item[0]]["sensitivity"])  # the most sensitive are rounded up first
-    left_over = budget - (total - sum(dense[layer][p] for layer, p in chosen))
+    if options.layers is None:
+        removed = sum(map(sum, dense)) - budget
+        chosen = choose_items([survey[path]["sensitivity"] for path in paths], dense, full, removed, survey, options)
+        items = [(paths[layer], names[paths[layer]][p]) for layer, p in chosen]
+        items.sort(key=lambda item: -survey[item[0]]["sensitivity"])  # the most sensitive are rounded up first
+    else:
+        items = [(path, name) for path in named_paths(survey, options.layers) for name in names[path]]
     layout: dict[str, Projections] = {}
     decisions: dict[str, dict] = {}
     for path, entry in survey.items():
         decomposed = [name for name in names[path] if (path, name) in items]
         decisions[path] = {"sensitivity": entry["sensitivity"], "decomposed": decomposed}
         layout[path] = dense_layout(entry["experts"], entry["shapes"])
-    if options.shared_v:
-        full_ranks = [survey[path]["full"][name] for path, name in items]
-        shared = level_ranks([units[path][name] for path, name in items], full_ranks, left_over)
-        ranks = {item: [rank] for item, rank in zip(items, shared)}
-    else:
-        ranks = own_ranks(survey, items, left_over)
-    require_ranks(ranks, options.ratio)
-    for (path, name), found in ranks.items():
-        if options.shared_v:
+    for (path, name), found in _ranks(survey, items, units, dense, budget, options).items():
+        if shares_factors(options, survey[path]["experts"]):
             layout[path][name] = [_shared_part(survey[path], found[0], options)]
         else:
             layout[path][name] = parts_by_rank(found)
-        decisions[path].setdefault("ranks", {})[name] = found[0] if options.shared_v else found
+        decisions[path].setdefault("ranks", {})[name] = found[0] if options.share != "none" else found
     return layout, decisions
 
 
-def require_ranks(ranks: dict[tuple[str, str], list[int]], ratio: float | None) -> None:
+def _ranks(survey, items: list[Item], units, dense, budget: int, options: Svd) -> dict[Item, list[int]]:
+    """Ranks of the experts of each item, one for each: the given one, or what spends the budget."""
+    if options.rank is not None:
+        for path, name in items:
+            full = survey[path]["full"][name]
+            if options.rank > full:
+                raise StageError(
+                    f"{path}.{name}: svd.rank {options.rank}: above {full} factors are exact, or as large as the "
+                    "matrices; lower it"
+                )
+        return {(path, name): [options.rank] * survey[path]["experts"] for path, name in items}
+    total, held = sum(map(sum, dense)), {path: dict(zip(survey[path]["shapes"], d)) for path, d in zip(survey, dense)}
+    chosen = sum(held[path][name] for path, name in items)
+    left_over = budget - total + chosen
+    most = sum(units[path][name] * survey[path]["full"][name] for path, name in items)
+    least = sum(units[path][name] * STEP for path, name in items)
+    if options.layers is not None and not least <= left_over <= most + 0.005 * total:
+        raise NotReachable(
+            f"svd.layers: these {len(options.layers)} layers can remove {(chosen - most) / total:.3f} to "
+            f"{(chosen - least) / total:.3f} of the expert parameters, and {(total - budget) / total:.3f} are asked "
+            "for; give others, or another ratio",
+            total - chosen + most if left_over > most else None,
+        )
+    if options.share == "none":
+        ranks = own_ranks(survey, items, left_over)
+    else:
+        full_ranks = [survey[path]["full"][name] for path, name in items]
+        shared = level_ranks([units[path][name] for path, name in items], full_ranks, left_over)
+        ranks = {item: [rank] * survey[item[0]]["experts"] for item, rank in zip(items, shared)}
+    require_ranks(ranks)
+    return ranks
+
+
+def require_ranks(ranks: dict[Item, list[int]]) -> None:
     """StageError where a matrix would be nothing at all."""
-    if min(map(min, ranks.values())) == 0:
-        raise StageError(f"ratio {ratio} leaves some matrices no rank at all; lower it")
+    if nothing := next((f"{path}.{name}" for (path, name), found in ranks.items() if min(found) == 0), None):
+        raise NotReachable(f"{nothing}: the ratio leaves some of its matrices no rank at all; lower it")
 
 
-def own_ranks(survey: dict, items: list[tuple[str, str]], budget: int) -> dict[tuple[str, str], list[int]]:
+def own_ranks(survey: dict, items: list[Item], budget: int) -> dict[Item, list[int]]:
     """Ranks of each expert of the (path, projection) items: one share of the full rank, a step more for the first."""
     owners = [item for item in items for _ in range(survey[item[0]]["experts"])]
     shapes = [survey[path]["shapes"][name] for path, name in owners]
-    found: dict[tuple[str, str], list[int]] = {}
+    found: dict[Item, list[int]] = {}
     for item, rank in zip(owners, level_ranks([sum(s) for s in shapes], [min(s) for s in shapes], budget)):
         found.setdefault(item, []).append(rank)
     return found
@@ -129,11 +101,13 @@ def own_ranks(survey: dict, items: list[tuple[str, str]], budget: int) -> dict[t
 
 def shares_factors(options: Svd, experts: int) -> bool:
     """Whether so many experts have a right factor in common. A shared expert is alone and has its own factors."""
-    return options.method == "moe_svd" and options.shared_v and experts > 1
+    return options.method == "moe_svd" and options.share != "none" and experts > 1
 
 
 def kept_lefts(options: Svd, group: int) -> int:
     """How many left factors a group of so many experts keeps. ValueError where it does not have as many."""
+    if options.share == "equation_6":
+        return group
     kept = options.keep_u if options.trim_u is None else group - options.trim_u
     if 1 <= kept <= group:
         return kept
@@ -153,35 +127,14 @@ def _units(path: str, entry: dict, options) -> dict[str, int]:
             kept = kept_lefts(options, count // options.groups)
         except ValueError as error:
             raise StageError(f"{path}: {error}") from error
-        lefts = left_count(entry["frequency"], kept, options.literal, options.groups)
-        rights = count if options.literal else options.groups
-    entry["lefts"] = lefts
+        lefts, rights = stored_factors(options.share, entry["frequency"], kept, options.groups)
+    entry["lefts"], entry["rights"] = lefts, rights
     return {name: lefts * out + rights * in_features for name, (out, in_features) in entry["shapes"].items()}
-
-
-def _choose(scores, dense, full, removed, survey, options) -> list[tuple[int, int]]:
-    if options.select == "uniform":
-        everything = [(layer, p) for layer, sizes in enumerate(dense) for p in range(len(sizes))]
-        if sum(map(sum, dense)) - removed <= sum(map(sum, full)):
-            return everything
-        least = 1 - sum(map(sum, full)) / sum(map(sum, dense))
-        raise StageError(
-            f"ratio {options.ratio}: factors shared in every layer remove at least {least:.3f}; raise it, or give "
-            "another select"
-        )
-    least = max(STEP / rank for entry in survey.values() for rank in entry["full"].values())
-    try:
-        return choose_projections(scores, dense, full, removed, least)
-    except ValueError as error:
-        raise StageError(
-            f"ratio {options.ratio} cannot be had by decomposing some of {len(scores)} layers; the nearest that can: "
-            f"{error}"
-        ) from error
 
 
 def _shared_part(entry: dict, rank: int, options) -> FactorPart:
     """Which left factor an expert takes is known when the layer is done: the rows are filled in there."""
     count = entry["experts"]
-    group = [e * options.groups // count for e in range(count)]
+    rights = [e * entry["rights"] // count for e in range(count)]
     lefts = [min(e, entry["lefts"] - 1) for e in range(count)]
-    return factor_part(list(range(count)), rank, left=lefts, right=list(range(count)) if options.literal else group)
+    return factor_part(list(range(count)), rank, left=lefts, right=rights)

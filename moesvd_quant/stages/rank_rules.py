@@ -7,10 +7,12 @@ from ..decompose.baselines import asvd
 from ..decompose.ranks import STEP
 from ..decompose.sparsity import owl_shares
 from ..decompose.truncation import RATIOS, SAMPLES, rank_of, search_truncation
-from ..planning.context import Context, StageError, reached
+from ..planning.by_bytes import NotReachable
+from ..planning.context import Context, reached
 from ..planning.knapsack import DENSE
 from ..planning.parts import parts_by_rank
-from .paper import mean_inputs, own_ranks, require_ranks
+from .paper import own_ranks, require_ranks
+from .paper_layers import mean_inputs
 from .svd import Svd
 
 Ranks = dict[tuple[str, str], list[int]]  # of each expert, by (path, projection)
@@ -24,7 +26,7 @@ def plan_own(context: Context, survey: dict[str, dict], budget: int, options: Sv
         ranks = _by_outliers(survey, budget)
     else:  # one share of the full rank for every matrix: what SVD-LLM does, and ASVD without its search
         ranks = own_ranks(survey, _items(survey), budget)
-    require_ranks(ranks, options.ratio)
+    require_ranks(ranks)
     layout: dict = {}
     decisions: dict = {}
     for (path, name), found in ranks.items():
@@ -49,7 +51,7 @@ def _by_outliers(survey: dict[str, dict], budget: int) -> Ranks:
     try:
         shares = owl_shares([entry["outliers"] for entry in survey.values()], sizes, budget / sum(sizes))
     except ValueError as error:
-        raise StageError(f"svd.ranks: owl: {error}; give a ratio nearer to a half") from error
+        raise NotReachable(f"svd.ranks: owl: {error}; give a ratio nearer to a half") from error
     ranks: Ranks = {}
     for (path, entry), size, share in zip(survey.items(), sizes, shares):
         ranks |= own_ranks(survey, [(path, name) for name in entry["shapes"]], int(share * size))
@@ -67,7 +69,7 @@ def _searched(context: Context, survey: dict[str, dict], budget: int, options: S
     try:
         taken = search_truncation([losses[item] for item in items], costs, whole, budget)
     except ValueError as error:
-        raise StageError(f"svd.ranks: strs: {error}; lower the ratio") from error
+        raise NotReachable(f"svd.ranks: strs: {error}; lower the ratio") from error
     ranks = {item: [DENSE if k is None else own[k]] * n for item, k, own, n in zip(items, taken, tried, counts)}
     left = budget - sum(size if k is None else cost[k] for size, cost, k in zip(whole, costs, taken))
     truncated = [(losses[item][k], item, shape) for item, k, shape in zip(items, taken, shapes) if k is not None]

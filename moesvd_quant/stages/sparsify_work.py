@@ -32,7 +32,7 @@ from ..quantize.sparsegpt import sparsegpt, sparsegpt_kept
 from ..runtime.parts import LinearLayout
 from ..runtime.sparse import Sparse, pack_sparse
 from ..runtime.stored import StoredLinear
-from .paper import weights_and_norms
+from .paper_layers import weights_and_norms
 from .sparsify import Sparsify
 
 

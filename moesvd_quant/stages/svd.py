@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..recipe.stage import Form, Stage, check_ratio
+from ..recipe.stage import STEP, Form, Stage, check_ratio
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..planning.context import Context, Plan
+
+SHARE_MARKS = {"refit": "", "equation_6": "eq6", "equation_8": "eq8", "algorithm_3": "alg3", "none": "own"}
 
 
 LABELS = {"global": "svd", "svd_llm": "svd-llm", "plain": "svd-plain", "asvd": "asvd", "fwsvd": "fwsvd"}
@@ -29,7 +31,10 @@ class Svd(Stage):
         "paper: sensitive layers kept, V shared, U trimmed",
     )
     ratio: float | None = Field(
-        None, description="fraction of routed-expert parameters removed, between 0 and 1; left open: the budget decides"
+        None, description="fraction of parameters removed, see ratio_of, between 0 and 1; open: the budget decides"
+    )
+    ratio_of: Literal["experts", "model"] = Field(
+        "experts", description="what ratio is a share of: routed-expert parameters, or all parameters, as papers count"
     )
     ranks: Literal["uniform", "owl", "strs"] = Field(
         "uniform",
@@ -49,7 +54,17 @@ class Svd(Stage):
     select: Literal["fpa", "fp", "fa", "pa", "f", "p", "a", "owl", "uniform"] = Field(
         "fpa", description="moe_svd: what keeps a layer: factors of eq. 4 (Table 5), OWL's score, or nothing (Table 4)"
     )
-    shared_v: bool = Field(True, description="moe_svd: one right factor for all experts of a group; false: own factors")
+    layers: list[int] | None = Field(
+        None, description="moe_svd: the layers to decompose, from 0, in place of a choice by score (Table 10)"
+    )
+    rank: Annotated[int, Field(gt=0, multiple_of=STEP)] | None = Field(
+        None, description="moe_svd: rank of all factors of these layers, in place of a ratio"
+    )
+    share: Literal["refit", "equation_6", "equation_8", "algorithm_3", "none"] = Field(
+        "refit",
+        description="moe_svd: what the experts of a decomposed layer share. refit: one V, few U fitted to it. "
+        "equation_6: one V, own U. equation_8: one V, sums of U. algorithm_3: the paper's code. none: own factors",
+    )
     groups: Annotated[int, Field(ge=1)] = Field(1, description="moe_svd: groups of neighbouring experts; one V each")
     keep_u: Annotated[int, Field(ge=1)] = Field(2, description="moe_svd: left factors kept per group (k of eq. 7)")
     trim_u: Annotated[int, Field(ge=0)] | None = Field(
@@ -61,40 +76,54 @@ class Svd(Stage):
     outlier: Annotated[float, Field(gt=0)] = Field(
         2.0, description="moe_svd: an activation is an outlier above this multiple of the mean (eq. 10)"
     )
-    literal: bool = Field(False, description="moe_svd: Algorithm 3 by the letter, without refit")
 
     @field_validator("ratio")
     @classmethod
     def _ratio(cls, value):
         return None if value is None else check_ratio(value)
 
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value):
+        if value is not None and (not value or min(value) < 0 or len(set(value)) < len(value)):
+            raise ValueError("give the numbers of some layers, from 0, each once")
+        return value
+
     def unused_options(self) -> dict[str, str]:
         """Options of other methods, {name: what they need}."""
-        paper, factors = self.method == "moe_svd", self.select if self.select not in ("owl", "uniform") else ""
+        factors = self.select if self.select not in ("owl", "uniform") else ""
+        scored, trims = self.layers is None, self.share not in ("none", "equation_6")
         needs = {
+            "ratio_of": (self.ratio is not None, "a ratio"),
             "update": (self.method == "svd_llm", "method: svd_llm"),
             "error_aware": (self.method == "global", "method: global"),
             "ranks": (self.method in LABELS and self.method != "global", "method: svd_llm, asvd, fwsvd or plain"),
             "alpha": (self.method == "asvd", "method: asvd"),
-            "principal_rank": ("p" in factors, "p in select"),
-            "outlier": ("a" in factors, "a in select"),
-            "keep_u": (self.trim_u is None, "trim_u left out"),
         }
-        for name in ("groups", "keep_u", "trim_u", "literal"):
-            met, need = needs.get(name, (True, ""))
-            needs[name] = (met and self.shared_v, need if self.shared_v else "shared_v: true")
-        for name in ("select", "shared_v", "groups", "keep_u", "trim_u", "principal_rank", "outlier", "literal"):
-            met, need = needs.get(name, (True, ""))
-            needs[name] = (met and paper, need if paper else "method: moe_svd")
+        own = {
+            "select": (scored, "layers left out"),
+            "layers": (True, ""),
+            "rank": (not scored, "layers"),
+            "share": (True, ""),
+            "groups": (self.share != "none", "a share of V"),
+            "keep_u": (trims and self.trim_u is None, "trim_u left out" if trims else "a share that trims U"),
+            "trim_u": (trims, "a share that trims U"),
+            "principal_rank": (scored and "p" in factors, "p in select" if scored else "layers left out"),
+            "outlier": (scored and "a" in factors, "a in select" if scored else "layers left out"),
+        }
+        needs |= own if self.method == "moe_svd" else dict.fromkeys(own, (False, "method: moe_svd"))
         return {name: need for name, (met, need) in needs.items() if not met}
 
     @model_validator(mode="after")
-    def _has_ratio(self):
-        if self.method != "global" and self.ratio is None:
-            raise ValueError("ratio: is required (fraction of routed-expert parameters removed, between 0 and 1)")
+    def _ratio_or_rank(self):
+        if self.ratio is not None and self.rank is not None:
+            raise ValueError("ratio: follows from layers and rank; remove ratio, or rank")
         if self.ranks == "strs" and self.method != "asvd":
             raise ValueError("ranks: strs is ASVD's search; use method: asvd, or ranks: owl")
         return self
+
+    def needs_budget(self) -> bool:
+        return self.ratio is None and self.rank is None
 
     def calibration_walks(self) -> int:
         return 2 if self.error_aware else int(self.update)
@@ -104,8 +133,9 @@ class Svd(Stage):
 
     def label(self) -> str:
         label = self._method_label()
-        ratio = "" if self.ratio is None else f"{round(self.ratio * 100)}"
-        label = f"{label}-{ratio}" if label[-1].isdigit() else label + ratio
+        if self.ratio is not None:
+            label += f"{'-' if label[-1].isdigit() else ''}{round(self.ratio * 100)}"
+            label += "-of-model" if self.ratio_of == "model" else ""
         return f"{label}-aware" if self.error_aware else label
 
     def _method_label(self) -> str:
@@ -114,11 +144,12 @@ class Svd(Stage):
             return "-".join([LABELS[self.method], *(mark for mark, is_set in marks.items() if is_set)])
         marks = {
             self.select: self.select != "fpa",
-            "own": not self.shared_v,
+            f"layers{len(self.layers or ())}": self.layers is not None,
+            f"r{self.rank}": self.rank is not None,
+            SHARE_MARKS[self.share]: self.share != "refit",
             f"g{self.groups}": self.groups > 1,
             f"trim{self.trim_u}": self.trim_u is not None,
             f"keep{self.keep_u}": self.keep_u != 2,
-            "literal": self.literal,
         }
         return "-".join(["moe-svd-paper", *(mark for mark, is_set in marks.items() if is_set)])
 

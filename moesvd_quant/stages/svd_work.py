@@ -9,11 +9,12 @@ from ..calibration.metric import shrink
 from ..checkpoint.layout import layout_of
 from ..decompose.baselines import asvd, fwsvd, plain_svd
 from ..decompose.sensitivity import sampling_frequency
-from ..decompose.sharing import literal, share_and_trim, share_in_groups
+from ..decompose.sharing import SHARINGS, share_in_groups
 from ..decompose.whitening import balance, refit_left, whitened_svd
 from ..model.experts import expert_count, find_experts, shapes_of
 from ..model.remaining import is_gone
 from ..planning.allocation import plan_budget, plan_ratio
+from ..planning.by_bytes import require_one_unknown, spend
 from ..planning.choices import row_scale
 from ..planning.context import (
     UNREACHED,
@@ -22,15 +23,16 @@ from ..planning.context import (
     StageError,
     expert_grams,
     fill,
-    kept_share,
     reached,
     require_experts,
     weak_experts,
 )
+from ..planning.shares import kept_share, parameters_of
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import DensePart
 from .inputs import inputs_of, require_originals
-from .paper import kept_lefts, mean_inputs, outlier_score, plan_paper, shares_factors, survey_layer
+from .paper import kept_lefts, plan_paper, shares_factors
+from .paper_layers import mean_inputs, outlier_score, require_layers, survey_layer
 from .rank_rules import plan_own
 from .svd import Svd
 
@@ -42,17 +44,28 @@ def plan(context: Context, options: Svd) -> Plan:
         require_originals(context.parent)
     if options.method != "global":
         _require_all(context, options.method)
-    if options.ratio is None:
-        return plan_budget(context, ranks=True)
     if options.method == "global":
-        return plan_ratio(context, options.ratio)
+        if options.ratio is None:
+            return plan_budget(context, ranks=True)
+        return plan_ratio(context, options.ratio, options.ratio_of)
+    if options.needs_budget():
+        require_one_unknown(context, "svd.ratio")
+    require_layers(context.parent, options)
     survey, kept = _survey(context, options)
-    budget = int(kept_share(context.parent, options.ratio, survey))
     layout = layout_of(context.parent)
-    if options.method == "moe_svd":
-        layout.experts, decisions = plan_paper(survey, budget, options)
+
+    def decide(parameters: int) -> tuple[dict, dict]:
+        if options.method == "moe_svd":
+            return plan_paper(survey, parameters, options)
+        return plan_own(context, survey, parameters, options)
+
+    if options.needs_budget():
+        others = parameters_of(context.parent) - parameters_of(context.parent, survey)
+        made = spend(context, lambda parameters: decide(parameters - others))
+        layout.experts, decisions = made.experts, made.decisions
     else:
-        layout.experts, decisions = plan_own(context, survey, budget, options)
+        share = options.ratio and kept_share(context.parent, options.ratio, options.ratio_of, survey)
+        layout.experts, decisions = decide(int(share or 0))
     for path, entry in survey.items():
         decisions.setdefault(path, {})["weak_experts"] = entry["weak"]
     return Plan(layout, decisions, {"kept in 16 bit": kept} if kept else {})
@@ -76,7 +89,15 @@ def prepare(context: Context, options: Svd, plan: Plan) -> Plan:
 
 
 def _survey(context: Context, options: Svd) -> tuple[dict[str, dict], dict[str, str]]:
-    """Per experts module: shapes, and what the method needs of weights and statistics; and modules that are kept."""
+    """Per experts module: shapes, and what the method needs of weights and statistics; and modules that are kept. Kept
+    in `context.memo` for the next budget."""
+    key = "survey", options.model_dump_json()
+    if key not in context.memo:
+        context.memo[key] = _surveyed(context, options)
+    return context.memo[key]
+
+
+def _surveyed(context: Context, options: Svd) -> tuple[dict[str, dict], dict[str, str]]:
     found = dict(context.each_layer(partial(_survey_layer, options), context.surveyed))
     survey = {path: entry for index in sorted(found) for path, entry in found[index].items()}
     unreached = {path: UNREACHED for path, entry in survey.items() if entry is None}
@@ -95,7 +116,7 @@ def _survey_layer(options: Svd, context: Context, index: int, layer, statistics:
         if not reached(statistics, path):
             found[full] = None
             continue
-        entry: dict = {"shapes": shapes_of(experts), "experts": expert_count(experts)}
+        entry: dict = {"layer": index, "shapes": shapes_of(experts), "experts": expert_count(experts)}
         entry["weak"] = weak_experts(statistics, path)
         if options.method == "moe_svd":
             entry |= survey_layer(experts, statistics, path, context.statistics.windows.numel(), options)
@@ -157,8 +178,7 @@ def _banks(
         yield from (("dense", row, weights[e]) for row, e in enumerate(experts))
         return
     if shares_factors(options, len(weights)):
-        make = literal if options.literal else share_and_trim
-        kept = kept_lefts(options, len(weights) // options.groups)
+        make, kept = SHARINGS[options.share], kept_lefts(options, len(weights) // options.groups)
         made = share_in_groups(make, list(weights), grams, frequency, part.rank, kept, options.groups)
         part.left, part.right = made.left_rows, made.right_rows
         yield from (("left", None, made.left), ("right", None, made.right))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moesvd_quant.decompose.baselines import asvd, fwsvd, plain_svd
-from moesvd_quant.decompose.sharing import literal, share_and_trim, share_in_groups
+from moesvd_quant.decompose.sharing import SHARINGS, share_in_groups
 from moesvd_quant.decompose.whitening import whitened_svd
 
 
@@ -57,7 +57,7 @@ def test_a_feature_that_was_never_seen_does_not_break_asvd():
     assert all(torch.isfinite(side).all() for side in fwsvd(weight(), magnitude, 5))
 
 
-@pytest.mark.parametrize("make", [share_and_trim, literal])
+@pytest.mark.parametrize("make", SHARINGS.values())
 def test_groups_are_each_shared_alone(make):
     weights = [weight(seed=e) for e in range(6)]
     x = torch.randn(6, 40, 20, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
