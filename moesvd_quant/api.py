@@ -37,13 +37,15 @@ class Evaluation:
 @dataclass(frozen=True)
 class StagePlan:
     """What a stage will do. accounting: exact bytes and parameters of its checkpoint (`checkpoint.accounting`);
-    decisions: by the path of each experts module; notes: on the whole model; layout: of its tensors."""
+    decisions: by the path of each experts module; notes: on the whole model; layout: of its tensors; expert_bits:
+    stored bits per original weight of each expert, by the same path."""
 
     stage: str
     accounting: dict
     decisions: dict[str, dict]
     notes: dict
     layout: dict
+    expert_bits: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ def plan(
     executor: Literal["processes", "ray"] = "processes", report: Report = _quiet,
 ) -> Plan:  # fmt: skip
     """What `compress` with these arguments will do: exact bytes of every stage, memory and disk. Changes no weight."""
+    from .checkpoint.density import density
     from .run.plan import plan_stages
+    from .runtime.parts import layout_from
 
     job = start(
         model, recipe, out, overrides, device=device, memory=memory, workers=workers, executor=executor, report=report
@@ -147,7 +151,7 @@ def plan(
         made = plan_stages(job)
     finally:
         job.pool.close()
-    stages = [StagePlan(one["stage"], one["accounting"], one["decisions"], one["notes"], one["layout"]) for one in made]
+    stages = [StagePlan(**one, expert_bits=density(job.meta, layout_from(one["layout"]))) for one in made]
     return Plan(stages, needs)
 
 
