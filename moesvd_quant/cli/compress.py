@@ -33,6 +33,7 @@ def run(
     memory: Memory = None,
     workers: Workers = 1,
     executor: Executor = "processes",
+    push: Annotated[str | None, typer.Option(help="Upload the result to the hub as user/name, private.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run a recipe: each stage writes a checkpoint under OUT; interrupted, the same command goes on."""
@@ -40,15 +41,18 @@ def run(
 
     how: Any = {"device": device, "memory": memory, "workers": workers, "executor": executor}
     with progress_bars(as_json) as report:
-        made = compress(model, recipe, out, overrides or (), report=report, **how)
+        made = compress(model, recipe, out, overrides or (), push=push, report=report, **how)
     records = [one.record for one in made.evaluation]
     if as_json:
-        print(json.dumps({"checkpoints": list(map(str, made.checkpoints)), "evaluation": records}))
+        checkpoints = list(map(str, made.checkpoints))
+        print(json.dumps({"checkpoints": checkpoints, "evaluation": records, "address": made.address}))
         return
     for folder in made.checkpoints:
         print(f"{folder}: {json.loads((folder / 'moesvd.json').read_text())['accounting']['disk_bytes'] / 1e6:.2f} MB")
     if records:
         print_table(records, "terminal")
+    if made.address:
+        print(made.address)
 
 
 @app.command()
