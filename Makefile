@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow everything down, many times over, where another process wants the core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: venv test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed clean
+.PHONY: venv test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-hardware docs clean
 
 venv: .venv/.installed
 
@@ -30,6 +30,10 @@ test-slow: venv
 lint: venv
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
+# The site, into site/: every link is checked.
+docs: venv
+	$(BIN)/mkdocs build --strict --quiet
+
 demo: venv
 	$(BIN)/moesvd demo --out demo-out
 
@@ -44,6 +48,10 @@ bench-scale: venv
 # One worker and two, in processes and on Ray: minutes, and two cores that nothing else uses.
 bench-workers: venv
 	MOESVD_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m moesvd_quant.evaluation.benchmarks.workers --folder bench-workers
+
+# Bytes, memory and operations of published models, from their shapes: a minute.
+bench-hardware: venv
+	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.hardware
 
 arch-table: venv
 	$(BIN)/python tests/architecture_table.py docs/architectures.md .arch-table.jsonl
@@ -86,4 +94,4 @@ bench-ablations: venv
 	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.ablations $(ABLATIONS)
 
 clean:
-	rm -rf demo-out quality-out budget-out forecast-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl
+	rm -rf site demo-out quality-out budget-out forecast-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..model.positions import positions, usual_length
 from ..runtime.modeling_moesvd import file_digest
 from .perplexity import PROTOCOLS, rolling_windows
 
@@ -19,7 +20,7 @@ class EvalSpec:
 
     texts: dict[str, str] = field(default_factory=dict)  # {name: source} for perplexity
     protocols: tuple[str, ...] = ("gptq",)  # of PROTOCOLS
-    length: int | None = None  # tokens per window; None is 2048, or what the model can take
+    length: int | None = None  # tokens per window; None: `usual_length` of the model
     batch_size: int | None = None
     stream: bool | None = None  # one layer in memory at a time; None: where the model does not fit
     tasks: tuple[str, ...] = ()  # of lm-eval, `zero-shot` for the paper's seven
@@ -46,21 +47,17 @@ def read_text(source: str, wanted: EvalSpec, tokenizer, config) -> Text:
     documents = load_documents(source, "test", tokenizer)
     windows = rolling = None
     if "gptq" in wanted.protocols:
-        windows = token_windows(documents, tokenizer, window_length(wanted, config), joiner_of(source))
+        length = window_length(wanted, config, tokenizer)
+        windows = token_windows(documents, tokenizer, length, joiner_of(source))
     context = wanted.length or positions(config)
     if "lm-eval" in wanted.protocols:
         rolling = rolling_windows(documents, tokenizer, context)
     return Text(documents, windows, rolling, context)
 
 
-def positions(config) -> int:
-    """Tokens that a model takes at once; 2048 where its config does not say."""
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
-
-
-def window_length(wanted: EvalSpec, config) -> int:
+def window_length(wanted: EvalSpec, config, tokenizer) -> int:
     """Tokens of a window of protocol `gptq`."""
-    return wanted.length or min(2048, positions(config))
+    return wanted.length or usual_length(config, tokenizer)
 
 
 def require_possible(wanted: EvalSpec) -> None:
@@ -76,12 +73,13 @@ def protocol_of(folder: Path, wanted: EvalSpec, device: str) -> dict[str, Any]:
     from ..model.carried import tokenizer_digest
     from ..model.opened import open_folder
     from ..model.stream import precision_on
+    from ..model.tokenizer import load_tokenizer
 
     opened, precision = open_folder(folder), precision_on(device)
     versions = {name: version(name) for name in ("torch", "transformers", "lm_eval", "moesvd_quant")}
     return {
         "perplexity": {key: PROTOCOLS[key] for key in wanted.protocols},
-        "length": window_length(wanted, opened.config),
+        "length": window_length(wanted, opened.config, load_tokenizer(folder)),
         "dtype": str(precision if isinstance(precision, torch.dtype) else opened.dtype),
         "tokenizer": tokenizer_digest(folder),
         "texts": {name: {"source": s, "digest": text_digest(s)} for name, s in wanted.texts.items()},

@@ -21,6 +21,7 @@ PROTOCOLS = {
 PROTOCOL = PROTOCOLS["gptq"]
 BATCH_TOKENS = 16384  # at once, where no batch size is asked for
 RESAMPLES, CONFIDENCE = 2000, 0.95
+LATE = 0.1  # nats that the end of windows may be harder than their beginning, by chance
 
 # Logits (batch, length, vocabulary) of each batch of windows (n, length), in order.
 Logits = Callable[[torch.Tensor, int], Iterable[torch.Tensor]]
@@ -36,6 +37,7 @@ class Perplexity:
     length: int
     interval: tuple[float, float] | None  # 95 % bootstrap interval of ppl over windows; None for a single window
     window_nll: list[float]  # nats per predicted token of each window: what two models are compared by
+    quarters: list[float]  # nats per predicted token in each quarter of the windows, the first one first
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -65,10 +67,20 @@ def perplexity(
     ValueError names the first window whose loss is not finite.
     """
     count, length = windows.shape
-    losses = _losses(logits, windows, windows[:, 1:], batch_size, progress)
-    each = np.array([float(loss.sum()) / (length - 1) for loss in losses])
-    nll = float(each.mean())
-    return Perplexity(_exp(nll), nll, count * (length - 1), count, length, _interval(each), each.tolist())
+    sums, each = torch.zeros(length - 1, dtype=torch.float64), []
+    for loss in _losses(logits, windows, windows[:, 1:], batch_size, progress):
+        sums += loss
+        each.append(float(loss.sum()) / (length - 1))
+    totals = np.array(each)
+    nll = float(totals.mean())
+    quarters = [float(part.mean()) for part in (sums / count).tensor_split(4)]
+    return Perplexity(_exp(nll), nll, count * (length - 1), count, length, _interval(totals), each, quarters)
+
+
+def too_long(quarters: list[float]) -> bool:
+    """Whether a model seems to know windows only in part: more context makes what comes late easier to predict, unless
+    the model was never trained on positions so late. quarters: of `Perplexity`."""
+    return quarters[-1] > quarters[0] + LATE
 
 
 @torch.no_grad()

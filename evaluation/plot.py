@@ -68,6 +68,26 @@ def figure_bytes(records: list[dict]):
     return figure
 
 
+def plot_experts(bits: dict[str, list[float]], file: Path) -> None:
+    """Stored bits per original weight of every expert as PNG: a row for each module of experts, a column for each of
+    them (the paper's Figure 3). bits: {path of the module: of each expert}."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    grid = np.full((len(bits), max(map(len, bits.values()))), np.nan)
+    for row, values in zip(grid, bits.values()):
+        row[: len(values)] = values
+    figure, axis = plt.subplots(figsize=(6.4, 1.4 + 0.22 * max(4, min(len(grid), 40))))
+    shown = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    axis.set(xlabel="expert", ylabel="layer with experts")
+    figure.colorbar(shown, label="bits per original weight")
+    figure.tight_layout()
+    _save(figure, file)
+
+
 def plot_speed(result: dict, file: Path) -> None:
     """The paper's Figure 4 as PNG: tokens per second over batch sizes (at the shortest prompt) and over lengths (at the
     largest batch), with the range over repeats; a row for prefill, one for decode."""

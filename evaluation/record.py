@@ -13,7 +13,7 @@ from ..model.stream import Precision
 from .flops import flops_per_token
 from .inputs import EvalSpec, Text, data_digest, protocol_of, read_text, require_possible, window_length
 from .memory import disk_bytes, fits, loaded_bytes, peak_bytes
-from .perplexity import Logits, document_perplexity, in_memory, perplexity
+from .perplexity import Logits, document_perplexity, in_memory, perplexity, too_long
 from .zero_shot import task_names
 
 RECORD, SPEED = "eval.json", "speed.json"
@@ -50,7 +50,7 @@ def evaluate(
     if wanted.peak:
         memory |= peak_bytes(folder)
     about = _about(folder, opened)
-    length = window_length(wanted, config)
+    length = window_length(wanted, config, tokenizer)
     record = {
         "name": name or about["name"],
         "base_model": origin_of(folder)["base_model"],
@@ -136,6 +136,19 @@ def _about(folder: Path, opened: _Opened) -> dict:
     params = sum(parameter.numel() for parameter in opened.described.parameters())
     account = {"bits_per_expert_weight": float(bits), "expert_ratio": 0.0, "model_ratio": 0.0, "params": params}
     return {"name": "original", "accounting": account}
+
+
+def doubts(records: list[dict]) -> list[str]:
+    """What to doubt in the figures of original models: windows that are longer than those they were trained on."""
+    return [
+        f"{record['name']} on {text}: the end of windows of {figures['length']} tokens is harder to predict than their "
+        f"beginning ({figures['quarters'][-1]:.2f} against {figures['quarters'][0]:.2f} nats per token); the model was "
+        f"probably trained on shorter ones. Give a length (evaluate.length, --length), {figures['length'] // 4} perhaps"
+        for record in records
+        if record["name"] == "original"
+        for text, figures in record["perplexity"].items()
+        if too_long(figures.get("quarters", [0.0]))
+    ]
 
 
 ALIKE = ("length", "dtype", "tokenizer", "computed")  # of two protocols, beside the texts

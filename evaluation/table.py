@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def table8(records: list[dict]) -> Table:
         ])  # fmt: skip
     columns = [
         *(["model"] if models else []), "method", "disk MB", "loaded MB", *(["peak MB"] if peaks else []),
-        "bits/expert weight", "experts removed %", "model removed %", *texts,
+        "bits per expert weight", "experts removed %", "model removed %", *texts,
     ]  # fmt: skip
     windows = ", ".join(map(str, lengths))
     return Table(f"Memory and perplexity (windows of {windows} tokens)", columns, rows)
@@ -93,7 +94,7 @@ def table11(records: list[dict]) -> Table:
     flops = [r["flops"]["total"] * r["flops"]["context"] for r in ordered]
     rows: list[list[str | float]] = [
         ["Model-size", *[_count(size) for size in sizes]],
-        ["bits/expert weight", *[round(r["accounting"]["bits_per_expert_weight"], 3) for r in ordered]],
+        ["bits per expert weight", *[round(r["accounting"]["bits_per_expert_weight"], 3) for r in ordered]],
         ["FLOPs", *[f"{value:.3g}" for value in flops]],
         ["FLOPs/token", *[f"{r['flops']['total']:.3g}" for r in ordered]],
         ["Runtime", *[_runtime(r) for r in ordered]],
@@ -238,7 +239,7 @@ def _peak(memory: dict) -> int | None:
 
 
 def _megabytes(size: int | None) -> str | float:
-    return "-" if size is None else round(size / 1e6, 3)
+    return "-" if size is None else round(size / 1e6, 3 if size < 1e9 else 1)
 
 
 def save(table: Table, file: Path) -> None:
@@ -281,11 +282,20 @@ def _terminal(table: Table) -> str:
     import rich.table
     from rich.console import Console
 
-    shown = rich.table.Table(title=table.title, box=rich.box.SIMPLE_HEAD)
-    for index, column in enumerate(table.columns):
-        shown.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
+    # Where a line is too long heads wrap between words, and columns stand closer; cells are never cut.
+    cells = [[column, *(str(row[index]) for row in table.rows)] for index, column in enumerate(table.columns)]
+    widths, room = [max(map(len, column)) for column in cells], shutil.get_terminal_size().columns
+    apart = 2
+    if sum(widths) + 2 * (len(widths) - 1) > room:
+        widths, apart = [max(map(len, [*head.split(), *values, ""])) for head, *values in cells], 1
+    shown = rich.table.Table(
+        title=table.title or None, box=rich.box.SIMPLE_HEAD, padding=(0, apart - 1, 0, 0), show_edge=False,
+        pad_edge=False,
+    )  # fmt: skip
+    for index, (column, width) in enumerate(zip(table.columns, widths)):
+        shown.add_column(column, justify="right" if index else "left", width=width, vertical="bottom")
     for row in table.rows:
         shown.add_row(*map(str, row))
-    console = Console(width=sum(len(column) + 3 for column in table.columns) + 20, file=io.StringIO())
+    console = Console(width=max(room, sum(widths) + apart * len(widths)), file=io.StringIO())
     console.print(shown)
     return console.file.getvalue()  # type: ignore[attr-defined]

@@ -37,13 +37,15 @@ class Evaluation:
 @dataclass(frozen=True)
 class StagePlan:
     """What a stage will do. accounting: exact bytes and parameters of its checkpoint (`checkpoint.accounting`);
-    decisions: by the path of each experts module; notes: on the whole model; layout: of its tensors."""
+    decisions: by the path of each experts module; notes: on the whole model; layout: of its tensors; expert_bits:
+    stored bits per original weight of each expert, by the same path."""
 
     stage: str
     accounting: dict
     decisions: dict[str, dict]
     notes: dict
     layout: dict
+    expert_bits: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,11 @@ class Plan:
 @dataclass(frozen=True)
 class Compressed:
     """What a run made. checkpoints: a folder per stage, the last one the result. evaluation: of the original and each
-    checkpoint, on the texts of the recipe; empty where it names none."""
+    checkpoint, on the texts of the recipe; empty where it names none. address: of the result on the hub, if pushed."""
 
     checkpoints: list[Path]
     evaluation: list[Evaluation]
+    address: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -112,22 +115,29 @@ def start(
 def compress(
     model: str | Path | None, recipe: str | Path | dict, out: str | Path, overrides: Overrides = (), *,
     device: str = "auto", memory: str | None = None, workers: int = 1,
-    executor: Literal["processes", "ray"] = "processes", report: Report = _quiet,
+    executor: Literal["processes", "ray"] = "processes", push: str | None = None, report: Report = _quiet,
 ) -> Compressed:  # fmt: skip
     """Runs a recipe on a model; each stage writes a checkpoint under `out`. Called again, it goes on where it was.
 
     model: a folder, `reference`, or a hub name; None takes the recipe's. recipe: a shipped name, a YAML file, or the
-    content of one. overrides: {"svd.ratio": 0.6} or ["svd.ratio=0.6"]. memory: a limit such as "16GB".
+    content of one. overrides: {"svd.ratio": 0.6} or ["svd.ratio=0.6"]. memory: a limit such as "16GB". push: a name
+    on the hub, user/name, that the result goes to.
 
     Raises RecipeError for all that is wrong with the recipe, ModelError, TextError, RunError and StageError (all of
     them MoesvdError) with what to do.
     """
+    from . import hub
+
     job = start(
         model, recipe, out, overrides, device=device, memory=memory, workers=workers, executor=executor, report=report
     )
     _require_texts(job)
+    if push:
+        hub.require_push(push)
     folders = job.run()
-    return Compressed(folders, _evaluated(job, folders, report))
+    found = _evaluated(job, folders, report)
+    _write_costs(folders, found)
+    return Compressed(folders, found, hub.push(folders[-1], push) if push else None)
 
 
 def plan(
@@ -136,7 +146,9 @@ def plan(
     executor: Literal["processes", "ray"] = "processes", report: Report = _quiet,
 ) -> Plan:  # fmt: skip
     """What `compress` with these arguments will do: exact bytes of every stage, memory and disk. Changes no weight."""
+    from .checkpoint.density import density
     from .run.plan import plan_stages
+    from .runtime.parts import layout_from
 
     job = start(
         model, recipe, out, overrides, device=device, memory=memory, workers=workers, executor=executor, report=report
@@ -147,7 +159,7 @@ def plan(
         made = plan_stages(job)
     finally:
         job.pool.close()
-    stages = [StagePlan(one["stage"], one["accounting"], one["decisions"], one["notes"], one["layout"]) for one in made]
+    stages = [StagePlan(**one, expert_bits=density(job.meta, layout_from(one["layout"]))) for one in made]
     return Plan(stages, needs)
 
 
@@ -226,6 +238,18 @@ def _evaluated(job: "Run", folders: list[Path], report: Report) -> list[Evaluati
         say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
         found.append(_evaluation(cached_evaluate(source, folder, wanted, str(job.device), say)))
     return found
+
+
+def _write_costs(folders: list[Path], found: list[Evaluation]) -> None:
+    """What was measured goes into the card of each checkpoint. found: the original's, then theirs; or nothing."""
+    from .checkpoint.card import Cost, write_card
+    from .memory.files import read_json
+    from .runtime.modeling_moesvd import MANIFEST
+
+    for folder, here in zip(folders, found[1:]):
+        before = found[0].perplexity
+        costs = [Cost(text, before[text], value) for text, value in here.perplexity.items()]
+        write_card(folder, read_json(folder / MANIFEST), costs)
 
 
 def _evaluation(record: dict) -> Evaluation:

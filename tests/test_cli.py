@@ -72,6 +72,22 @@ def test_plan_run_eval_table_export(call, make_model, tmp_path, small, text):
     )
 
 
+def test_plan_is_a_table_and_a_map_at_80_columns(call, make_model, tmp_path, small, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = ["plan", "svd-gptq4", *small, "--model", make_model("mixtral"), "--out", tmp_path / "out"]
+    code, said, err = call(*arguments, "--plot", tmp_path / "map.png")
+    assert code == 0 and (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG"), err
+    forecast = json.loads(call(*arguments, "--json")[1])
+    lines = said.splitlines()
+    assert max(map(len, lines)) <= 80
+    for one in forecast:
+        row = next(line.split() for line in lines if line.startswith(one["stage"]))
+        assert float(row[1]) == pytest.approx(one["accounting"]["disk_bytes"] / 1e6, abs=0.006)
+    at = lines.index("What gptq leaves of the experts:")
+    means = [float(line.split()[-1]) for line in lines[at + 1 : at + 3]]
+    assert sum(means) / 2 == pytest.approx(forecast[-1]["accounting"]["bits_per_expert_weight"], abs=0.006)
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [

@@ -1,7 +1,8 @@
 """Under which inputs an expert's error is judged: its own, as far as they are known, and those it may yet meet.
 
 An expert's Gram matrix tells what calibration sent to it. Judged by that alone, whatever other text needs is
-thrown away first: on text unlike the calibration, perplexity explodes (docs/results.md). So three estimates are mixed.
+thrown away first: on text unlike the calibration, perplexity explodes (docs/results/choices.md). So three estimates are
+mixed.
 """
 
 from collections.abc import Callable

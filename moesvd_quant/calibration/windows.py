@@ -6,20 +6,19 @@ import torch
 
 from ..memory.limits import Memory
 from ..model.folder import ModelError
+from ..model.positions import positions, usual_length
 from ..model.tokenizer import load_tokenizer
 from .text import calibration_windows
 from .written import Progress, written_path, written_windows
 
-LONGEST = 2048  # tokens of a window, where none are asked for
 
-
-def length_of(config, wanted: str | int, key: str) -> int:
+def length_of(folder: Path, config, wanted: str | int, key: str) -> int:
     """Tokens per window: `auto`, or a number within the positions of the model. ModelError names `key`."""
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or LONGEST
-    length = min(LONGEST, limit) if wanted == "auto" else int(wanted)
-    if length > limit:
-        raise ModelError(f"{key} {length} exceeds the {limit} positions of the model")
-    return length
+    if wanted == "auto":
+        return usual_length(config, load_tokenizer(folder))
+    if int(wanted) > positions(config):
+        raise ModelError(f"{key} {wanted} exceeds the {positions(config)} positions of the model")
+    return int(wanted)
 
 
 def must_write(calibration, folder: Path, digest: str, length: int, seed: int, device) -> bool:

@@ -4,7 +4,7 @@ What calibration does not show is thrown away first: code, after a calibration o
 it was trained on, with no data at hand. One token after the other would take a walk through the model for each; here
 all tokens of all windows are drawn anew in each of a few rounds, each from what the model predicts after those of the
 round before (Jacobi's iteration), from random ones on. The first tokens are then exact samples and the later ones are
-not yet sentences, which did not matter where it was measured: docs/results.md.
+not yet sentences, which did not matter where it was measured: docs/results/calibration.md.
 """
 
 from collections.abc import Callable

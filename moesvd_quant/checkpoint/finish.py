@@ -1,11 +1,11 @@
-"""What turns layer files into a checkpoint: index, config, tokenizer, manifest, model card."""
+"""What turns layer files into a checkpoint: index, config, tokenizer, manifest."""
 
-import json
 from pathlib import Path
 
-from ..memory.files import read_json, write_json, write_text
+from ..memory.files import read_json, write_json
 from ..model.carried import carry_files
 from ..runtime.modeling_moesvd import MANIFEST, finish_folder
+from .card import write_card
 
 
 def layer_file(index: int) -> str:
@@ -42,35 +42,6 @@ def refresh(source: Path, folder: Path) -> None:
         write_card(folder, manifest | now)
     if any(manifest.get(key) != value for key, value in now.items()):
         write_json(folder / MANIFEST, manifest | now)
-
-
-def write_card(folder: Path, manifest: dict) -> None:
-    """README.md of a checkpoint, with the licence of the model it was made from where that one says it."""
-    base, account = manifest["base_model"], manifest["accounting"]
-    front = ["---", "library_name: moesvd_quant", "tags: [moe, compression]"]
-    if manifest.get("licence"):
-        front.append(f"license: {manifest['licence']}")
-    lines = [
-        *front,
-        "---",
-        f"# {base}, compressed: {manifest['name']}",
-        "",
-        f"Made by moesvd_quant {manifest['versions']['moesvd_quant']} from `{base}`. The licence of the original"
-        + (f" ({manifest['licence']})" if manifest.get("licence") else "")
-        + " applies.",
-        "",
-        f"- size: {account['disk_bytes'] / 1e6:.2f} MB on disk (original {account['original_bytes'] / 1e6:.2f} MB)",
-        f"- {account['bits_per_expert_weight']:.3f} bits per original expert weight",
-        f"- removed: {account['expert_ratio']:.1%} of routed-expert parameters, {account['model_ratio']:.1%} of all",
-        f"- KL divergence from its input on a sample of calibration text: {manifest['check']['kl']:.4f} nats per token",
-        "",
-        "Load it with `moesvd_quant.load(folder)`, with `AutoModelForCausalLM.from_pretrained(folder)` after",
-        "`import moesvd_quant`, or without the package by `trust_remote_code=True`.",
-        "",
-        "Stages: " + json.dumps(manifest["stages"], sort_keys=True),
-        "",
-    ]
-    write_text(folder / "README.md", "\n".join(lines))
 
 
 def origin_of(folder: Path) -> dict:

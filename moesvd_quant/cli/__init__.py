@@ -12,7 +12,9 @@ from ..errors import MoesvdError
 from . import (
     compare,  # noqa: F401 (they register their verbs)
     compress,  # noqa: F401 (they register their verbs)
+    doctor,  # noqa: F401 (they register their verbs)
     measure,  # noqa: F401 (they register their verbs)
+    plan,  # noqa: F401 (they register their verbs)
     probe,  # noqa: F401 (they register their verbs)
     serve,  # noqa: F401 (they register their verbs)
 )
@@ -35,7 +37,8 @@ def options(
 
 def main() -> None:
     """Runs a verb. Errors that a user can mend are one message and exit code 1; others end with a traceback."""
-    for name in ("torchao", "torch.utils._pytree"):  # they complain of kernels that nothing here uses
+    # They complain of kernels that nothing here uses, or that this machine cannot have.
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     given = [argument for argument in sys.argv[1:] if argument != "--debug"]  # before or after the verb
     debug = len(given) < len(sys.argv) - 1

@@ -1,12 +1,13 @@
 """What the verbs share: arguments, models by name, progress bars. Heavy imports stay inside functions."""
 
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Hugging Face folder, or `reference`.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
@@ -17,7 +18,17 @@ Workers = Annotated[int, typer.Option(min=1, help="Layers at a time, each in a p
 Executor = Annotated[
     Literal["processes", "ray"], typer.Option(help="Where workers run: this machine, or the cluster of $RAY_ADDRESS.")
 ]
+Recipe = Annotated[
+    str, typer.Argument(help="Shipped name (see `moesvd ls`) or YAML file.", autocompletion=lambda: _recipe_names())
+]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example svd.ratio=0.6.")]
+
+
+def _recipe_names() -> list[str]:
+    """For shells that complete words."""
+    from ..recipe.recipe import shipped
+
+    return [name for name, _ in shipped()]
 
 
 @contextmanager
@@ -44,6 +55,9 @@ def progress_bars(quiet: bool = False):
 
 
 def print_table(records: list[dict], form: str) -> None:
+    from ..evaluation.record import doubts
     from ..evaluation.table import render, table8
 
     print(render(table8(records), form), end="")
+    for doubt in doubts(records):
+        print(doubt, file=sys.stderr)

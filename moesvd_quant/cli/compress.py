@@ -1,7 +1,6 @@
-"""Verbs that make checkpoints, and those about recipes: run, plan, validate, ls, cp, export."""
+"""Verbs that make checkpoints, and those about recipes: run, validate, ls, schema, cp, export."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ from .common import (
     Model,
     Out,
     Overrides,
+    Recipe,
     Workers,
     app,
     print_table,
@@ -25,7 +25,7 @@ from .common import (
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="Shipped name (see `moesvd ls`) or YAML file.")],
+    recipe: Recipe,
     overrides: Overrides = None,
     model: Model = None,
     out: Out = Path("out"),
@@ -33,6 +33,7 @@ def run(
     memory: Memory = None,
     workers: Workers = 1,
     executor: Executor = "processes",
+    push: Annotated[str | None, typer.Option(help="Upload the result to the hub as user/name, private.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run a recipe: each stage writes a checkpoint under OUT; interrupted, the same command goes on."""
@@ -40,49 +41,18 @@ def run(
 
     how: Any = {"device": device, "memory": memory, "workers": workers, "executor": executor}
     with progress_bars(as_json) as report:
-        made = compress(model, recipe, out, overrides or (), report=report, **how)
+        made = compress(model, recipe, out, overrides or (), push=push, report=report, **how)
     records = [one.record for one in made.evaluation]
     if as_json:
-        print(json.dumps({"checkpoints": list(map(str, made.checkpoints)), "evaluation": records}))
+        checkpoints = list(map(str, made.checkpoints))
+        print(json.dumps({"checkpoints": checkpoints, "evaluation": records, "address": made.address}))
         return
     for folder in made.checkpoints:
         print(f"{folder}: {json.loads((folder / 'moesvd.json').read_text())['accounting']['disk_bytes'] / 1e6:.2f} MB")
     if records:
         print_table(records, "terminal")
-
-
-@app.command()
-def plan(
-    recipe: Annotated[str, typer.Argument(help="Shipped name or YAML file.")],
-    overrides: Overrides = None,
-    model: Model = None,
-    out: Out = Path("out"),
-    device: Device = "auto",
-    memory: Memory = None,
-    workers: Workers = 1,
-    executor: Executor = "processes",
-    as_json: Json = False,
-) -> None:
-    """Forecast the bytes of every stage, exactly, memory and disk, and show what goes where; changes no weight."""
-    from ..api import plan as make_plan
-
-    how: Any = {"device": device, "memory": memory, "workers": workers, "executor": executor}
-    with progress_bars(as_json) as report:
-        made = make_plan(model, recipe, out, overrides or (), report=report, **how)
-    if as_json:
-        needs = {"needs": made.needs.to_dict()}
-        print(json.dumps([asdict(one) | needs for one in made.stages]))
-        return
-    print(made.needs.describe())
-    for one in made.stages:
-        account = one.accounting
-        print(
-            f"{one.stage}: {account['disk_bytes'] / 1e6:.2f} MB of {account['original_bytes'] / 1e6:.2f} MB, "
-            f"{account['bits_per_expert_weight']:.3f} bits per original expert weight, "
-            f"{account['expert_ratio']:.1%} of expert parameters and {account['model_ratio']:.1%} of all removed"
-        )
-        for path, decision in (one.decisions | one.notes).items():
-            print(f"  {path}: {json.dumps(decision)}")
+    if made.address:
+        print(made.address)
 
 
 @app.command()
@@ -118,8 +88,16 @@ def ls(as_json: Json = False) -> None:
 
 
 @app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, which editors complete and check by."""
+    from ..recipe.schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=1))
+
+
+@app.command()
 def cp(
-    name: Annotated[str, typer.Argument(help="Shipped recipe.")],
+    name: Recipe,
     file: Annotated[Path | None, typer.Argument(help="File to write; default NAME.yaml here.")] = None,
 ) -> None:
     """Copy a shipped recipe to a file of your own."""

@@ -148,10 +148,10 @@ def speed(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Output folder of a run, or one of our checkpoints.")],
+    folder: Annotated[Path, typer.Argument(help="Output folder of a run, a checkpoint of ours, or a folder of runs.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML file; default: FOLDER/report.html.")] = None,
 ) -> None:
-    """One HTML page of a run that needs no other file: recipe, decisions layer by layer, memory, cost, time."""
+    """One HTML page that needs no other file: of a run, layer by layer, or of a folder of runs, beside each other."""
     from ..evaluation.report import write_report
 
     file = out or folder / "report.html"

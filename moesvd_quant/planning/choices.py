@@ -36,7 +36,7 @@ class Choices(NamedTuple):
 
 def choices_of(context: Context, storages: list[Storage], ranks: bool) -> Choices:
     """Choices of all layers; kept in `context.memo` for the next budget. Where there are ranks to choose, gate and up
-    are one projection: on one right factor they lose less for the same bytes (docs/results.md)."""
+    are one projection: on one right factor they lose less for the same bytes (docs/results/sharing.md)."""
     key = (tuple(storages), ranks)
     if key not in context.memo:
         sources = _require_whole(context)

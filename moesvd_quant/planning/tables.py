@@ -14,7 +14,7 @@ from ..quantize.noise import dense_noise, factor_noise
 from ..runtime.formats import Format
 from .knapsack import DENSE, FLOAT, NOTHING, Choice, Storage, Table, useful_ranks
 
-# Measured at one size of error, effects are trusted to this power (docs/results.md has the ablation).
+# Measured at one size of error, effects are trusted to this power (docs/results/calibration.md has the ablation).
 SENSITIVITY_POWER, LEAST_SENSITIVITY = 0.7, 1e-7
 
 # The format of a bank: (how it is to be stored, its columns, what it is) -> Format.

@@ -22,7 +22,7 @@ def probe_folder(folder: Path, recipe, texts: dict[str, str], device: str, repor
     Statistics are kept in the cache; a run with the same calibration uses them again.
     """
     wanted, meta = recipe.calibration, StreamedModel(folder)
-    length = length_of(meta.config, wanted.length, "calibration.length")
+    length = length_of(folder, meta.config, wanted.length, "calibration.length")
     tokenizer, digest = load_tokenizer(folder), fingerprint(folder)
     progress = partial(report, "calibration text of the model itself")
     own = windows_of(wanted, folder, digest, length, recipe.seed, device, Memory(), progress)

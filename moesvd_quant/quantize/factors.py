@@ -14,7 +14,7 @@ from ..runtime.formats import Format
 from .codec import Codecs, PackedMatrix
 
 # How often both factors are fitted anew, each to the quantized other: 2 take a fifth off the error that quantization
-# adds, 6 not quite a third (docs/results.md).
+# adds, 6 not quite a third (docs/results/choices.md).
 ROUNDS = 2
 
 

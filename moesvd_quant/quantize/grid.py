@@ -4,7 +4,7 @@ GPTQ's loss on a row is sum_j d_j e_j^2. e_j is the rounding error of input j. d
 the inputs that take up its error (`feedback.conditional_variance`; Frantar et al., eq. 2). Each grid is chosen for
 this loss. It is tried with every scale that can be stored, from the one that covers the group downwards, and with the
 two zeros next to the ideal one. GPTQ's implementations search for the least |error|^2.4 with equal weights and then
-round the scale to one that can be stored; that loses 4 to 5 % more (docs/results.md).
+round the scale to one that can be stored; that loses 4 to 5 % more (docs/results/choices.md).
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 GPTQ pushes the rounding error of each input onto the inputs still to come, so that input j costs its rounding variance
 times what is left of its own variance when the later ones are known: the squared diagonal of the Cholesky factor of the
-Gram matrix. On trained weights the forecast is within 10 % of what GPTQ then measures (docs/results.md).
+Gram matrix. On trained weights the forecast is within 10 % of what GPTQ then measures (docs/results/choices.md).
 """
 
 import torch

@@ -68,8 +68,8 @@ class Evaluate(_Part):
 
 
 class KvCache(_Part):
-    context: Annotated[int, Field(gt=0, description="tokens of a sequence")]
-    batch: Annotated[int, Field(gt=0, description="sequences at a time")] = 1
+    context: Annotated[int, Field(gt=0)] = Field(description="tokens of a sequence")
+    batch: Annotated[int, Field(gt=0)] = Field(1, description="sequences at a time")
 
 
 class Limits(_Part):
@@ -89,10 +89,10 @@ class Limits(_Part):
 class Recipe(_Part):
     """A validated recipe; see `load_recipe`."""
 
-    name: str
-    model: str | None = None
-    seed: int = 0
-    calibration: Calibration = Calibration()
+    name: str = Field(description="of its file")
+    model: str | None = Field(None, description="folder, hub name or `reference`; --model goes before it")
+    seed: int = Field(0, description="chooses windows of text; all else is deterministic")
+    calibration: Calibration = Field(Calibration(), description="text whose statistics steer the compression")
     experts: Literal["routed", "all"] = Field(
         "routed", description="what is compressed as experts; all: shared experts as well, which every token passes"
     )
@@ -100,11 +100,13 @@ class Recipe(_Part):
         "keep",
         description="tensors that transformers does not use, such as layers for multi-token prediction",
     )
-    stages: tuple[SerializeAsAny[Stage], ...]
-    evaluate: Evaluate = Evaluate()
-    keep: Literal["all", "last"] = "all"
-    budget: str | None = None  # what decides where stages leave ratio or bits open; see budget.py
-    limits: Limits = Limits()
+    stages: tuple[SerializeAsAny[Stage], ...] = Field(description="what is done, in this order")
+    evaluate: Evaluate = Field(Evaluate(), description="what is measured of the original and of every checkpoint")
+    keep: Literal["all", "last"] = Field("all", description="the checkpoints of all stages, or of the last one alone")
+    budget: str | None = Field(
+        None, description="bytes (20GB) or bits per expert weight (1.5bpw); decides what stages leave open"
+    )
+    limits: Limits = Field(Limits(), description="what a budget counts, and what its allocation must respect")
 
     @field_validator("budget")
     @classmethod

@@ -158,6 +158,7 @@ def main(
     losses = train(model, training_batches(train_files, tokenizer, steps * BATCH, generator), lr) if steps else []
     after = perplexities(model, valid) if steps else before
     model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.model_max_length = LENGTH  # it has positions for more, and was never trained on them
     tokenizer.save_pretrained(out)
     listed = data / "sources.json"
     card(out, {

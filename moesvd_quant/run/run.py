@@ -96,7 +96,7 @@ class Run:
         from ..calibration.windows import length_of, must_write, windows_of
 
         wanted, seed = self.recipe.calibration, self.recipe.seed
-        length = length_of(self.meta.config, wanted.length, "calibration.length")
+        length = length_of(self.model, self.meta.config, wanted.length, "calibration.length")
         progress = partial(self.report, "calibration text of the model itself")
 
         def make() -> torch.Tensor:
@@ -124,7 +124,7 @@ class Run:
         source = text.dataset or self.recipe.calibration.dataset
         length = self.statistics.shape[1]
         if text.length is not None:
-            length = length_of(self.meta.config, text.length, f"{self.recipe.stages[index].name}.length")
+            length = length_of(self.model, self.meta.config, text.length, f"{self.recipe.stages[index].name}.length")
         made = training_windows(source, tokenizer, text.windows, text.validation, length, self.recipe.seed)
         refuse_leaks(made, self.recipe.evaluate.texts(), tokenizer)
         return made

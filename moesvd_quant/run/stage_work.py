@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoint import finish, verify
 from ..checkpoint.accounting import Accounting, by_file, planned_model
+from ..checkpoint.card import write_card
 from ..checkpoint.unused import UNUSED_FILE, empty_tensors, without_unused, write_unused
 from ..memory.files import commit_folder, write_json, write_tensors
 from ..model.carried import carry_files
@@ -85,7 +86,7 @@ class StageWork:
             "accounting": accounting.to_dict(),
             "check": check,
         }
-        finish.write_card(self.folder, manifest)
+        write_card(self.folder, manifest)
         finish.write_manifest(self.folder, manifest)
         self.stage.conclude(self.folder)
         for name in notes:

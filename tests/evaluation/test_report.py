@@ -1,15 +1,20 @@
 """The report is one file, says what the checkpoint is, and its figures agree with the accounting."""
 
 import base64
+import json
 import re
+import shutil
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 
+from moesvd_quant.checkpoint.density import density, expert_bits
 from moesvd_quant.evaluation.inputs import EvalSpec
 from moesvd_quant.evaluation.record import RECORD, evaluate, write
-from moesvd_quant.evaluation.report import _stage, expert_bits, write_report
+from moesvd_quant.evaluation.report import write_report
+from moesvd_quant.evaluation.report_stage import stage_of
+from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe.recipe import load_recipe
 from moesvd_quant.run.run import Run
 
@@ -67,9 +72,38 @@ def test_it_is_one_file_that_loads_nothing(run, tmp_path):
     assert again.read_bytes() == (tmp_path / "x.html").read_bytes()
 
 
+def test_a_folder_of_runs_gives_one_page_that_compares_them(run, tmp_path):
+    runs = tmp_path / "runs"
+    for name in ("one", "two"):
+        shutil.copytree(run, runs / name)
+    write_report(runs, tmp_path / "runs.html")
+    content = (tmp_path / "runs.html").read_text()
+    page = Page(content)
+    assert len(page.sources) == 1 and page.sources[0].startswith("data:image/svg+xml;base64,")
+    said = " ".join(" ".join(page.texts).split())
+    manifest = json.loads((run / "02-gptq" / "moesvd.json").read_text())
+    size = round(manifest["accounting"]["disk_bytes"] / 1e6, 2)
+    for wanted in (f"one {manifest['name']} {size}", f"two {manifest['name']} {size}", "Recipe of two", "2 runs"):
+        assert wanted in said, wanted
+    assert content.count("<td>original</td>") == 1 and "paired bootstrap" in said
+
+
+@pytest.mark.parametrize("stage", ["01-svd", "02-gptq"])
+def test_density_weighs_projections_by_their_size(run, stage):
+    found = stage_of(run / stage)
+    given = density(StreamedModel(run / stage), found.layout)
+    weights = {
+        path: sum(shape[0] * shape[1] for name, shape in shapes.items() if name != "gate_up")
+        for path, shapes in found.shapes.items()
+    }
+    assert given.keys() == found.shapes.keys()
+    stored = sum(sum(row) * weights[path] for path, row in given.items())
+    assert stored == pytest.approx(8 * found.manifest["accounting"]["expert_bytes"])
+
+
 @pytest.mark.parametrize("stage", ["01-svd", "02-gptq"])
 def test_bits_of_the_experts_add_up_to_the_accounting(run, stage):
-    found = _stage(run / stage)
+    found = stage_of(run / stage)
     bits = sum(
         expert_bits(parts, found.shapes[path][name], found.experts[path], found.bits).sum()
         * found.shapes[path][name][0]

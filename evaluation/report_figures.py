@@ -1,0 +1,117 @@
+"""The pictures of a run's report."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoint.density import expert_bits
+from .memory import KINDS, disk_bytes
+from .page import svg
+from .plot import figure_bytes
+from .report_stage import PROJECTIONS, Stage, mean_error
+
+
+def figures(stages: list[Stage], records: list[dict]):
+    """(title, note, data URI of an SVG) of every picture that there is something to show in."""
+    if any(record["perplexity"] for record in records):
+        draw = lambda: figure_bytes([r for r in records if r["perplexity"]])  # noqa: E731
+        yield "Perplexity against bytes", "Lower left is better.", svg(draw)
+    last = stages[-1]
+    yield (
+        "What is left of every expert",
+        "Stored bits per original weight: each row a layer, each column an expert. Dark is little; a row that stays at "
+        f"{last.bits} bits was not decomposed (Figure 3 of the paper).",
+        svg(lambda: _draw_bits(last)),
+    )
+    yield "Memory by kind of tensor", "MB of tensors on disk, stage by stage.", svg(lambda: _draw_memory(stages))
+    if any(stage.manifest["errors"] for stage in stages):
+        note = "Mean whitened error of the experts' matrices, relative to what they put out on the calibration inputs."
+        yield "Error by layer", note, svg(lambda: _draw_errors(stages))
+    sensitive = {p: d["sensitivity"] for p, d in stages[0].manifest["decisions"].items() if "sensitivity" in d}
+    if sensitive:
+        chosen = [stages[0].manifest["decisions"][path].get("decomposed", True) for path in sensitive]
+        note = "Sensitivity of each layer (eq. 4 of the paper); the decomposed ones are filled."
+        yield "Layer sensitivity", note, svg(lambda: _draw_sensitivity(list(sensitive.values()), chosen))
+    for stage in stages:
+        for file in sorted(stage.folder.glob("loss*.csv")):
+            yield f"Healing of {stage.name}", "Loss over steps.", svg(lambda file=file: _draw_loss(file))
+
+
+def _axes(width: float, height: float, columns: int = 1):
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(1, columns, figsize=(width, height), squeeze=False)
+
+
+def _draw_bits(stage: Stage):
+    """Of the routed experts; shared ones, one in a layer, stand in the table."""
+    from matplotlib.ticker import MaxNLocator
+
+    layers = {path: parts for path, parts in stage.layout.experts.items() if stage.experts[path] > 1}
+    names = [name for name in PROJECTIONS if all(name in parts for parts in layers.values())]
+    figure, axes = _axes(6.4, 1.4 + 0.22 * max(4, min(len(layers), 40)), len(names))
+    widest = max(stage.experts[path] for path in layers)
+    grids = [np.full((len(layers), widest), np.nan) for _ in names]
+    for name, grid in zip(names, grids):
+        for row, (path, parts) in zip(grid, layers.items()):
+            count = stage.experts[path]
+            sources = stage.layout.sources.get(path)
+            row[:count] = expert_bits(parts[name], stage.shapes[path][name], count, stage.bits, sources)
+    for axis, name, grid in zip(axes[0], names, grids):
+        top = max(map(np.nanmax, grids))
+        shown = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
+        axis.set(title=name, xlabel="expert")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.label_outer()
+    axes[0, 0].set_ylabel("layer with experts")
+    figure.colorbar(shown, ax=list(axes[0]), label="bits per original weight")
+    return figure
+
+
+def _draw_memory(stages: list[Stage]):
+    figure, axes = _axes(5.8, 1.2 + 0.5 * len(stages))
+    sizes = [disk_bytes(stage.folder) for stage in stages]
+    left = np.zeros(len(stages))
+    for kind in KINDS:
+        widths = np.array([size[kind] / 1e6 for size in sizes])
+        axes[0, 0].barh([stage.name for stage in stages], widths, left=left, label=kind)
+        left += widths
+    axes[0, 0].set_xlabel("MB")
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.2, 1), frameon=False)
+    return figure
+
+
+def _draw_errors(stages: list[Stage]):
+    figure, axes = _axes(5.8, 3.2)
+    for stage in stages:
+        errors = [mean_error(e) for path, e in stage.manifest["errors"].items() if "experts" in path]
+        axes[0, 0].plot(range(len(errors)), [e or np.nan for e in errors], marker="o", label=stage.name)
+    axes[0, 0].set(xlabel="layer with experts", ylabel="whitened error")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].grid(alpha=0.25)
+    axes[0, 0].legend(frameon=False)
+    return figure
+
+
+def _draw_sensitivity(values: list[float], chosen: list[bool]):
+    figure, axes = _axes(5.8, 2.8)
+    bars = axes[0, 0].bar(range(len(values)), values, edgecolor="tab:blue")
+    for bar, decomposed in zip(bars, chosen):
+        bar.set_facecolor("tab:blue" if decomposed else "white")
+    axes[0, 0].set(xlabel="layer with experts", ylabel="sensitivity")
+    return figure
+
+
+def _draw_loss(file: Path):
+    figure, axes = _axes(5.8, 3)
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    for column in ("loss", "validation_perplexity"):
+        points = [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
+        if points:
+            axes[0, 0].plot(*zip(*points), marker="." if column == "loss" else "o", label=column.replace("_", " "))
+    axes[0, 0].set(xlabel="step", yscale="log")
+    axes[0, 0].grid(alpha=0.25)
+    axes[0, 0].legend(frameon=False)
+    return figure
