@@ -104,11 +104,12 @@ def test_the_score_is_the_share_of_questions_whose_answer_is_likeliest(make_mode
         logs = model(ids[None]).logits[0, :-1].log_softmax(-1)
         return float(logs.gather(1, ids[1:, None])[len(start) - 1 :].sum())
 
-    right = 0
+    correct = ""
     for i, label in enumerate((0, 1, 1)):
         scores = [likelihood(f"Question: goal {i}\nAnswer:", f" {s}") for s in ("do ab", "do not cd")]
-        right += scores.index(max(scores)) == label
-    assert found["tasks"]["piqa"]["acc"] == right / 3 and found["tasks"]["piqa"]["n"] == 3
+        correct += str(int(scores.index(max(scores)) == label))
+    assert found["tasks"]["piqa"]["correct"] == correct
+    assert found["tasks"]["piqa"]["acc"] == correct.count("1") / 3 and found["tasks"]["piqa"]["n"] == 3
     assert list(found["tasks"]) == ["piqa", *[name for name in SEVEN if name != "piqa"]]
     assert found["mean"] == pytest.approx(sum(f["acc"] for f in found["tasks"].values()) / 7)
 
