@@ -1,22 +1,23 @@
 """Greedy tokens of vLLM, for `test_vllm.py`, which runs this in .venv-vllm.
 
-vllm_tokens.py '{"folders": [...], "prompts": [[id, ...], ...], "count": n, "more": {...}}' prints a JSON line
-{folder: tokens of each prompt, or why it was refused}.
+vllm_tokens.py '{"runs": [[folder, {argument of LLM: value}], ...], "prompts": [[id, ...], ...], "count": n}' prints a
+line of JSON for each run: the tokens of each prompt, or why it was refused.
 """
 
 import json
 import os
 import sys
+import traceback
 
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING"}
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process for all runs: they take seconds each
 
 
-def tokens(folder: str, prompts: list[list[int]], count: int, more: dict) -> list[list[int]]:
+def tokens(folder: str, arguments: dict, prompts: list[list[int]], count: int) -> list[list[int]]:
     from vllm import LLM, SamplingParams, TokensPrompt
 
     sys.modules.pop("llvmlite.binding.ffi", None)  # vLLM looks through all modules when it starts, and fails over this
-    model = LLM(folder, dtype="float32", max_model_len=128, **more)
+    model = LLM(folder, dtype="float32", max_model_len=128, **arguments)
     asked = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
     made = model.generate(asked, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True), use_tqdm=False)
     return [list(one.outputs[0].token_ids) for one in made]
@@ -24,13 +25,13 @@ def tokens(folder: str, prompts: list[list[int]], count: int, more: dict) -> lis
 
 def main() -> None:
     job = json.loads(sys.argv[1])
-    found: dict[str, object] = {}
-    for folder in job["folders"]:
+    for folder, arguments in job["runs"]:
         try:
-            found[folder] = tokens(folder, job["prompts"], job["count"], job["more"])
+            found = {"tokens": tokens(folder, arguments, job["prompts"], job["count"])}
         except Exception as error:
-            found[folder] = f"{type(error).__name__}: {error}"
-    print(json.dumps(found))
+            traceback.print_exc()
+            found = {"refused": f"{type(error).__name__}: {error}"}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":  # vLLM starts processes that import this again
