@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow everything down, many times over, where another process wants the core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: venv test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-hardware docs clean
+.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-hardware docs clean
 
 venv: .venv/.installed
 
@@ -12,6 +12,15 @@ venv: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+# vLLM's CPU build with this package, in an environment of its own: it wants older versions of what .venv has.
+venv-vllm: .venv-vllm/.installed
+
+.venv-vllm/.installed: constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q --no-deps -r constraints-vllm.txt
+	.venv-vllm/bin/pip install -q --no-deps -e .
 	touch $@
 
 test: venv

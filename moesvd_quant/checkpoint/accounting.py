@@ -66,10 +66,8 @@ def planned_model(parent: StreamedModel, layout: Layout):
     return made
 
 
-def original_model(parent: StreamedModel, experts: int | None = None):
-    """The native architecture on the meta device; shared experts count as experts where they do in `parent`. experts:
-    how many routed ones each layer has, where that is another number than the original's."""
-    config = parent.config
+def original_config(config, experts: int | None = None):
+    """The native config of one of our checkpoints, or a native one. experts: see `original_model`."""
     if hasattr(config, "moesvd"):
         native = CONFIG_MAPPING[config.moesvd["native_type"]]
         ours = ("moesvd", "auto_map", "architectures", "model_type")
@@ -80,7 +78,13 @@ def original_model(parent: StreamedModel, experts: int | None = None):
             for name in EXPERT_COUNTS:
                 if getattr(part, name, None):
                     setattr(part, name, experts)
-    made = empty_model(config, parent.stored_dtype)
+    return config
+
+
+def original_model(parent: StreamedModel, experts: int | None = None):
+    """The native architecture on the meta device; shared experts count as experts where they do in `parent`. experts:
+    how many routed ones each layer has, where that is another number than the original's."""
+    made = empty_model(original_config(parent.config, experts), parent.stored_dtype)
     if any(is_shared(experts) for _, experts in find_experts(parent.model)):
         for name in parent.layer_names:
             mark_shared_experts(made.get_submodule(name))

@@ -18,13 +18,20 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     device: Device = "auto",
 ) -> None:
-    """Serve a model to OpenAI's clients: chat and completions, streamed (transformers' own server)."""
+    """Serve a model to OpenAI's clients: chat and completions, streamed. By vLLM where it is installed and has the
+    architecture, on the device it is built for; else by transformers' own server."""
     from ..run.run import sync_threads
-    from ..serving.local import run_server
+    from ..serving.local import become_vllm, run_server, vllm_serves
 
-    sync_threads()
     folder = Path(resolve_model(model)).resolve()
-    print(f"model {folder.name}: http://{host}:{port}/v1 (chat/completions, completions, models); stop with Ctrl-C")
+    by_vllm = vllm_serves(folder)
+    print(
+        f"model {folder.name}, by {'vLLM' if by_vllm else 'transformers'}: http://{host}:{port}/v1 (chat/completions, "
+        "completions, models); stop with Ctrl-C"
+    )
+    if by_vllm:
+        become_vllm(folder, host, port)
+    sync_threads()
     run_server(folder, resolve_device(device), host, port)
 
 

@@ -1,12 +1,37 @@
-"""One model behind transformers' own server: chat and completions, streamed, as OpenAI's clients ask for them."""
+"""One model behind a server: chat and completions, streamed, as OpenAI's clients ask for them. vLLM's where it is
+installed and knows the model, else transformers' own."""
 
+import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
 from ..errors import UsageError
 from ..model.load import load
+from ..model.opened import open_folder
 from ..model.tokenizer import load_tokenizer
+from .vllm_plugin.names import SERVED
+
+
+def vllm_serves(folder: Path) -> bool:
+    """Whether vLLM is installed here and has the architecture of this folder. ModelError where it is no sound model."""
+    ours = getattr(open_folder(folder).config, "moesvd", None)
+    return find_spec("vllm") is not None and (ours is None or ours["native_type"] in SERVED)
+
+
+def vllm_command(folder: Path, host: str, port: int) -> list[str]:
+    """What serves a model folder by vLLM, under the folder's name, in the dtype that its tensors have."""
+    dtype = str(open_folder(folder).dtype).removeprefix("torch.")
+    said = ["--served-model-name", folder.name, "--dtype", dtype, "--host", host, "--port", str(port)]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *said]
+
+
+def become_vllm(folder: Path, host: str, port: int) -> None:
+    """This process goes on as vLLM's server."""
+    sys.stdout.flush()
+    command = vllm_command(folder, host, port)
+    os.execv(command[0], command)
 
 
 def require_server() -> None:
