@@ -184,5 +184,5 @@ def test_what_cannot_be_is_refused_before_any_work(make_model, tmp_path, small):
     [made] = job(mixtral, tmp_path, small, "{sparsify: {attention: false}}").run()
     with pytest.raises(StageError, match=r"experts\.\w+: is sparse already"):
         plan_stages(job(made, tmp_path, small, "{gptq: {bits: 4}}"))
-    with pytest.raises(StageError, match="experts: is compressed already; sparsify takes the original's matrices"):
+    with pytest.raises(StageError, match="experts: is changed already; sparsify takes the original's matrices"):
         plan_stages(job(made, tmp_path, small, "sparsify"))
