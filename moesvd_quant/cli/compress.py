@@ -114,7 +114,13 @@ def cp(
 def export(
     folder: Annotated[Path, typer.Argument(help="One of our checkpoints.")],
     out: Out,
-    to: Annotated[str, typer.Option(help="dense: plain 16-bit weights; gptq: a standard GPTQ checkpoint.")] = "dense",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="dense: plain 16-bit weights. Packed ones: compressed-tensors, for transformers and vLLM; gptq, for "
+            "vLLM; gptqmodel, for GPTQModel."
+        ),
+    ] = "dense",
 ) -> None:
     """Write a checkpoint in a form that other software reads."""
     from ..export.export import export_checkpoint

@@ -11,7 +11,6 @@ from torch import nn
 
 from ..quantize.codec import PackedMatrix, QuantizeError
 from ..runtime.grids import Grid
-from ..runtime.packing import unpack
 
 
 @lru_cache
@@ -29,22 +28,14 @@ def _gptqmodel() -> Any:
 def to_standard(packed: PackedMatrix, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """qweight, qzeros, scales, g_idx (and bias) of the GPTQ format v1, as gptqmodel packs them.
 
-    QuantizeError where the format cannot hold the matrix.
+    packed: on a symmetric grid, in multiples of 32 and whole groups. QuantizeError where its scales do not fit.
     """
     form, (out, columns) = packed.form, packed.shape
-    if not isinstance(form, Grid):
-        raise QuantizeError(f"the GPTQ format holds grids, the matrix is in format {form.name}")
-    if columns % 32 or out % 32 or columns % form.group_size:
-        raise QuantizeError(f"the GPTQ format needs multiples of 32 and whole groups, the matrix is {out} x {columns}")
+    assert isinstance(form, Grid) and form.sym
     scale = form.scale(packed.tensors)
     if scale.half().min() == 0:
         raise QuantizeError("a scale underflows fp16, which the GPTQ format stores")
-    if form.sym:
-        zero = torch.full_like(scale, 2.0 ** (form.bits - 1))
-    else:
-        zero = unpack(packed.tensors["zeros"], form.bits, scale.numel()).view_as(scale).float()
-        if (zero == 0).any():
-            raise QuantizeError("a zero point of 0 cannot be stored in the GPTQ format v1; quantize with sym: true")
+    zero = torch.full_like(scale, 2.0 ** (form.bits - 1))
     linear = nn.Linear(columns, out, bias=bias is not None)
     linear.weight.data = packed.dense(torch.float32)
     if bias is not None:
@@ -52,7 +43,7 @@ def to_standard(packed: PackedMatrix, bias: torch.Tensor | None) -> dict[str, to
     gptqmodel = _gptqmodel()
     kind = {"bits": form.bits, "group_size": form.group_size}
     module = gptqmodel.nn_modules.qlinear.torch.TorchLinear(
-        **kind, sym=form.sym, desc_act=False, in_features=columns, out_features=out, bias=bias is not None
+        **kind, sym=True, desc_act=False, in_features=columns, out_features=out, bias=bias is not None
     )
     index = torch.arange(columns, dtype=torch.int32) // form.group_size
     module.pack_block(linear, scale, zero, index)

@@ -127,9 +127,10 @@ def test_what_is_exported_has_the_native_names_and_the_same_logits(run, tmp_path
 
 
 def test_the_standard_form_is_that_of_linears(run, make_model, tmp_path, small):
-    routed = Run(load_recipe("gptq4", small), make_model("qwen2_moe"), tmp_path / "routed").run()[-1]
+    form = ["gptq.sym=true", "gptq.group_size=32"]
+    routed = Run(load_recipe("gptq4", [*small, *form]), make_model("qwen2_moe"), tmp_path / "routed").run()[-1]
     shapes = []
-    for folder in (run("gptq", "{gptq: {bits: 4}}")[-1], routed):
+    for folder in (run("gptq", "{gptq: {bits: 4, sym: true, group_size: 32}}")[-1], routed):
         export_checkpoint(folder, tmp_path / f"{folder.parent.name}-standard", "gptq")
         files = sorted((tmp_path / f"{folder.parent.name}-standard").glob("*.safetensors"))
         opened = [safe_open(file, "pt") for file in files]
