@@ -103,7 +103,7 @@ def test_no_budgets(text):
             ["groups, literal: only with shared_v: true"],
         ),
         ("stages: [{gptq: {bits: 4, group_size: 12}}]", ["12 is not a positive multiple of 8"]),
-        ("stages: []", ["mine.yaml:1: stages: give at least one of prune, svd, d2, lora, gptq"]),
+        ("stages: []", ["mine.yaml:1: stages: give at least one of drop, prune, merge, svd, d2, lora, gptq"]),
         ("stages: [svd\n", ["mine.yaml:2:"]),
         ("seed: 1\nseed: 2\nstages: [svd]", ["mine.yaml:2: key 'seed' stands here twice"]),
         ("- svd", ["a recipe is a mapping"]),
