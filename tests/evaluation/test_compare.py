@@ -120,4 +120,4 @@ def test_the_verb(pair, text, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.main()
     said = capsys.readouterr().out
-    assert "same top token" in said and "01-gptq" in said and "tokens the same" in said
+    assert "thousandths of a nat" in said and "01-gptq" in said and "tokens the same" in said
