@@ -43,6 +43,8 @@ def base_model(architecture: str, folder: Path) -> Path:
     config.num_attention_heads = config.num_key_value_heads = config.hidden_size // 32
     if "head_dim" in config.to_dict():
         config.head_dim = 32
+    if architecture == "phimoe":  # vLLM's class has the published model's biases, whatever the config says
+        config.attention_bias = config.lm_head_bias = True
     torch.manual_seed(0)
     model = native_class(type(config))._from_config(config).eval()
     enlarge(model)
@@ -122,8 +124,9 @@ def test_compiled_by_torch_it_gives_the_same(checkpoint):
 
 def test_two_processes_share_the_experts(checkpoint):
     folder = checkpoint("mixtral", SVD)
-    two = EAGER | {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    assert in_vllm([(folder, two)], VLLM_CPU_OMP_THREADS_BIND="0|1") == [{"tokens": ours(folder)}]
+    two = EAGER | {"tensor_parallel_size": 2}
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    assert in_vllm([(folder, two)], **alone) == [{"tokens": ours(folder)}]
 
 
 def test_what_cannot_be_served_is_refused_with_the_reason(checkpoint):

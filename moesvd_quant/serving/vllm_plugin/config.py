@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from vllm.model_executor.models import ModelRegistry
 from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from ...checkpoint.accounting import original_config
@@ -29,9 +30,18 @@ def served_config(folder: Path) -> Any:
     layout = layout_from(opened.config.moesvd)
     require_architecture(folder, layout.native_type)
     config = original_config(opened.config, experts_left(opened) if layout.sources else None)
-    config.architectures = [native_class(type(config)).__name__]
+    config.architectures = [own_class(native_class(type(config)).__name__)]
     config.quantization_config = {"quant_method": NAME, "folder": str(folder)}
     return config
+
+
+def own_class(name: str) -> str:
+    """vLLM's name for a class of transformers, which may differ in capitals (Phimoe, PhiMoE). ModelError where it has
+    none: vLLM would run transformers' class, which does not know our modules."""
+    found = [known for known in ModelRegistry.get_supported_archs() if known.lower() == name.lower()]
+    if not found:
+        raise ModelError(f"{name}: vLLM has no class of its own for it; serve it with transformers")
+    return found[0]
 
 
 def experts_left(opened: Opened) -> int:

@@ -1,5 +1,6 @@
 """Which layers of vLLM's model run a module of ours."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .experts import ExpertsMethod
 from .linears import LinearMethod, SharedExpertMethod
 from .names import NAME
 
-MERGED = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}  # projections of a shared expert
+PROJECTIONS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}  # projections of a shared expert
 
 
 class OurQuantization(QuantizationConfig):
@@ -50,16 +51,18 @@ class OurQuantization(QuantizationConfig):
     def open(self, dtype: torch.dtype, device: torch.device) -> ServedCheckpoint:
         """The checkpoint from which layers take their modules from now on."""
         self.checkpoint = ServedCheckpoint(self.folder, dtype, device)
-        self._linears = {self._name(path): path for path in self.checkpoint.layout.linears}
-        shared = filter(self.checkpoint.is_shared, self.checkpoint.layout.experts)
-        self._shared = {self._name(path): path for path in shared}
         return self.checkpoint
 
-    def _name(self, path: str) -> str:
-        """What vLLM calls a module of ours."""
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """{what vLLM calls a linear or a shared expert: its path}. Known once vLLM has said how it renames."""
         assert self.checkpoint is not None
-        name = self.checkpoint.published(path)
-        return (self.mapper.map_name(name) or name) if self.mapper is not None else name
+        layout = self.checkpoint.layout
+        paths = [*layout.linears, *filter(self.checkpoint.is_shared, layout.experts)]
+        named = {f"{self.checkpoint.published(path)}.": path for path in paths}  # renamings look for the dots
+        if self.mapper is not None:
+            named = {self.mapper.map_name(name) or name: path for name, path in named.items()}
+        return {name.removesuffix("."): path for name, path in named.items()}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         assert self.checkpoint is not None
@@ -70,11 +73,12 @@ class OurQuantization(QuantizationConfig):
             return None
         home, _, leaf = prefix.rpartition(".")
         parts = self.packed_modules_mapping.get(leaf, [leaf])
-        if home in self._shared and all(part in MERGED for part in parts):
-            return SharedExpertMethod(self.checkpoint.take(self._shared[home]), [MERGED[part] for part in parts])
+        if home in self._paths and all(part in PROJECTIONS for part in parts):
+            return SharedExpertMethod(self.checkpoint.take(self._paths[home]), [PROJECTIONS[part] for part in parts])
         names = [f"{home}.{part}" if home else part for part in parts]
-        if not any(name in self._linears for name in names):
+        packed = [self._paths[name] for name in names if name in self._paths]
+        if not packed:
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-        beside = next(self._linears[name] for name in names if name in self._linears).rpartition(".")[0]
-        paths = [self._linears.get(name, f"{beside}.{part}") for name, part in zip(names, parts)]
+        beside = packed[0].rpartition(".")[0]
+        paths = [self._paths.get(name, f"{beside}.{part}") for name, part in zip(names, parts)]
         return LinearMethod([self.checkpoint.take(path) for path in paths])
