@@ -43,8 +43,6 @@ def base_model(architecture: str, folder: Path) -> Path:
     config.num_attention_heads = config.num_key_value_heads = config.hidden_size // 32
     if "head_dim" in config.to_dict():
         config.head_dim = 32
-    if architecture == "phimoe":  # vLLM's class has the published model's biases, whatever the config says
-        config.attention_bias = config.lm_head_bias = True
     torch.manual_seed(0)
     model = native_class(type(config))._from_config(config).eval()
     enlarge(model)
