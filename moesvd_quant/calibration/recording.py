@@ -89,6 +89,11 @@ def head_gram(streamed: StreamedModel) -> torch.Tensor:
     return total.cpu()
 
 
+def is_known(statistics: dict, path: str) -> bool:
+    """Whether the walk reached a linear."""
+    return f"{path}/gram" in statistics or f"{path}/alias" in statistics
+
+
 def linear_gram(statistics: dict, path: str) -> torch.Tensor:
     """Gram matrix (in, in) of a linear; KeyError where the walk never reached it."""
     alias = statistics.get(f"{path}/alias")

@@ -17,11 +17,21 @@ def channel_rows(weights: Weights) -> torch.Tensor:
     return torch.cat([w.T if name == "down" else w for name, w in weights.items()], 1).float()
 
 
+def cosines(gram: torch.Tensor) -> torch.Tensor:
+    """(n, n) cosines of vectors from their products; 0 beside a vector of zeros."""
+    return _cosines(gram, gram.diagonal(), gram.diagonal())
+
+
+def _cosines(cross: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(n, m) of the vectors of two sets, from products between them (n, m), and squares of both (n,), (m,)."""
+    lengths = one.clamp(min=0).sqrt()[:, None] * other.clamp(min=0).sqrt()
+    return torch.where(lengths > 0, cross / lengths, 0.0)
+
+
 def unit_distances(cross: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """(n, m) distances between vectors of length 1, from the products `cross` (n, m) of longer ones and the squares of
     these, `one` (n,) and `other` (m,). A vector of zeros stays zero."""
-    lengths = one.clamp(min=0).sqrt()[:, None] * other.clamp(min=0).sqrt()
-    cosine = torch.where(lengths > 0, cross / lengths, 0.0)
+    cosine = _cosines(cross, one, other)
     return ((one > 0)[:, None].to(cosine) + (other > 0).to(cosine) - 2 * cosine).clamp(min=0).sqrt()
 
 
@@ -88,13 +98,6 @@ def groups_of(leader: torch.Tensor) -> list[list[int]]:
     """The experts of each group, its leader first, in the order of the leaders."""
     found = leader.tolist()
     return [[at, *(e for e, first in enumerate(found) if first == at and e != at)] for at in sorted(set(found))]
-
-
-def cosines(gram: torch.Tensor) -> torch.Tensor:
-    """(n, n) cosines of vectors from their products; 0 beside a vector of zeros."""
-    lengths = gram.diagonal().clamp(min=0).sqrt()
-    product = lengths[:, None] * lengths
-    return torch.where(product > 0, gram / product, 0.0)
 
 
 def ream_likeness(logits: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,9 @@ from ..checkpoint.unused import UNUSED_FILE, write_unused
 from ..checkpoint.verify import check_carried
 from ..memory.files import write_json, write_one_by_one
 from ..model.carried import carry_files
-from ..model.experts import is_shared
 from ..model.folder import ModelError
+from ..model.remaining import counts_left
 from ..model.stream import StreamedModel
-from ..runtime.factorized_experts import FactorizedExperts
 from .compressed_tensors import CompressedTensorsForm
 from .dense import DenseForm
 from .gptq import GptqForm, GptqModelForm
@@ -65,13 +64,10 @@ def export_checkpoint(folder: Path, out: Path, to: str) -> None:
 def _experts_left(parent: StreamedModel) -> int | None:
     """How many routed experts each layer has, where some were dropped or merged; None where all are there. ModelError
     where layers have different numbers: no class of transformers can hold them."""
-    found = [m for _, m in parent.model.named_modules() if isinstance(m, FactorizedExperts) and not is_shared(m)]
-    if all(module.sources is None for module in found):
-        return None
-    counts = sorted({module.experts for module in found})
+    counts = counts_left(parent.model)
     if len(counts) > 1:
         raise ModelError(
             f"{parent.folder}: layers have {', '.join(map(str, counts))} experts, and plain checkpoints have the same "
             "number in each; load it with moesvd_quant, or keep as many experts in each layer"
         )
-    return counts[0]
+    return counts[0] if counts else None

@@ -5,7 +5,7 @@ from torch import nn
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import DensePart
 from ..runtime.routers import Sources
-from .experts import expert_count
+from .experts import expert_count, find_experts, is_shared
 
 
 def is_gone(experts: nn.Module) -> bool:
@@ -21,6 +21,14 @@ def is_whole(experts: nn.Module) -> bool:
     plain = all(isinstance(part, DensePart) and not part.packed for part in parts)
     whole = all(part.rows is None and part.columns is None for part in parts)
     return plain and whole and all(part.users("dense") == list(range(experts.experts)) for part in parts)
+
+
+def counts_left(model: nn.Module) -> list[int]:
+    """How many routed experts layers have, each number once; none where no layer lost an expert, or had them merged."""
+    found = [experts for _, experts in find_experts(model) if not is_shared(experts)]
+    if not any(isinstance(experts, FactorizedExperts) and experts.sources for experts in found):
+        return []
+    return sorted({expert_count(experts) for experts in found})
 
 
 def sources_of(experts: nn.Module) -> Sources:

@@ -11,6 +11,7 @@ from ..runtime.formats import FLOAT, Format
 from ..runtime.parts import Projections
 from .allocation import named, plain_storage
 from .context import Context, StageError
+from .shares import parameters_of
 
 Layouts = dict[str, Projections]  # by path
 Shapes = dict[str, dict[str, tuple[int, int, int]]]  # (experts, out, in) of each projection, by path
@@ -54,7 +55,7 @@ def spend(context: Context, decide: Callable[[int], tuple[Layouts, dict]]) -> Ma
     """
     limit, least, best = context.budget or 0, None, None
     shapes = shapes_of_all(context.parent)
-    total = sum(count * out * columns for matrices in shapes.values() for count, out, columns in matrices.values())
+    total = parameters_of(context.parent)
     low, high = 0, total
     while high - low > max(1, total // TOLERANCE):
         middle = (low + high) // 2

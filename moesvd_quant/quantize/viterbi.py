@@ -10,7 +10,6 @@ Weights are rounded to eighths of the code's unit first. All sums are then exact
 import numpy as np
 import torch
 
-from ..runtime.numba_here import use_torchs_threads
 from ..runtime.trellis_code import RING, VALUES, WINDOW, column_bounds, joint_columns, padded
 from .feedback import HessianFactor
 
@@ -53,9 +52,11 @@ class Encoder:
 
     def _columns(self, wanted, passed_on, rest, edges) -> tuple[torch.Tensor, torch.Tensor]:
         """(errors, codes) of a block of columns; see `viterbi_numba.encode_columns`."""
+        from numba import config, set_num_threads
+
         from .viterbi_numba import encode_columns
 
-        use_torchs_threads()
+        set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
         rows = rest.shape[1]
         length, joint = padded(rows), joint_columns(rows)
         bounds = column_bounds(rows) if joint == 1 else np.array([0, joint * length])

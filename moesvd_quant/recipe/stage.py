@@ -156,8 +156,8 @@ def packing_stage(stages: Sequence[Stage]) -> Stage | None:
     return next((stage for stage in stages if stage.leaves is Form.PACKED), None)
 
 
-def check_ratio(value: float) -> float:
-    """ValueError where a share of parameters to remove is not between 0 and 1."""
+def check_ratio(value: float, what: str = "fraction of parameters removed") -> float:
+    """ValueError, saying what it is, where a share that is to go is not between 0 and 1."""
     if not 0 < value < 1:
-        raise ValueError(f"{value} is not between 0 and 1 (fraction of parameters removed)")
+        raise ValueError(f"{value} is not between 0 and 1 ({what})")
     return value

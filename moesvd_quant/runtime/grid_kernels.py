@@ -3,16 +3,15 @@
 Compiled by numba at their first use, see `grid_numba.py`; where numba is missing, formats dequantize.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 
-from .numba_here import HERE, dtype_of_products, on_gpu
+from .numba_here import HERE, LANES, dtype_of_products, on_gpu
+from .spans import Span, few_and_many
 
-MANY = 16  # tokens per matrix from which on tiles are dequantized and multiplied by torch
-TILE = 512  # rows of such a tile
-BLOCK, PLANES, LANES = 128, 9, 16  # of `grid_lanes`, which is imported where it is needed
+TILE = 512  # rows of a matrix that are dequantized at a time, where it has many tokens
+BLOCK = 8 * LANES  # codes, which lie in LANES words
+PLANES = 9  # of an input's block, see `grid_lanes`: the last has each lane's sum
 
 
 def usable(form, stored: dict, x: torch.Tensor) -> bool:
@@ -26,15 +25,9 @@ def usable(form, stored: dict, x: torch.Tensor) -> bool:
 
 def products(form, stored: dict, columns: int, x: torch.Tensor, sizes: list[int], table) -> torch.Tensor:
     """x (tokens, columns), sorted by matrix, sizes[e] tokens of matrix e -> (tokens, rows) in the dtype of x."""
-    spans: list[tuple[int, int, int]] = []
-    many: list[tuple[int, int, int]] = []
-    start = 0
-    for e, size in enumerate(sizes):
-        if size:
-            (many if size >= MANY else spans).append((e, start, start + size))
-        start += size
+    few, many = few_and_many(sizes)
     rows = stored["codes"].shape[-2]
-    y = _few(form, stored, x, spans, rows, table).to(x.dtype) if spans else x.new_empty(len(x), rows)
+    y = _few(form, stored, x, few, rows, table).to(x.dtype) if few else x.new_empty(len(x), rows)
     if many:
         planes = _in_planes(x.to(dtype_of_products(x.dtype)), form.bits)
     for e, start, stop in many:
@@ -43,17 +36,17 @@ def products(form, stored: dict, columns: int, x: torch.Tensor, sizes: list[int]
     return y
 
 
-def _few(form, stored: dict, x: torch.Tensor, spans: list, rows: int, table) -> torch.Tensor:
-    """y (tokens, rows) float32 of the tokens of `spans`: (matrix, first, last + 1); others are not set."""
-    from .grid_numba import few, in_planes
+def _few(form, stored: dict, x: torch.Tensor, spans: list[Span], rows: int, table) -> torch.Tensor:
+    """y (tokens, rows) float32 of the tokens of `spans`; others are not set."""
+    from .grid_numba import few, in_planes, plane_weights
     from .team import run
 
     blocks = -(-x.shape[1] // BLOCK)
     planes, y = torch.empty(len(x), blocks, PLANES, LANES), torch.empty(len(x), rows)
-    in_planes(x.float().contiguous().numpy(), form.bits, _weights(form.bits), planes.numpy())
+    in_planes(x.float().contiguous().numpy(), form.bits, plane_weights(form.bits), planes.numpy())
     asked, (addresses, sizes) = torch.tensor(spans), _described(form, stored, table)
     given = [*addresses, planes.data_ptr(), y.data_ptr(), asked.data_ptr(), *sizes, blocks, len(x), len(spans)]
-    run(few(form.bits, max(1, BLOCK // form.group_size), form.sym), given)
+    run(few(form.bits, max(1, BLOCK // form.group_size)), given)
     return y
 
 
@@ -67,7 +60,7 @@ def _by_tiles(form, own: dict, planes: torch.Tensor, rows: int, table) -> torch.
     for first in range(0, rows, TILE):
         out = torch.empty(min(TILE, rows - first), planes.shape[1])
         given = [*addresses, out.data_ptr(), *sizes, planes.shape[1] // BLOCK, first, len(out)]
-        run(tile(form.bits, max(1, BLOCK // form.group_size), form.sym), given)
+        run(tile(form.bits, max(1, BLOCK // form.group_size)), given)
         done.append(F.linear(planes, out.to(planes.dtype)))
     return torch.cat(done, 1)
 
@@ -75,20 +68,13 @@ def _by_tiles(form, own: dict, planes: torch.Tensor, rows: int, table) -> torch.
 def _described(form, stored: dict, table: torch.Tensor) -> tuple[list[int], list[int]]:
     """The addresses and sizes of a bank, as compiled work takes them."""
     codes, levels, zeros = stored["codes"], stored["scales"], stored.get("zeros")
-    tensors = codes, levels, stored["base"], codes if zeros is None else zeros, table
+    tensors = codes, levels, stored["base"], zeros, table
     wide = max(1, form.group_size // BLOCK)
     sizes = [*codes.shape, levels.shape[2], 0 if zeros is None else zeros.shape[1], wide]
-    return [tensor.data_ptr() for tensor in tensors], sizes
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors], sizes
 
 
 def _in_planes(x: torch.Tensor, bits: int) -> torch.Tensor:
     """(tokens, columns filled up to blocks), in the order of the tiles' columns."""
     padded = F.pad(x, (0, -x.shape[1] % BLOCK))
     return padded if bits == 8 else padded.view(len(x), -1, LANES, 8).transpose(2, 3).reshape(len(x), -1)
-
-
-@cache
-def _weights(bits: int):
-    from .grid_numba import plane_weights
-
-    return plane_weights(bits)

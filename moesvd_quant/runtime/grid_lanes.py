@@ -12,6 +12,7 @@ try:  # what is imported outside of `try`, transformers demands before it opens 
 except ImportError:
     raise
 
+from .grid_kernels import BLOCK, PLANES
 from .lanes import (
     F32,
     FAST,
@@ -32,9 +33,6 @@ from .lanes import (
     words,
     zeros,
 )  # fmt: skip
-
-BLOCK = 8 * LANES
-PLANES = 9  # of an input's block: the last has each lane's sum
 
 
 def kept_place(bits: int, plane: int) -> bool:

@@ -10,7 +10,8 @@ try:  # what is imported outside of `try`, transformers demands before it opens 
 except ImportError:
     raise
 
-from .grid_lanes import BLOCK, PLANES, kept_place, row_products, row_scales, row_values, row_zeros
+from .grid_kernels import BLOCK, PLANES
+from .grid_lanes import kept_place, row_products, row_scales, row_values, row_zeros
 from .lanes import LANES, copy
 from .team import pointer, take, work
 
@@ -35,6 +36,7 @@ def in_planes(x, bits, weights, out):
                 out[t, b, 8, lane] = whole
 
 
+@cache
 def plane_weights(bits: int) -> np.ndarray:
     """(8,) float32: what makes up for codes that are used where they stand."""
     return np.array([2.0 ** -(bits * k) if kept_place(bits, k) else 1.0 for k in range(8)], f32)
@@ -47,13 +49,33 @@ def spread_groups(values, groups, wide):
         values[at] = values[min(at // wide, groups - 1)]
 
 
+@njit(**OPTIONS)
+def set_groups(levels, zeros, zero_bytes, r, groups, wide, table, base, bits, scales, offs):
+    """Scale and zero of the groups of row r, whose levels are at an address; of a matrix without zeros `offs` stays."""
+    row_scales(levels, groups, table, base, scales.ctypes.data)
+    if zero_bytes:
+        row_zeros(zeros, r * groups * bits, zeros + zero_bytes - 1, groups, bits, offs.ctypes.data)
+    if wide > 1:
+        spread_groups(scales, groups, wide)
+        spread_groups(offs, groups, wide)
+
+
+@njit(**OPTIONS)
+def whole_blocks(row, row_bytes, room):
+    """The address of a row; of a copy in `room`, filled up with zeros, where it ends within a block."""
+    if row_bytes == len(room):
+        return row
+    copy(room.ctypes.data, row, row_bytes)
+    return room.ctypes.data
+
+
 @cache
-def few(bits: int, per_block: int, sym: bool):
+def few(bits: int, per_block: int):
     """Work: y[p] = weight of matrix e @ x[p], for each (e, first p, last p + 1) of `spans`.
 
     per_block: groups of a block, 1 where they are as large or larger. Takes the addresses of codes (e, rows, bytes),
-    levels (e, rows, groups), base (e,), zeros (e, bytes), table (of scales by level), x as `in_planes` makes it, y
-    (tokens, rows) float32, spans, and the sizes below; wide: blocks of a group.
+    levels (e, rows, groups), base (e,), zeros (e, bytes; none of a symmetric grid), table (of scales by level), x as
+    `in_planes` makes it, y (tokens, rows) float32, spans, and the sizes below; wide: blocks of a group.
     """
     block_bytes, middle = BLOCK * bits // 8, f32(1 << (bits - 1))
 
@@ -64,33 +86,18 @@ def few(bits: int, per_block: int, sym: bool):
         matrices, rows, row_bytes, groups, zero_bytes, wide, blocks, _, count = n[9:18]
         base, spans = carray(pointer(n[3]), (matrices,), np.float32), carray(pointer(n[8]), (count, 3), np.int64)
         scales, offs = np.zeros(blocks * per_block, f32), np.full(blocks * per_block, middle, f32)
-        room, each, chunks = np.zeros(blocks * block_bytes, np.uint8), 4 * blocks * PLANES * LANES, -(-rows // CHUNK)
-        s, o, aside = scales.ctypes.data, offs.ctypes.data, room.ctypes.data
+        below, room = np.zeros(blocks * per_block, f32), np.zeros(blocks * block_bytes, np.uint8)
+        s, o, each, chunks = scales.ctypes.data, below.ctypes.data, 4 * blocks * PLANES * LANES, -(-rows // CHUNK)
         item = take(given)
         while item < count * chunks:
             e, start, stop = spans[item // chunks]
-            first = item % chunks * CHUNK
+            first, zero = item % chunks * CHUNK, zeros + e * zero_bytes
             for r in range(first, min(rows, first + CHUNK)):
-                row = codes + (e * rows + r) * row_bytes
-                if row_bytes < len(room):  # it ends within a block
-                    copy(aside, row, row_bytes)
-                    row = aside
                 own = levels + (e * rows + r) * groups
-                if sym:
-                    row_scales(own, groups, table, base[e], s)
-                    if wide > 1:
-                        spread_groups(scales, groups, wide)
-                    for g in range(len(scales)):
-                        offs[g] = scales[g] * middle
-                else:
-                    low = zeros + e * zero_bytes
-                    row_scales(own, groups, table, base[e], s)
-                    row_zeros(low, r * groups * bits, low + zero_bytes - 1, groups, bits, o)
-                    if wide > 1:
-                        spread_groups(scales, groups, wide)
-                        spread_groups(offs, groups, wide)
-                    for g in range(len(scales)):
-                        offs[g] *= scales[g]
+                set_groups(own, zero, zero_bytes, r, groups, wide, table, base[e], bits, scales, offs)
+                for g in range(len(scales)):
+                    below[g] = scales[g] * offs[g]
+                row = whole_blocks(codes + (e * rows + r) * row_bytes, row_bytes, room)
                 p = start
                 while p + 4 <= stop:
                     place = y + 4 * (p * rows + r)
@@ -106,7 +113,7 @@ def few(bits: int, per_block: int, sym: bool):
 
 
 @cache
-def tile(bits: int, per_block: int, sym: bool):
+def tile(bits: int, per_block: int):
     """Work: `count` rows of one matrix from `first` on, (count, blocks * BLOCK) float32, columns in the order of
     planes, exactly (code - zero) * scale. Takes what `few` takes, of one matrix."""
     block_bytes, middle = BLOCK * bits // 8, f32(1 << (bits - 1))
@@ -118,22 +125,14 @@ def tile(bits: int, per_block: int, sym: bool):
         _, row_bytes, groups, zero_bytes, wide, blocks, first, count = n[7:15]
         base = carray(pointer(n[3]), (1,), np.float32)[0]
         scales, offs = np.zeros(blocks * per_block, f32), np.full(blocks * per_block, middle, f32)
-        room = np.zeros(blocks * block_bytes, np.uint8)
-        s, o, aside = scales.ctypes.data, offs.ctypes.data, room.ctypes.data
+        room, s, o = np.zeros(blocks * block_bytes, np.uint8), scales.ctypes.data, offs.ctypes.data
         item = take(given)
         while item < -(-count // CHUNK):
             for at in range(item * CHUNK, min(count, (item + 1) * CHUNK)):
                 r = first + at
-                row = codes + r * row_bytes
-                if row_bytes < len(room):
-                    copy(aside, row, row_bytes)
-                    row = aside
-                row_scales(levels + r * groups, groups, table, base, s)
-                if not sym:
-                    row_zeros(zeros, r * groups * bits, zeros + zero_bytes - 1, groups, bits, o)
-                if wide > 1:
-                    spread_groups(scales, groups, wide)
-                    spread_groups(offs, groups, wide)
+                own = levels + r * groups
+                set_groups(own, zeros, zero_bytes, r, groups, wide, table, base, bits, scales, offs)
+                row = whole_blocks(codes + r * row_bytes, row_bytes, room)
                 row_values(row, blocks, s, o, out + 4 * at * blocks * BLOCK, bits, per_block)
             item = take(given)
 

@@ -8,7 +8,16 @@ try:  # what is imported outside of `try`, transformers demands before it opens 
 except ImportError:
     raise
 
+from .spans import spans_of
+
 TOKENS, ROWS, COLUMNS = 16, 32, 64  # of a tile: the least that the units for matrices take, and what fits registers
+
+
+@triton.jit
+def span_of_program(spans):
+    """The matrix of a program, its first token and the one after its last."""
+    place = spans + 3 * tl.program_id(1)
+    return tl.load(place).to(tl.int64), tl.load(place + 1), tl.load(place + 2)
 
 
 @triton.jit
@@ -18,8 +27,7 @@ def grid_kernel(
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """y[p] = weight of matrix e @ x[p] for each span (e, first p, last p + 1); a program has some rows of one span."""
-    e = tl.load(spans + 3 * tl.program_id(1)).to(tl.int64)
-    start, stop = tl.load(spans + 3 * tl.program_id(1) + 1), tl.load(spans + 3 * tl.program_id(1) + 2)
+    e, start, stop = span_of_program(spans)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mine, line = r < rows, (e * rows + r)
     largest = tl.load(base + e)
@@ -57,20 +65,14 @@ def products(form, stored: dict, x: torch.Tensor, sizes: list[int], table: torch
     """x (tokens, columns), sorted by matrix, sizes[e] tokens of matrix e -> (tokens, rows) in the dtype of x."""
     codes, levels = stored["codes"], stored["scales"]
     (_, rows, row_bytes), groups = codes.shape, levels.shape[-1]
-    spans = spans_of(sizes, x.device)
+    spans = spans_of(sizes)
     y = torch.empty(len(x), rows, dtype=torch.float32, device=x.device)
     zeros = codes if form.sym else stored["zeros"]
-    if len(spans):
+    if spans:
+        asked = torch.tensor(spans, dtype=torch.int32, device=x.device)
         grid_kernel[triton.cdiv(rows, ROWS), len(spans)](
-            codes, levels, stored["base"].view(torch.float32), zeros, table.to(x.device), x.contiguous(), spans, y,
+            codes, levels, stored["base"].view(torch.float32), zeros, table.to(x.device), x.contiguous(), asked, y,
             rows, x.shape[1], groups, row_bytes, zeros.shape[-1],
             BITS=form.bits, GROUP=form.group_size, SYM=form.sym, TOKENS=TOKENS, ROWS=ROWS, COLUMNS=COLUMNS,
         )  # fmt: skip
     return y.to(x.dtype)
-
-
-def spans_of(sizes: list[int], device: torch.device) -> torch.Tensor:
-    """(spans, 3) int32: matrix, its first token and the one after its last, of matrices that have some."""
-    ends = [sum(sizes[: e + 1]) for e in range(len(sizes))]
-    spans = [(e, end - size, end) for e, (size, end) in enumerate(zip(sizes, ends)) if size]
-    return torch.tensor(spans, dtype=torch.int32, device=device)

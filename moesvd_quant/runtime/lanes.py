@@ -13,7 +13,8 @@ try:  # what is imported outside of `try`, transformers demands before it opens 
 except ImportError:
     raise
 
-LANES = 16
+from .numba_here import LANES
+
 QUAD = LANES // 4
 I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 WORDS, FLOATS, BYTES = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES), ir.VectorType(I8, 16)

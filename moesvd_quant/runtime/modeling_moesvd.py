@@ -32,7 +32,8 @@ from .trellis import Trellis
 SHIPPED = (
     "modeling_moesvd.py", "factorized_experts.py", "pruned_base.py", "parts.py", "stored.py", "formats.py",
     "native_experts.py", "routers.py", "modeling_deepseek.py", "more_formats.py", "packing.py", "numba_here.py",
-    "lanes.py", "team.py", "grids.py", "grid_kernels.py", "grid_lanes.py", "grid_numba.py", "grid_triton.py",
+    "spans.py", "lanes.py", "team.py", "grids.py", "grid_kernels.py", "grid_lanes.py", "grid_numba.py",
+    "grid_triton.py",
     "trellis.py", "trellis_code.py", "trellis_kernels.py", "trellis_lanes.py", "trellis_numba.py", "trellis_read.py",
     "trellis_triton.py", "hadamard_numba.py", "sparse.py",
 )  # fmt: skip
@@ -46,10 +47,7 @@ def apply_layout(model: nn.Module, layout: Layout) -> None:
         native.is_expert = SharedExpert.fits(native)
         replace_experts(model, path, FactorizedExperts(native, projections, layout.sources.get(path)))
     for path, linear in layout.linears.items():
-        old = model.get_submodule(path)
-        kind = dict(dtype=old.weight.dtype, device=old.weight.device)
-        new = StoredLinear(old.in_features, old.out_features, old.bias is not None, linear, **kind)
-        model.set_submodule(path, new)
+        model.set_submodule(path, StoredLinear.empty_like(model.get_submodule(path), linear))
 
 
 def replace_experts(model: nn.Module, path: str, made: FactorizedExperts) -> None:

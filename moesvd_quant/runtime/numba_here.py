@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import torch
 
 HERE = find_spec("numba") is not None
+LANES = 16  # of the vectors that kernels for CPUs are written in
 TRITON = find_spec("triton") is not None
 FEW = 64  # tokens per matrix up to which kernels for GPUs read codes anew for each tile of tokens
 
@@ -14,15 +15,6 @@ def on_gpu(x: torch.Tensor, codes: torch.Tensor, sizes: list[int] | None = None)
     """Whether kernels for GPUs serve these tokens, where it is known how many each matrix has."""
     plain = x.is_cuda and not x.requires_grad and codes.dtype == torch.uint8
     return TRITON and plain and max(sizes or [0]) <= FEW
-
-
-def use_torchs_threads() -> None:
-    """What numba compiled runs on as many threads as torch."""
-    try:  # what is imported outside of `try`, transformers demands before it opens a checkpoint
-        from numba import config, set_num_threads
-    except ImportError:
-        raise
-    set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
 
 
 @cache

@@ -85,6 +85,20 @@ class StoredLinear(Stored):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         self.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)  # follows casts
 
+    @classmethod
+    def empty_like(cls, linear: nn.Linear, layout: LinearLayout) -> "StoredLinear":
+        """Of the shape, dtype and device of a linear; its tensors are empty."""
+        kind = dict(dtype=linear.weight.dtype, device=linear.weight.device)
+        return cls(linear.in_features, linear.out_features, linear.bias is not None, layout, **kind)
+
+    @classmethod
+    def in_place_of(cls, linear: nn.Linear, layout: LinearLayout, weight: dict[str, torch.Tensor]) -> "StoredLinear":
+        """The same with a weight, its tensors by kind, and the bias of the linear."""
+        made = cls.empty_like(linear, layout)
+        made.fill_bank("weight", weight)
+        made.bias = linear.bias
+        return made
+
     @property
     def rank(self) -> int:
         return self.layout.rank

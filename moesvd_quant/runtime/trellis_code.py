@@ -1,9 +1,15 @@
 """The code of trellis formats: the value of each window of bits, and where rings begin and end. A copy lies in every
 checkpoint."""
 
+from functools import cache
+from typing import NamedTuple
+
 import numpy as np
 
+from .numba_here import LANES
+
 WINDOW = 12  # bits of which a weight is read
+FIT = 32 - WINDOW  # first bits of windows that a word of 32 bits holds whole
 STEP = 16  # rows of a column are filled up to a multiple: a ring is then whole bytes at every rate
 RING = 256  # weights of a ring, at most
 SHORT = 64  # columns of fewer rows share a ring
@@ -48,3 +54,30 @@ def ring_bounds(rows: int, columns: int) -> np.ndarray:
         return np.append(np.arange(0, columns * length, joint * length), columns * length)
     starts = np.arange(columns)[:, None] * length + column_bounds(rows)[:-1]
     return np.append(starts.ravel(), columns * length)
+
+
+class Groups(NamedTuple):
+    """Where the windows of a group of weights lie."""
+
+    each: int  # weights
+    size: int  # bytes
+    starts: tuple[int, ...]  # the bytes that words begin with
+    places: tuple[tuple[int, int], ...]  # of each weight: its word, and the first bit in it
+
+
+@cache
+def groups_of(twice: int) -> Groups:
+    """Of a rate in half bits: whole bytes."""
+    each = 8 if twice % 2 == 0 else 16
+    starts: list[int] = []
+    places = []
+    for bit in (i * twice // 2 for i in range(each)):
+        if not starts or bit - 8 * starts[-1] > FIT:
+            starts.append(bit // 8)
+        places.append((len(starts) - 1, bit - 8 * starts[-1]))
+    return Groups(each, each * twice // 16, tuple(starts), tuple(places))
+
+
+def blocks_of(weights: int, each: int) -> int:
+    """Blocks of LANES groups of `each` weights that a ring takes."""
+    return -(-weights // (each * LANES))

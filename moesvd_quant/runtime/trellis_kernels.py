@@ -9,11 +9,11 @@ from functools import cache
 import numpy as np
 import torch
 
-from .numba_here import HERE, dtype_of_products
-from .trellis_code import column_bounds, joint_columns, padded, ring_bounds
+from .numba_here import HERE, LANES, dtype_of_products
+from .spans import MANY, Span, few_and_many
+from .trellis_code import blocks_of, column_bounds, groups_of, joint_columns, padded, ring_bounds
 
-MANY = 16  # tokens per matrix from which on tiles are read and multiplied by torch
-TILE = 2  # rings of a column in such a tile
+TILE = 2  # rings of a column that are read at a time, where a matrix has many tokens
 
 
 def usable(tensor: torch.Tensor) -> bool:
@@ -25,12 +25,12 @@ def read_all(codes: torch.Tensor, rate: float, bounds: np.ndarray) -> torch.Tens
     """Values float32 (..., weights), in their order, of codes uint8 (..., columns, bytes) of matrices whose rings have
     these bounds."""
     from .team import run
-    from .trellis_read import blocks_of, read
+    from .trellis_read import read
 
     twice = int(2 * rate)
     flat = codes.reshape(-1, codes.shape[-2] * codes.shape[-1])
     out = torch.empty(len(flat), bounds[-1])
-    longest = blocks_of(int(np.diff(bounds).max()), _each(twice))
+    longest = blocks_of(int(np.diff(bounds).max()), groups_of(twice).each)
     for stream, values in zip(flat, out):
         given = [stream.data_ptr(), bounds.ctypes.data, values.data_ptr(), len(bounds) - 1, longest]
         run(read(twice), given)
@@ -60,22 +60,16 @@ def products(codes: torch.Tensor, rate: float, rows: int, x: torch.Tensor, sizes
     columns, bytes) -> float32 (tokens, rows): products with the values as they are stored, turned and without scale.
     dtype: of the tokens as they came."""
     limit = MANY if codes.shape[1] % joint_columns(rows) == 0 else 0  # rings of different lengths: one by one
-    spans: list[tuple[int, int, int]] = []
-    many: list[tuple[int, int, int]] = []
-    start = 0
-    for e, size in enumerate(sizes):
-        if size:
-            (many if size >= limit else spans).append((e, start, start + size))
-        start += size
-    y = _few(codes, int(2 * rate), rows, x, spans) if spans else torch.empty(len(x), rows)
+    few, many = few_and_many(sizes, limit)
+    y = _few(codes, int(2 * rate), rows, x, few) if few else torch.empty(len(x), rows)
     kind = dtype_of_products(dtype)
     for e, start, stop in many:
         y[start:stop] = _by_tiles(codes[e], rate, rows, x[start:stop].to(kind))
     return y
 
 
-def _few(codes, twice: int, rows: int, x, spans) -> torch.Tensor:
-    """y (tokens, rows) of the tokens of `spans`: (matrix, first, last + 1); others are not set."""
+def _few(codes, twice: int, rows: int, x, spans: list[Span]) -> torch.Tensor:
+    """y (tokens, rows) of the tokens of `spans`; others are not set."""
     from .team import run
     from .trellis_numba import few, few_short
 
@@ -90,7 +84,7 @@ def _few(codes, twice: int, rows: int, x, spans) -> torch.Tensor:
     parts = -(-items // len(spans))
     y = torch.empty(parts, len(x), rows)
     sizes = [*codes.shape[:2], joint, padded(rows), rows, len(x), len(spans), parts]
-    run(few_short(twice), [codes.data_ptr(), 0, *(t.data_ptr() for t in (x, sums, y, asked)), *sizes])
+    run(few_short(twice), [codes.data_ptr(), *(t.data_ptr() for t in (x, sums, y, asked)), *sizes])
     return y.sum(0)
 
 
@@ -98,32 +92,27 @@ def _by_tiles(codes: torch.Tensor, rate: float, rows: int, x: torch.Tensor) -> t
     """x (tokens, columns) by torch's product with one tile of rows of a matrix after the other; values are exact in
     bfloat16."""
     from .team import run
-    from .trellis_read import blocks_of, tile
+    from .trellis_read import tile
 
     (columns, size), twice = codes.shape, int(2 * rate)
     if joint_columns(rows) > 1:
         values = read_all(codes, rate, ring_bounds(rows, columns)).view(columns, -1)
         return (x @ values.to(x.dtype))[:, :rows]
     bounds, done = column_bounds(rows), []
-    blocks = blocks_of(int(np.diff(bounds).max()), _each(twice))
+    blocks = blocks_of(int(np.diff(bounds).max()), groups_of(twice).each)
     for low in range(0, len(bounds) - 1, TILE):
         high = min(low + TILE, len(bounds) - 1)
-        out = torch.empty(columns, (high - low) * blocks * _each(twice) * 16, dtype=torch.bfloat16)
+        out = torch.empty(columns, (high - low) * blocks * groups_of(twice).each * LANES, dtype=torch.bfloat16)
         run(tile(twice), [codes.data_ptr(), bounds.ctypes.data, out.data_ptr(), columns, size, low, high, blocks])
         done.append(x @ out.to(x.dtype))
     return torch.cat(done, 1)[:, _order(rows, twice)]
 
 
-def _each(twice: int) -> int:
-    """Weights of a group."""
-    return 8 if twice % 2 == 0 else 16
-
-
 @cache
 def _order(rows: int, twice: int) -> torch.Tensor:
     """(rows,) int64: where each row stands in the tiles of a column."""
-    each, bounds = _each(twice), column_bounds(rows)
-    wide = -(-int(np.diff(bounds).max()) // (each * 16)) * each * 16
+    each, bounds = groups_of(twice).each, column_bounds(rows)
+    wide = blocks_of(int(np.diff(bounds).max()), each) * each * LANES
     ring = np.searchsorted(bounds, np.arange(rows), "right") - 1
-    block, own = np.divmod(np.arange(rows) - bounds[ring], each * 16)
-    return torch.from_numpy(ring * wide + block * each * 16 + own % each * 16 + own // each)
+    block, own = np.divmod(np.arange(rows) - bounds[ring], each * LANES)
+    return torch.from_numpy(ring * wide + block * each * LANES + own % each * LANES + own // each)

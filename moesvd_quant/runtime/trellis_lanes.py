@@ -4,9 +4,6 @@ A block is 16 groups of 8 or 16 neighbouring weights, whole bytes; in the order 
 of every group. A group's windows lie in one or two words of 32 bits.
 """
 
-from functools import cache
-from typing import NamedTuple
-
 try:  # what is imported outside of `try`, transformers demands before it opens a checkpoint
     from llvmlite import ir
     from numba import types
@@ -16,34 +13,11 @@ except ImportError:
     raise
 
 from .lanes import F32, FLOATS, I8, LANES, add, load, moved, multiply, number, pointer_to, same, spread, store, words
-from .trellis_code import FACTOR, OFFSET, WINDOW
+from .trellis_code import FACTOR, OFFSET, WINDOW, groups_of
 
-FIT = 32 - WINDOW  # first bits of windows that a word holds whole
 WRAP = 8  # bytes of a ring's beginning that are copied behind its end
 IN_PLACE = 24  # the bit at which a value, never above 120, comes out of its sum
 BIAS = 60  # values are read with it added, so that they are not negative
-
-
-class Groups(NamedTuple):
-    """Where the windows of a group of weights lie."""
-
-    each: int  # weights
-    size: int  # bytes
-    starts: tuple[int, ...]  # the bytes that words begin with
-    places: tuple[tuple[int, int], ...]  # of each weight: its word, and the first bit in it
-
-
-@cache
-def groups_of(twice: int) -> Groups:
-    """Of a rate in half bits."""
-    each = 8 if twice % 2 == 0 else 16
-    starts: list[int] = []
-    places = []
-    for bit in (i * twice // 2 for i in range(each)):
-        if not starts or bit - 8 * starts[-1] > FIT:
-            starts.append(bit // 8)
-        places.append((len(starts) - 1, bit - 8 * starts[-1]))
-    return Groups(each, each * twice // 16, tuple(starts), tuple(places))
 
 
 def _values(builder, word, first, place):

@@ -12,7 +12,8 @@ except ImportError:
 
 from .lanes import LANES
 from .team import pointer, take, work
-from .trellis_lanes import BIAS, WRAP, add_rings, groups_of, read_ring
+from .trellis_code import groups_of
+from .trellis_lanes import BIAS, WRAP, add_rings, read_ring
 from .trellis_read import OPTIONS, blocks_of, copy_ring, in_order
 
 f32 = np.float32
@@ -94,13 +95,13 @@ def few_short(twice: int):
 
     @work
     def products(given):
-        n = carray(given, (15,), np.int64)
-        _, columns, joint, length, rows, tokens, count, parts = n[7:15]
+        n = carray(given, (14,), np.int64)
+        _, columns, joint, length, rows, tokens, count, parts = n[6:14]
         ring_bytes, rings = length * joint * twice // 16, columns // joint
         codes = n[1]
-        x, sums = carray(pointer(n[3]), (tokens, columns), np.float32), carray(pointer(n[4]), (tokens,), np.float32)
-        y = carray(pointer(n[5]), (parts, tokens, rows), np.float32)
-        spans = carray(pointer(n[6]), (count, 3), np.int64)
+        x, sums = carray(pointer(n[2]), (tokens, columns), np.float32), carray(pointer(n[3]), (tokens,), np.float32)
+        y = carray(pointer(n[4]), (parts, tokens, rows), np.float32)
+        spans = carray(pointer(n[5]), (count, 3), np.int64)
         blocks, groups = blocks_of(length * joint, each), length * joint // each
         wide = blocks * each * LANES
         room, values = np.zeros(blocks * LANES * size + WRAP, np.uint8), np.zeros(wide, f32)

@@ -14,19 +14,18 @@ try:  # what is imported outside of `try`, transformers demands before it opens 
 except ImportError:
     raise
 
+from . import trellis_code
 from .lanes import LANES, copy
 from .team import pointer, take, work
-from .trellis_lanes import BIAS, WRAP, groups_of, read_ring
+from .trellis_code import groups_of
+from .trellis_lanes import BIAS, WRAP, read_ring
 
 f32, u16, u32 = np.float32, np.uint16, np.uint32
 EACH_TIME = 64  # rings of a stream that a thread takes at a time
 OPTIONS: Any = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 
 
-@njit(**OPTIONS)
-def blocks_of(weights, each):
-    """Blocks of a ring."""
-    return -(-weights // (each * LANES))
+blocks_of = njit(**OPTIONS)(trellis_code.blocks_of)
 
 
 @njit(**OPTIONS)

@@ -8,7 +8,8 @@ try:  # what is imported outside of `try`, transformers demands before it opens 
 except ImportError:
     raise
 
-from .grid_triton import COLUMNS, ROWS, TOKENS, spans_of
+from .grid_triton import COLUMNS, ROWS, TOKENS, span_of_program
+from .spans import spans_of
 from .trellis_code import FACTOR, OFFSET, WINDOW
 
 
@@ -22,8 +23,7 @@ def trellis_kernel(
 
     places (3, JOINT * length), firsts (JOINT * length): the bytes of each weight of JOINT columns, and its first bit.
     """
-    e = tl.load(spans + 3 * tl.program_id(1)).to(tl.int64)
-    start, stop = tl.load(spans + 3 * tl.program_id(1) + 1), tl.load(spans + 3 * tl.program_id(1) + 2)
+    e, start, stop = span_of_program(spans)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mine = r < rows
     for first in range(start, stop, TOKENS):
@@ -58,11 +58,12 @@ def products(
     """x (tokens, columns), sorted by matrix, sizes[e] tokens of matrix e; codes uint8 (matrices, columns, bytes) ->
     float32 (tokens, rows): products with the values as they are stored. places, firsts: as `trellis.places_of` gives
     them for `joint` columns."""
-    spans = spans_of(sizes, x.device)
+    spans = spans_of(sizes)
     y = torch.empty(len(x), rows, dtype=torch.float32, device=x.device)
-    if len(spans):
+    if spans:
+        asked = torch.tensor(spans, dtype=torch.int32, device=x.device)
         trellis_kernel[triton.cdiv(rows, ROWS), len(spans)](
-            codes, places, firsts, x.contiguous(), spans, y, rows, x.shape[1], codes.shape[-1], len(firsts) // joint,
+            codes, places, firsts, x.contiguous(), asked, y, rows, x.shape[1], codes.shape[-1], len(firsts) // joint,
             JOINT=joint, MASK=2**WINDOW - 1, FACTOR=FACTOR, OFFSET=OFFSET, TOKENS=TOKENS, ROWS=ROWS, COLUMNS=COLUMNS,
         )  # fmt: skip
     return y

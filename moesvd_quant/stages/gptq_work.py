@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..calibration.recording import linear_gram
+from ..calibration.recording import is_known, linear_gram
 from ..checkpoint.layout import layout_of, projections_of
 from ..decompose.whitening import whitened_error
 from ..memory.lazy import LazySequence, select
@@ -102,7 +102,7 @@ def run_layer(context: Context, options: Gptq, index: int, layer, statistics: di
         full = f"{name}.{path}"
         if full not in plan.layout.linears:
             continue
-        if f"{path}/gram" in statistics or f"{path}/alias" in statistics:
+        if is_known(statistics, path):
             gram = linear_gram(statistics, path).to(context.device)
         else:  # never called, only its weight is read: rounding to nearest is what remains
             gram = torch.eye(linear.in_features, device=context.device)
@@ -142,11 +142,7 @@ def _quantize(codec: Codecs, where: str, weight, gram, form: Format) -> PackedMa
 
 def _quantize_linear(codec: Codecs, where: str, linear, gram, layout: LinearLayout) -> tuple[StoredLinear, float]:
     packed = _quantize(codec, where, linear.weight, gram, layout.form)
-    kind = dict(dtype=linear.weight.dtype, device=linear.weight.device)
-    made = StoredLinear(linear.in_features, linear.out_features, linear.bias is not None, layout, **kind)
-    made.fill_bank("weight", packed.tensors)
-    if linear.bias is not None:
-        made.bias = linear.bias
+    made = StoredLinear.in_place_of(linear, layout, packed.tensors)
     return made, whitened_error(linear.weight, packed.dense(), gram)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from ..recipe.stage import Form, Stage
+from ..recipe.stage import Form, Stage, check_ratio
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,9 +36,7 @@ class Merge(Stage):
     @field_validator("ratio")
     @classmethod
     def _ratio(cls, value):
-        if not 0 < value < 1:
-            raise ValueError(f"{value} is not between 0 and 1 (share of the experts' matrices that go)")
-        return value
+        return check_ratio(value, "share of the experts' matrices that go")
 
     def unused_options(self) -> dict[str, str]:
         return {} if self.method == "ream" else {"group_size": "method: ream"}

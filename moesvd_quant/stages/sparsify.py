@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..recipe.stage import Form, Stage
+from ..recipe.stage import Form, Stage, check_ratio
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,9 +37,7 @@ class Sparsify(Stage):
     @field_validator("ratio")
     @classmethod
     def _ratio(cls, value):
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"{value} is not between 0 and 1 (share of the weights that go)")
-        return value
+        return None if value is None else check_ratio(value, "share of the weights that go")
 
     @model_validator(mode="after")
     def _has_ratio(self):

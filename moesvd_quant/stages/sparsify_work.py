@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from ..calibration.metric import shrink, unknown
-from ..calibration.recording import linear_gram
+from ..calibration.recording import is_known, linear_gram
 from ..checkpoint.layout import layout_of, projections_of
 from ..decompose.sensitivity import OWL_MULTIPLE, outlier_distribution
 from ..decompose.sparsity import TWO_OF_FOUR, Pattern, owl_shares, wanda_kept, wanda_mask
@@ -107,14 +107,9 @@ def _outliers(options: Sparsify, context: Context, index: int, layer, statistics
     return outlier_distribution(weights, norms, OWL_MULTIPLE), sum(weight.numel() for weight in weights)
 
 
-def _is_known(statistics: dict, path: str) -> bool:
-    """Whether the walk reached a linear."""
-    return f"{path}/gram" in statistics or f"{path}/alias" in statistics
-
-
 def _linear_gram(statistics: dict, path: str, linear) -> torch.Tensor:
     """Gram matrix (in, in) of a linear; where the walk never reached it, all inputs count alike."""
-    return linear_gram(statistics, path) if _is_known(statistics, path) else torch.eye(linear.in_features)
+    return linear_gram(statistics, path) if is_known(statistics, path) else torch.eye(linear.in_features)
 
 
 @torch.no_grad()
@@ -126,11 +121,12 @@ def run_layer(context: Context, options: Sparsify, index: int, layer, plan: Plan
     for path, linear in list(find_linears(layer)) if options.attention else ():
         full = f"{name}.{path}"
         gram = _linear_gram(seen, path, linear).to(context.device)
-        made = _linear(linear, plan.layout.linears[full], _sparse(options, full, linear.weight, gram, pattern))
+        tensors = _sparse(options, full, linear.weight, gram, pattern)
+        made = StoredLinear.in_place_of(linear, plan.layout.linears[full], tensors)
         layer.set_submodule(path, made)
         walk.replace(path, made)
         report[full] = whitened_error(linear.weight, made.dense_weight(), gram)
-        if not _is_known(seen, path):
+        if not is_known(seen, path):
             report[f"{full} (calibration)"] = UNREACHED
     for path, experts in list(find_experts(layer)):
         full = f"{name}.{path}"
@@ -157,12 +153,3 @@ def _sparse(options: Sparsify, where: str, weight, gram, pattern: Pattern) -> di
         return pack_sparse(*sparsegpt(weight, HessianFactor.in_place(gram, options.damp), pattern))
     except QuantizeError as error:
         raise StageError(f"{where}: {error}") from error
-
-
-def _linear(linear, layout: LinearLayout, tensors: dict[str, torch.Tensor]) -> StoredLinear:
-    kind = dict(dtype=linear.weight.dtype, device=linear.weight.device)
-    made = StoredLinear(linear.in_features, linear.out_features, linear.bias is not None, layout, **kind)
-    made.fill_bank("weight", tensors)
-    if linear.bias is not None:
-        made.bias = linear.bias
-    return made

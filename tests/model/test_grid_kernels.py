@@ -8,11 +8,11 @@ from moesvd_quant.runtime import grid_kernels
 from moesvd_quant.runtime.formats import Format
 from moesvd_quant.runtime.grids import Grid
 from moesvd_quant.runtime.parts import LinearLayout
+from moesvd_quant.runtime.spans import MANY
 from moesvd_quant.runtime.stored import StoredLinear
 
 # Rows, columns, group size: odd ones, a short last group, columns that fill no word, a rank.
 SHAPES = [(96, 64, 32), (33, 75, 16), (64, 72, 128), (300, 256, 64), (16, 24, 8), (1, 8, 8)]
-MANY = grid_kernels.MANY
 # Tokens of each of three matrices: one, none, four at a time and what is left, many.
 SIZES = [[1, 0, 2], [0, 0, 0], [0, 9, 0], [4, 5, MANY - 1], [MANY, 1, 3 * MANY]]
 

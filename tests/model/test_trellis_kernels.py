@@ -78,7 +78,7 @@ for form in (Grid(2, 32, False), Trellis(2.0, True, True)):
         stored[kind] = torch.empty(size, dtype=dtype)
         form.random(kind, stored[kind], torch.Generator().manual_seed(0))
     form.products(stored, (64, 32), torch.randn(2, 32), [2])
-print(grid_numba.few(2, 4, False).cache_hits, trellis_numba.few(4).cache_hits)
+print(grid_numba.few(2, 4).cache_hits, trellis_numba.few(4).cache_hits)
 """
 
 

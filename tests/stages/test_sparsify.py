@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import moesvd_quant
+from expert_runs import IDS, job, logits
 from moesvd_quant.decompose.sparsity import TWO_OF_FOUR, Pattern
 from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import dense_weight, find_experts, find_linears
@@ -13,21 +14,8 @@ from moesvd_quant.model.folder import ModelError
 from moesvd_quant.planning.context import StageError
 from moesvd_quant.quantize.feedback import HessianFactor
 from moesvd_quant.quantize.sparsegpt import sparsegpt
-from moesvd_quant.recipe.recipe import RecipeError, load_recipe
+from moesvd_quant.recipe.recipe import RecipeError
 from moesvd_quant.run.plan import plan_stages
-from moesvd_quant.run.run import Run
-
-IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
-
-
-def job(folder, out, small, stages, more=()):
-    (out / "mine.yaml").write_text(f"stages: [{stages}]")
-    return Run(load_recipe(out / "mine.yaml", [*small, "evaluate.perplexity=[]", *more]), folder, out / "out")
-
-
-def logits(folder):
-    with torch.no_grad():
-        return moesvd_quant.load(folder)(IDS).logits
 
 
 def inputs_of_linears(model, layer, windows):
@@ -138,7 +126,7 @@ def test_a_sparse_model_opens_without_us_with_its_zeros(make_model, tmp_path, sm
     assert (weight.unflatten(1, (-1, 4)) == 0).sum(-1).eq(2).all()
     with torch.no_grad():
         assert torch.allclose(plain(IDS).logits, logits(made), atol=1e-5)
-    with pytest.raises(ModelError, match="the GPTQ format holds grids, the matrix is in format sparse"):
+    with pytest.raises(ModelError, match="is in format sparse, and other software reads grids; export it --to dense"):
         export_checkpoint(made, tmp_path / "gptq", "gptq")
 
 

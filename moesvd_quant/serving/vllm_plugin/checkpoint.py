@@ -9,8 +9,9 @@ from torch import nn
 
 from ...checkpoint.accounting import original_model
 from ...errors import ModelError
-from ...model.experts import expert_count, is_shared
+from ...model.experts import is_shared
 from ...model.hf_internals import revert_weight_conversion, tied_weights
+from ...model.remaining import counts_left
 from ...model.stream import StreamedModel
 from ...runtime.factorized_experts import FactorizedExperts
 from ...runtime.parts import Layout, layout_from
@@ -22,8 +23,8 @@ class ServedCheckpoint:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device):
         self.streamed = StreamedModel(folder, dtype, device)
         self.layout: Layout = layout_from(self.streamed.config.moesvd)
-        kept = [expert_count(self.streamed.model.get_submodule(path)) for path in self.layout.sources]
-        self.native = original_model(self.streamed, kept[0] if kept else None)
+        # One number: `config` has refused others.
+        self.native = original_model(self.streamed, next(iter(counts_left(self.streamed.model)), None))
         self.taken: dict[str, nn.Module] = {}
 
     def experts_of(self, layer: int) -> str | None:

@@ -8,8 +8,8 @@ from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from ...checkpoint.accounting import original_config
 from ...errors import ModelError
-from ...model.experts import expert_count, find_experts, is_shared
 from ...model.opened import Opened, open_folder
+from ...model.remaining import counts_left
 from ...runtime.modeling_moesvd import native_class
 from ...runtime.parts import layout_from
 from .names import NAME, require_architecture
@@ -29,7 +29,7 @@ def served_config(folder: Path) -> Any:
     opened = open_folder(folder)
     layout = layout_from(opened.config.moesvd)
     require_architecture(folder, layout.native_type)
-    config = original_config(opened.config, experts_left(opened) if layout.sources else None)
+    config = original_config(opened.config, experts_left(opened))
     config.architectures = [own_class(native_class(type(config)).__name__)]
     config.quantization_config = {"quant_method": NAME, "folder": str(folder)}
     return config
@@ -44,13 +44,12 @@ def own_class(name: str) -> str:
     return found[0]
 
 
-def experts_left(opened: Opened) -> int:
-    """How many routed experts each layer has, where some were dropped or merged."""
-    found = [module for _, module in find_experts(opened.empty_model()) if not is_shared(module)]
-    counts = sorted({expert_count(module) for module in found})
+def experts_left(opened: Opened) -> int | None:
+    """How many routed experts each layer has, where some were dropped or merged; None where all are there."""
+    counts = counts_left(opened.empty_model())
     if len(counts) > 1:
         raise ModelError(
             f"{opened.folder}: layers have {', '.join(map(str, counts))} experts, and vLLM has one number for all; "
             "prune by the same number in each layer, or serve it with transformers"
         )
-    return counts[0]
+    return counts[0] if counts else None
