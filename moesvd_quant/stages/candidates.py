@@ -1,12 +1,13 @@
 """The experts modules that a stage may leave fewer matrices of, and their routers."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..model.experts import expert_count, find_experts, is_shared, shapes_of
 from ..model.stream import StreamedModel
-from ..planning.context import StageError
+from ..planning.context import Context, StageError, reached
 from ..runtime.routers import Router, Sources, router_of, why_not
 
 
@@ -61,3 +62,11 @@ def candidates_of(parent: StreamedModel, done: str) -> list[Candidate]:
             shapes = shapes_of(experts)
             found.append(Candidate(index, path, f"{name}.{path}", shapes, count, router, block, experts))
     return found
+
+
+def reached_of(context: Context, candidates: list[Candidate]) -> Iterator[tuple[Candidate, dict]]:
+    """Each module that a calibration token reaches, and the statistics of its layer."""
+    for index, statistics in enumerate(context.statistics.layers(context.progress)):
+        for one in candidates:
+            if one.index == index and reached(statistics, one.path):
+                yield one, statistics

@@ -26,7 +26,7 @@ from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.modeling_moesvd import replace_experts
 from ..runtime.parts import DensePart, Projections
 from ..runtime.routers import Sources
-from .candidates import Candidate
+from .candidates import Candidate, reached_of
 from .merge import Merge
 
 SAMPLE = 2**15  # tokens on which REAM compares what experts make of them
@@ -92,12 +92,7 @@ def _mc_smoe(context: Context, options: Merge, candidates: list[Candidate], repo
     """MC-SMoE (Li et al., ICLR 2024): the most used experts of the model lead, by their share of the tokens of their
     layer; each other one joins that of its layer whose router logits are most like its own."""
     known = context.statistics
-    tokens = {
-        one.full: statistics[f"{one.path}/tokens"].double()
-        for index, statistics in enumerate(known.layers(context.progress))
-        for one in candidates
-        if one.index == index and reached(statistics, one.path)
-    }
+    tokens = {one.full: seen[f"{one.path}/tokens"].double() for one, seen in reached_of(context, candidates)}
     found = [one for one in candidates if one.full in tokens]
     count = round(sum(one.count for one in found) * (1 - options.ratio))
     try:

@@ -1,16 +1,14 @@
 """The work of stage `prune`."""
 
-from collections.abc import Iterator
-
 import torch
 
 from ..calibration.statistics import OUTPUTS
 from ..checkpoint.layout import dense_layout, layout_of
 from ..decompose.saliency import keep_in_layer, keep_in_model, saliency
 from ..model.experts import dense_weight, find_experts, shapes_of
-from ..planning.context import UNREACHED, Context, Plan, StageError, factorized, reached, require_experts
+from ..planning.context import UNREACHED, Context, Plan, StageError, factorized, require_experts
 from ..runtime.modeling_moesvd import replace_experts
-from .candidates import Candidate, candidates_of, require_servable
+from .candidates import Candidate, candidates_of, reached_of, require_servable
 from .naee import require_comparable, subsets_of
 from .prune import Prune
 
@@ -39,18 +37,10 @@ def plan(context: Context, options: Prune) -> Plan:
     return Plan(layout, decisions, {"kept whole": unreached} if unreached else {})
 
 
-def _reached(context: Context, candidates: list[Candidate]) -> Iterator[tuple[Candidate, dict]]:
-    """Each module that a calibration token reaches, and the statistics of its layer."""
-    for index, statistics in enumerate(context.statistics.layers(context.progress)):
-        for one in candidates:
-            if one.index == index and reached(statistics, one.path):
-                yield one, statistics
-
-
 def _by_scores(context: Context, options: Prune, candidates: list[Candidate], protected: dict[int, set[int]]) -> Chosen:
     """By a number for each expert."""
     scores: dict[str, torch.Tensor] = {}
-    for one, statistics in _reached(context, candidates):
+    for one, statistics in reached_of(context, candidates):
         scores[one.full] = saliency(options.by, *(statistics[f"{one.path}/{name}"] for name in ("tokens", *OUTPUTS)))
     found = [one for one in candidates if one.full in scores]
     kept = _kept(found, [scores[one.full] for one in found], options, protected) if found else []
@@ -63,7 +53,7 @@ def _by_reconstruction(
     """By what the layer's output loses without them together."""
     for one in candidates:
         require_comparable(one, len(protected[one.index]), options)
-    found = [one for one, _ in _reached(context, candidates)]
+    found = [one for one, _ in reached_of(context, candidates)]
     subsets = subsets_of(context, options, found, protected)
     return {one.full: (subsets[one.full].tolist(), {"loss": float(subsets[f"{one.full}/loss"])}) for one in found}
 
