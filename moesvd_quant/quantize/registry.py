@@ -38,7 +38,9 @@ CODECS: dict[str, Known] = {}
 
 
 def register_codec(name: str, rates: tuple[float, ...], codec: Any) -> None:
-    """Makes a format known to recipes and to the allocator."""
+    """Makes a format known to recipes and to the allocator. ValueError where the name is taken."""
+    if name in CODECS:
+        raise ValueError(f"two codecs are named {name!r}")
     CODECS[name] = Known(rates, codec)
 
 

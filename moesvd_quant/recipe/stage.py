@@ -141,7 +141,10 @@ STAGES: dict[str, type[Stage]] = {}
 
 
 def register(stage: type[Stage]) -> type[Stage]:
-    """Makes a stage known to recipes by its name; may stand before a class as a decorator."""
+    """Makes a stage known to recipes by its name; may stand before a class as a decorator. ValueError where another
+    stage has that name."""
+    if STAGES.get(stage.name, stage) is not stage:
+        raise ValueError(f"two stages are named {stage.name!r}: {STAGES[stage.name]} and {stage}")
     STAGES[stage.name] = stage
     return stage
 

@@ -78,7 +78,9 @@ FORMATS: dict[str, type[Format]] = {}
 
 
 def register(kind: type[Format]) -> type[Format]:
-    """Makes a format known to layouts by its name."""
+    """Makes a format known to layouts by its name. ValueError where another format has that name."""
+    if FORMATS.get(kind.name, kind) is not kind:
+        raise ValueError(f"two formats are named {kind.name!r}: {FORMATS[kind.name]} and {kind}")
     FORMATS[kind.name] = kind
     return kind
 

@@ -87,6 +87,16 @@ def run(make_model, tmp_path, small):
     return Run(load_recipe(file, small), make_model("mixtral", torch.bfloat16), tmp_path / "out")
 
 
+def test_two_formats_or_codecs_of_one_name_are_refused():
+    class Other(Sign):
+        pass
+
+    with pytest.raises(ValueError, match="two formats are named 'sign'"):
+        register(Other)
+    with pytest.raises(ValueError, match="two codecs are named 'sign'"):
+        register_codec("sign", (2,), SignCodec)
+
+
 def logits(model):
     with torch.no_grad():
         return model(IDS).logits

@@ -33,10 +33,10 @@ IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))
 KEPT = {"mixtral": 3, "qwen2_moe": 4, "qwen3_moe": 4, "olmoe": 4, "gpt_oss": 3, "deepseek_v3": 6}
 
 
-class Drop(Stage):
+class Thin(Stage):
     """Keeps the experts that most tokens were sent to, as many in each group of the router."""
 
-    name: ClassVar[str] = "drop"
+    name: ClassVar[str] = "thin"
     takes: ClassVar[Form] = Form.ORIGINAL
     leaves: ClassVar[Form] = Form.CHANGED
     keep: list[int]  # of each layer with experts; the last number counts for all that follow
@@ -72,13 +72,13 @@ class Drop(Stage):
 
 
 @pytest.fixture(autouse=True)
-def drop():
-    yield register(Drop)
-    del STAGES["drop"]
+def thin():
+    yield register(Thin)
+    del STAGES["thin"]
 
 
 def run(folder, out, small, keep, more=""):
-    (out / "mine.yaml").write_text(f"stages: [{{drop: {{keep: {keep}}}}}{more}]")
+    (out / "mine.yaml").write_text(f"stages: [{{thin: {{keep: {keep}}}}}{more}]")
     return Run(load_recipe(out / "mine.yaml", [*small, "evaluate.perplexity=[]"]), folder, out / "out")
 
 

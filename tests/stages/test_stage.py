@@ -121,3 +121,12 @@ def test_a_stage_that_lacks_its_work_says_so():
 def test_recipes_are_checked_without_torch():
     code = "import sys; import moesvd_quant.recipe.recipe as r; r.load_recipe('fit'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_two_stages_of_one_name_are_refused(example):
+    class Other(Average):
+        pass
+
+    with pytest.raises(ValueError, match="two stages are named 'average'"):
+        register(Other)
+    assert register(example) is Average
