@@ -1,5 +1,6 @@
 """Blocks of Hadamard matrices on a CPU: what numba compiles. A copy lies in every checkpoint."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,11 @@ try:  # what is imported outside of `try`, transformers demands before it opens 
 except ImportError:
     raise
 
+from .hadamard_lanes import mix_blocks
+from .lanes import LANES
 from .team import pointer, take, work
 
+f32 = np.float32
 OPTIONS: Any = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 STRIP = 64  # columns at a time: a block of them fits the cache
 
@@ -23,39 +27,43 @@ def butterflies(a, b):
 
 
 @njit(fastmath=True, **OPTIONS)
-def mix_eight(row, first):
-    """The three first steps, of eight neighbours: the smallest ones would be loops of one, two and four."""
-    a, b, c, d = row[first], row[first + 1], row[first + 2], row[first + 3]
-    e, f, g, h = row[first + 4], row[first + 5], row[first + 6], row[first + 7]
-    a, b, c, d, e, f, g, h = a + b, a - b, c + d, c - d, e + f, e - f, g + h, g - h
-    a, b, c, d, e, f, g, h = a + c, b + d, a - c, b - d, e + g, f + h, e - g, f - h
-    row[first], row[first + 1], row[first + 2], row[first + 3] = a + e, b + f, c + g, d + h
-    row[first + 4], row[first + 5], row[first + 6], row[first + 7] = a - e, b - f, c - g, d - h
-
-
-@njit(cache=True, fastmath=True, **OPTIONS)
-def mix_last(x, block, signs, signs_first, scale):
-    """x (tokens, n) float32, in place: signs (n,), then blocks of Hadamard matrices along n, or the other way round;
-    then times scale (tokens,)."""
-    for t in range(x.shape[0]):
-        row = x[t]
-        if signs_first:
-            for i in range(len(row)):
-                row[i] *= signs[i]
-        half = 1
-        if block >= 8:
-            for first in range(0, len(row), 8):
-                mix_eight(row, first)
-            half = 8
-        while half < block:
-            for first in range(0, len(row), 2 * half):
-                butterflies(row[first : first + half], row[first + half : first + 2 * half])
-            half *= 2
-        if not signs_first:
-            for i in range(len(row)):
-                row[i] *= signs[i]
+def mix_small(row, block, signs, scale, signs_first):
+    """`mix_blocks` where blocks are smaller than a vector."""
+    for i in range(len(row)):
+        row[i] *= signs[i] * scale if signs_first else f32(1)
+    half = 1
+    while half < block:
         for i in range(len(row)):
-            row[i] *= scale[t]
+            if i & half == 0:
+                x, y = row[i], row[i + half]
+                row[i], row[i + half] = x + y, x - y
+        half *= 2
+    for i in range(len(row)):
+        row[i] *= f32(1) if signs_first else signs[i] * scale
+
+
+@cache
+def mix_last(block: int, signs_first: bool):
+    """Work: x (tokens, n) float32, in place: signs (n,), then blocks of Hadamard matrices along n, or the other way
+    round; all times scale (tokens,). Takes the addresses of x, signs and scale, and tokens and n."""
+
+    wide, first = max(block, LANES), int(signs_first)
+
+    @work
+    def mix(given):
+        n = carray(given, (6,), np.int64)
+        tokens, size = n[4:6]
+        x = carray(pointer(n[1]), (tokens, size), np.float32)
+        signs, scale = carray(pointer(n[2]), (size,), np.float32), carray(pointer(n[3]), (tokens,), np.float32)
+        t = take(given)
+        while t < tokens:
+            if block < LANES:
+                mix_small(x[t], block, signs, scale[t], signs_first)
+            else:
+                mix_blocks(n[1] + 4 * t * size, size // block, n[2], scale[t], first, wide)
+            t = take(given)
+
+    return mix
 
 
 @work

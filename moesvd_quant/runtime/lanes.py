@@ -7,7 +7,8 @@ neither, and LLVM fits it to the registers that the machine has.
 
 try:  # what is imported outside of `try`, transformers demands before it opens a checkpoint
     from llvmlite import ir
-    from numba import types
+    from llvmlite.binding import get_host_cpu_features
+    from numba import config, types
     from numba.core import cgutils
     from numba.extending import intrinsic
 except ImportError:
@@ -16,9 +17,11 @@ except ImportError:
 from .numba_here import LANES
 
 QUAD = LANES // 4
-I8, I32, I64, F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I8, I16, I32, I64, F32 = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
 WORDS, FLOATS, BYTES = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES), ir.VectorType(I8, 16)
 FAST = ("fast",)  # sums in any order, as torch's own
+# Whether one instruction sums four products of bytes, and numba compiles for this very machine.
+HAS_DOT = not (config.CPU_NAME or config.CPU_FEATURES) and get_host_cpu_features().get("avx512vnni", False)
 
 
 def number(value: int):
@@ -82,6 +85,14 @@ def multiply(builder, a, b):
     return builder.fmul(a, b, flags=FAST)
 
 
+def dot(builder, vector, unsigned, signed):
+    """vector <16 x i32> plus, in each lane, the sum of its four bytes of `unsigned` times those of `signed`; where
+    HAS_DOT."""
+    kind = ir.FunctionType(WORDS, [WORDS] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
+    return builder.call(function, [vector, unsigned, signed])
+
+
 def total(builder, vector):
     """The sum of a vector's elements."""
     count = LANES
@@ -120,11 +131,37 @@ def _quad(builder, pointer, size, taken, end, first):
 
 @intrinsic
 def copy(context, target, source, size):
-    """Copies so many bytes from one address to another."""
+    """Copies so many bytes from one address to another, vector after vector; where there are fewer bytes than a vector
+    has, as the library does."""
 
     def code(context, builder, signature, given):
-        target, source, size = given
-        cgutils.raw_memcpy(builder, pointer_to(builder, target, I8), pointer_to(builder, source, I8), size, 1)
+        target, source = (pointer_to(builder, address, I8) for address in given[:2])
+        size, whole = given[2], number(BYTES.count)
+        few = builder.icmp_signed("<", size, whole)
+        with builder.if_else(few) as (short, long):
+            with short:
+                cgutils.raw_memcpy(builder, target, source, size, 1)
+            with long:
+                count = builder.udiv(builder.sub(size, number(1)), whole)
+                with cgutils.for_range(builder, count) as loop:
+                    at = builder.mul(loop.index, whole)
+                    store(builder, load(builder, moved(builder, source, at), BYTES), moved(builder, target, at))
+                at = builder.sub(size, whole)  # the last one overlaps
+                store(builder, load(builder, moved(builder, source, at), BYTES), moved(builder, target, at))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), code
+
+
+@intrinsic
+def copy_word(context, target, source):
+    """Copies eight bytes from one address to another."""
+
+    def code(context, builder, signature, given):
+        target, source = (pointer_to(builder, address, I8) for address in given)
+        word = builder.load(builder.bitcast(source, I64.as_pointer()))
+        word.align = 1
+        builder.store(word, builder.bitcast(target, I64.as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), code

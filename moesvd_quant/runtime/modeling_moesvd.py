@@ -35,7 +35,7 @@ SHIPPED = (
     "spans.py", "lanes.py", "team.py", "grids.py", "grid_kernels.py", "grid_lanes.py", "grid_numba.py",
     "grid_triton.py",
     "trellis.py", "trellis_code.py", "trellis_kernels.py", "trellis_lanes.py", "trellis_numba.py", "trellis_read.py",
-    "trellis_triton.py", "hadamard_numba.py", "sparse.py",
+    "trellis_triton.py", "hadamard_lanes.py", "hadamard_numba.py", "sparse.py",
 )  # fmt: skip
 MANIFEST = "moesvd.json"
 

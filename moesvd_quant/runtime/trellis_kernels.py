@@ -4,8 +4,6 @@ Where numba is missing, `trellis.py` reads codes with torch. What is turned stay
 turned back.
 """
 
-from functools import cache
-
 import numpy as np
 import torch
 
@@ -13,7 +11,7 @@ from .numba_here import HERE, LANES, dtype_of_products
 from .spans import MANY, Span, few_and_many
 from .trellis_code import blocks_of, column_bounds, groups_of, joint_columns, padded, ring_bounds
 
-TILE = 2  # rings of a column that are read at a time, where a matrix has many tokens
+TILE = 2**22  # bytes of values that are made at a time, where a matrix has many tokens
 
 
 def usable(tensor: torch.Tensor) -> bool:
@@ -51,8 +49,9 @@ def mix_rows(x: torch.Tensor, block: int, signs: torch.Tensor, signs_first: bool
     """x (tokens, n) float32, in place: signs (n,), then blocks of Hadamard matrices along n, or the other way round;
     then times scale (tokens,)."""
     from .hadamard_numba import mix_last
+    from .team import run
 
-    mix_last(x.numpy(), block, signs.numpy(), signs_first, scale)
+    run(mix_last(block, signs_first), [x.data_ptr(), signs.data_ptr(), scale.ctypes.data, *x.shape])
 
 
 def products(codes: torch.Tensor, rate: float, rows: int, x: torch.Tensor, sizes: list[int], dtype) -> torch.Tensor:
@@ -64,7 +63,7 @@ def products(codes: torch.Tensor, rate: float, rows: int, x: torch.Tensor, sizes
     y = _few(codes, int(2 * rate), rows, x, few) if few else torch.empty(len(x), rows)
     kind = dtype_of_products(dtype)
     for e, start, stop in many:
-        y[start:stop] = _by_tiles(codes[e], rate, rows, x[start:stop].to(kind))
+        _by_tiles(codes[e], rate, x[start:stop].to(kind), y[start:stop])
     return y
 
 
@@ -88,31 +87,27 @@ def _few(codes, twice: int, rows: int, x, spans: list[Span]) -> torch.Tensor:
     return y.sum(0)
 
 
-def _by_tiles(codes: torch.Tensor, rate: float, rows: int, x: torch.Tensor) -> torch.Tensor:
-    """x (tokens, columns) by torch's product with one tile of rows of a matrix after the other; values are exact in
-    bfloat16."""
+def _by_tiles(codes: torch.Tensor, rate: float, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Sets y (tokens, rows): x (tokens, columns) by torch's product with one tile of rows of a matrix after the other;
+    values are exact in bfloat16."""
     from .team import run
-    from .trellis_read import tile
+    from .trellis_read import ordered, tile
 
-    (columns, size), twice = codes.shape, int(2 * rate)
+    (columns, size), rows, twice = codes.shape, y.shape[1], int(2 * rate)
     if joint_columns(rows) > 1:
         values = read_all(codes, rate, ring_bounds(rows, columns)).view(columns, -1)
-        return (x @ values.to(x.dtype))[:, :rows]
-    bounds, done = column_bounds(rows), []
+        y.copy_((x @ values.to(x.dtype))[:, :rows])
+        return
+    bounds = column_bounds(rows)
     blocks = blocks_of(int(np.diff(bounds).max()), groups_of(twice).each)
-    for low in range(0, len(bounds) - 1, TILE):
-        high = min(low + TILE, len(bounds) - 1)
-        out = torch.empty(columns, (high - low) * blocks * groups_of(twice).each * LANES, dtype=torch.bfloat16)
+    wide = blocks * groups_of(twice).each * LANES
+    rings = max(1, min(TILE // (2 * columns * wide), len(bounds) - 1))
+    room = torch.empty(columns * rings * wide, dtype=torch.bfloat16)
+    for low in range(0, len(bounds) - 1, rings):
+        high = min(low + rings, len(bounds) - 1)
+        out = room[: columns * (high - low) * wide].view(columns, -1)
         run(tile(twice), [codes.data_ptr(), bounds.ctypes.data, out.data_ptr(), columns, size, low, high, blocks])
-        done.append(x @ out.to(x.dtype))
-    return torch.cat(done, 1)[:, _order(rows, twice)]
-
-
-@cache
-def _order(rows: int, twice: int) -> torch.Tensor:
-    """(rows,) int64: where each row stands in the tiles of a column."""
-    each, bounds = groups_of(twice).each, column_bounds(rows)
-    wide = blocks_of(int(np.diff(bounds).max()), each) * each * LANES
-    ring = np.searchsorted(bounds, np.arange(rows), "right") - 1
-    block, own = np.divmod(np.arange(rows) - bounds[ring], each * LANES)
-    return torch.from_numpy(ring * wide + block * each * LANES + own % each * LANES + own // each)
+        done = x @ out.to(x.dtype)
+        sizes = [*y.shape[:1], y.stride(0), rows, low, high, blocks]
+        addresses = [done.data_ptr(), bounds.ctypes.data, y.data_ptr()]
+        run(ordered(twice, int(done.dtype == torch.bfloat16)), [*addresses, *sizes])

@@ -12,76 +12,167 @@ try:  # what is imported outside of `try`, transformers demands before it opens 
 except ImportError:
     raise
 
-from .lanes import F32, FLOATS, I8, LANES, add, load, moved, multiply, number, pointer_to, same, spread, store, words
+from .lanes import (
+    F32,
+    FAST,
+    FLOATS,
+    HAS_DOT,
+    I8,
+    I16,
+    LANES,
+    WORDS,
+    add,
+    dot,
+    load,
+    moved,
+    multiply,
+    number,
+    pointer_to,
+    same,
+    shuffled,
+    spread,
+    store,
+    words,
+)  # fmt: skip
 from .trellis_code import FACTOR, OFFSET, WINDOW, groups_of
 
 WRAP = 8  # bytes of a ring's beginning that are copied behind its end
-IN_PLACE = 24  # the bit at which a value, never above 120, comes out of its sum
-BIAS = 60  # values are read with it added, so that they are not negative
+MEAN = 60  # what eight hexadecimal digits sum up to, on average: values are less by it
+# Values are made with BIAS added and times 2 ** SHIFT, as the machine's instructions give them soonest.
+BIAS, SHIFT = (0, 4) if HAS_DOT else (MEAN, 24)
+LOW, HIGH, ONES = same(0x0F0F0F0F), same(0xF0F0F0F0), same(0x01010101)
 
 
-def _values(builder, word, first, place):
-    """<16 x float>: the values, plus BIAS, times 2 ** place, of the windows that begin at a bit of each word."""
+def _shifted(builder, word, first):
+    """<16 x i32>: the values, plus BIAS, times 2 ** SHIFT, of the windows that begin at a bit of each word."""
     window = builder.and_(builder.lshr(word, same(first)), same(2**WINDOW - 1))
     mixed = builder.add(builder.mul(window, same(FACTOR)), same(OFFSET))
-    low = same(0x0F0F0F0F)
-    pairs = builder.add(builder.and_(mixed, low), builder.and_(builder.lshr(mixed, same(4)), low))
-    summed = builder.mul(pairs, same(0x01010101))  # in the highest byte
-    if place == IN_PLACE:
-        return builder.sitofp(builder.and_(summed, same(0xFF << IN_PLACE)), FLOATS)
-    return builder.sitofp(builder.lshr(summed, same(IN_PLACE)), FLOATS)
+    low = builder.and_(mixed, LOW)
+    if HAS_DOT:  # the high digits are 16 times themselves where they stand
+        start = dot(builder, same(-16 * MEAN), low, same(0x10101010))
+        return dot(builder, start, builder.and_(mixed, HIGH), ONES)
+    pairs = builder.add(low, builder.and_(builder.lshr(mixed, same(4)), LOW))
+    return builder.and_(builder.mul(pairs, ONES), same(0xFF << SHIFT))  # the sum of bytes is in the highest
 
 
-def _planes(builder, codes, twice, place=0):
-    """Yields the values of each plane of a block, plus BIAS, times 2 ** place (0 or IN_PLACE)."""
+def _planes(builder, codes, twice):
+    """Yields `_shifted` of each plane of a block."""
     groups = groups_of(twice)
     found = [words(builder, moved(builder, codes, start), groups.size, 4) for start in groups.starts]
     for word, first in groups.places:
-        yield _values(builder, found[word], first, place)
+        yield _shifted(builder, found[word], first)
+
+
+def _each_block(builder, given, kind, twice):
+    """given: addresses of a ring and of `out`, and blocks between them. Loops over the blocks, and yields each plane's
+    `_shifted` and where its values go."""
+    ring, blocks, out = given[:3]
+    each, size = groups_of(twice)[:2]
+    with cgutils.for_range(builder, blocks) as loop:
+        own = moved(builder, pointer_to(builder, ring, I8), builder.mul(loop.index, number(LANES * size)))
+        place = moved(builder, pointer_to(builder, out, kind), builder.mul(loop.index, number(LANES * each)))
+        for i, values in enumerate(_planes(builder, own, twice)):
+            yield values, moved(builder, place, i * LANES)
 
 
 @intrinsic(prefer_literal=True)
 def read_ring(context, ring, blocks, out, twice):
     """Sets out (blocks, planes, LANES) float32 to the values, plus BIAS, of a ring. ring, out: addresses; what is read
     ends less than WRAP bytes behind the last block."""
-    rate = twice.literal_value
 
     def code(context, builder, signature, given):
-        ring, blocks, out, _ = given
-        each, size = groups_of(rate)[:2]
-        with cgutils.for_range(builder, blocks) as loop:
-            own = moved(builder, pointer_to(builder, ring, I8), builder.mul(loop.index, number(LANES * size)))
-            place = moved(builder, pointer_to(builder, out, F32), builder.mul(loop.index, number(LANES * each)))
-            for i, values in enumerate(_planes(builder, own, rate)):
-                store(builder, values, moved(builder, place, i * LANES))
+        for values, place in _each_block(builder, given, F32, twice.literal_value):
+            whole = builder.ashr(values, same(SHIFT))
+            store(builder, builder.sitofp(whole, FLOATS), place)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, twice), code
 
 
 @intrinsic(prefer_literal=True)
-def add_rings(context, rings, step, blocks, x, out, count, twice):
-    """Adds those values of `count` rings, `step` bytes from one to the next, each times its number of x (float32, whose
-    address is given)."""
-    rate, columns = twice.literal_value, count.literal_value
+def read_ring_half(context, ring, blocks, out, twice):
+    """The same as bfloat16, which has all values exactly, and without BIAS."""
 
     def code(context, builder, signature, given):
-        rings, step, blocks, x, out = given[:5]
-        each, size = groups_of(rate)[:2]
-        inputs = [builder.load(moved(builder, pointer_to(builder, x, F32), c)) for c in range(columns)]
-        small = ir.Constant(F32, 2.0**-IN_PLACE)
-        factors = [spread(builder, builder.fmul(one, small)) for one in inputs]
-        with cgutils.for_range(builder, blocks) as loop:
-            first = builder.add(rings, builder.mul(loop.index, number(LANES * size)))
-            place = moved(builder, pointer_to(builder, out, F32), builder.mul(loop.index, number(LANES * each)))
-            own = [builder.add(first, builder.mul(step, number(c))) for c in range(columns)]
-            planes = [_planes(builder, pointer_to(builder, ring, I8), rate, IN_PLACE) for ring in own]
-            for i, values in enumerate(zip(*planes)):
-                one = moved(builder, place, i * LANES)
-                total = load(builder, one, FLOATS)
-                for value, factor in zip(values, factors):
-                    total = add(builder, total, multiply(builder, value, factor))
-                store(builder, total, one)
+        for values, place in _each_block(builder, given, I16, twice.literal_value):
+            whole = builder.sub(builder.ashr(values, same(SHIFT)), same(BIAS))
+            upper = builder.lshr(builder.bitcast(builder.sitofp(whole, FLOATS), WORDS), same(16))
+            store(builder, builder.trunc(upper, ir.VectorType(I16, LANES)), place)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5, count, twice), code
+    return types.void(types.int64, types.int64, types.int64, twice), code
+
+
+def _woven(builder, rows):
+    """Vectors that have, one after the other, the first element of each row, then the second of each ..."""
+    while len(rows) > 1:
+        half = len(rows) // 2
+        rows = [_in_turn(builder, a, b) for a, b in zip(rows[:half], rows[half:])]
+    return rows[0]
+
+
+def _in_turn(builder, a, b):
+    """Elements of a and b, lists of vectors, in turn."""
+    parts = ([at // 2 + at % 2 * LANES for at in range(start, start + LANES)] for start in (0, LANES))
+    low, high = parts
+    return [shuffled(builder, *pair, picked) for pair in zip(a, b) for picked in (low, high)]
+
+
+@intrinsic(prefer_literal=True)
+def in_order(context, planes, blocks, less, out, each, half):
+    """out (blocks * LANES * each,) float32: planes (blocks, each, LANES), float32 or (`half`) bfloat16, less a float32,
+    in the order of weights. planes, out: addresses."""
+    rows, short = each.literal_value, half.literal_value
+
+    def code(context, builder, signature, given):
+        planes, blocks, less, out = given[:4]
+        kind = I16 if short else F32
+        with cgutils.for_range(builder, blocks) as loop:
+            start = builder.mul(loop.index, number(LANES * rows))
+            own = moved(builder, pointer_to(builder, planes, kind), start)
+            found = [moved(builder, own, i * LANES) for i in range(rows)]
+            if short:
+                halves = [builder.zext(load(builder, one, ir.VectorType(I16, LANES)), WORDS) for one in found]
+                values = [builder.bitcast(builder.shl(one, same(16)), FLOATS) for one in halves]
+            else:
+                values = [load(builder, one, FLOATS) for one in found]
+            lessened = [[builder.fsub(one, spread(builder, less), flags=FAST)] for one in values]
+            place = moved(builder, pointer_to(builder, out, F32), start)
+            for i, vector in enumerate(_woven(builder, lessened)):
+                store(builder, vector, moved(builder, place, i * LANES))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, types.int64, each, half), code
+
+
+@intrinsic(prefer_literal=True)
+def add_rings(context, rings, step, blocks, x, out, next_out, count, tokens, twice):
+    """Adds the values, plus BIAS, of `count` rings, `step` bytes from one to the next, each times its numbers of x
+    (count, tokens) float32, to the sums of each token, `next_out` bytes from one to the next. x, out: addresses."""
+    rate, columns, many = twice.literal_value, count.literal_value, tokens.literal_value
+
+    def code(context, builder, signature, given):
+        rings, step, blocks, x, out, next_out = given[:6]
+        each, size = groups_of(rate)[:2]
+        numbers = pointer_to(builder, x, F32)
+        inputs = [[builder.load(moved(builder, numbers, c * many + p)) for p in range(many)] for c in range(columns)]
+        small = ir.Constant(F32, 2.0**-SHIFT)
+        factors = [[spread(builder, builder.fmul(one, small)) for one in column] for column in inputs]
+        with cgutils.for_range(builder, blocks) as loop:
+            first = builder.add(rings, builder.mul(loop.index, number(LANES * size)))
+            done = builder.mul(loop.index, number(LANES * each))
+            sums = [builder.add(out, builder.mul(next_out, number(p))) for p in range(many)]
+            places = [moved(builder, pointer_to(builder, one, F32), done) for one in sums]
+            own = [builder.add(first, builder.mul(step, number(c))) for c in range(columns)]
+            planes = [_planes(builder, pointer_to(builder, ring, I8), rate) for ring in own]
+            for i, column in enumerate(zip(*planes)):
+                values = [builder.sitofp(one, FLOATS) for one in column]
+                for p, place in enumerate(places):
+                    one = moved(builder, place, i * LANES)
+                    total = load(builder, one, FLOATS)
+                    for value, factor in zip(values, factors):
+                        total = add(builder, total, multiply(builder, value, factor[p]))
+                    store(builder, total, one)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6, count, tokens, twice), code

@@ -15,12 +15,12 @@ except ImportError:
     raise
 
 from . import trellis_code
-from .lanes import LANES, copy
+from .lanes import LANES, copy, copy_word
 from .team import pointer, take, work
 from .trellis_code import groups_of
-from .trellis_lanes import BIAS, WRAP, read_ring
+from .trellis_lanes import BIAS, WRAP, in_order, read_ring, read_ring_half
 
-f32, u16, u32 = np.float32, np.uint16, np.uint32
+f32 = np.float32
 EACH_TIME = 64  # rings of a stream that a thread takes at a time
 OPTIONS: Any = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 
@@ -32,27 +32,13 @@ blocks_of = njit(**OPTIONS)(trellis_code.blocks_of)
 def copy_ring(source, size, target):
     """Copies the bytes of a ring, and its beginning behind them. Addresses."""
     copy(target, source, size)
+    if size >= WRAP:
+        copy_word(target + size, source)
+        return
     done = 0
-    while done < WRAP:  # more than once where the ring is shorter
+    while done < WRAP:  # the ring is shorter
         copy(target + size + done, source, min(size, WRAP - done))
         done += size
-
-
-@njit(**OPTIONS)
-def in_order(planes, each, less, out):
-    """out: values, less something, in their order."""
-    for group in range(len(out) // each):
-        start = group // LANES * each * LANES + group % LANES
-        for i in range(each):
-            out[group * each + i] = planes[start + i * LANES] - less
-
-
-@njit(**OPTIONS)
-def upper_half(values, out):
-    """The first 16 bits of small whole numbers, less BIAS: they as bfloat16."""
-    whole = (values - f32(BIAS)).view(u32)
-    for i in range(len(out)):
-        out[i] = u16(whole[i] >> u32(16))
 
 
 @cache
@@ -68,17 +54,16 @@ def tile(twice: int):
         columns, column_bytes, low, high, blocks = n[4:9]
         codes = n[1]
         bounds = carray(pointer(n[2]), (high + 1,), np.int64)
-        wide = blocks * each * LANES
-        out = carray(pointer(n[3]), (columns, high - low, wide), np.uint16)
-        room, values = np.zeros(blocks * LANES * size + WRAP, np.uint8), np.zeros(wide, f32)
-        ring, v = room.ctypes.data, values.ctypes.data
+        wide, step = blocks * each * LANES, blocks * LANES * size + WRAP
+        room = np.zeros((high - low) * step, np.uint8)
+        rings = room.ctypes.data
         j = take(given)
         while j < columns:
             for r in range(low, high):
                 begin, end = bounds[r] * twice // 16, bounds[r + 1] * twice // 16
-                copy_ring(codes + j * column_bytes + begin, end - begin, ring)
-                read_ring(ring, blocks, v, twice)
-                upper_half(values, out[j, r - low])
+                copy_ring(codes + j * column_bytes + begin, end - begin, rings + (r - low) * step)
+            for r in range(high - low):
+                read_ring_half(rings + r * step, blocks, n[3] + 2 * (j * (high - low) + r) * wide, twice)
             j = take(given)
 
     return read_tile
@@ -97,15 +82,45 @@ def read(twice: int):
         bounds = carray(pointer(n[2]), (rings + 1,), np.int64)
         codes = n[1]
         out = carray(pointer(n[3]), (bounds[rings],), np.float32)
-        room, values = np.zeros(longest * LANES * size + WRAP, np.uint8), np.zeros(longest * each * LANES, f32)
+        room = np.zeros(longest * LANES * size + WRAP, np.uint8)
+        values, line = np.zeros(longest * each * LANES, f32), np.zeros(longest * each * LANES, f32)
         ring, v = room.ctypes.data, values.ctypes.data
         item = take(given)
         while item * EACH_TIME < rings:
             for r in range(item * EACH_TIME, min(rings, (item + 1) * EACH_TIME)):
                 begin, end = bounds[r] * twice // 16, bounds[r + 1] * twice // 16
                 copy_ring(codes + begin, end - begin, ring)
-                read_ring(ring, blocks_of(bounds[r + 1] - bounds[r], each), v, twice)
-                in_order(values, each, f32(BIAS), out[bounds[r] : bounds[r + 1]])
+                weights = bounds[r + 1] - bounds[r]
+                read_ring(ring, blocks_of(weights, each), v, twice)
+                in_order(v, blocks_of(weights, each), f32(BIAS), line.ctypes.data, each, 0)
+                out[bounds[r] : bounds[r + 1]] = line[:weights]
             item = take(given)
 
     return read_all
+
+
+@cache
+def ordered(twice: int, half: int):
+    """Work: sets what belongs to the rings low ... high of y (tokens, rows) float32, whose rows are `step` numbers
+    apart, to the products with a `tile`, (tokens, rings, blocks, planes, lanes), bfloat16 where `half`, else float32.
+    Takes the addresses of the products, bounds and y, and the sizes below."""
+    each = groups_of(twice)[0]
+
+    @work
+    def order(given):
+        n = carray(given, (10,), np.int64)
+        tokens, step, rows, low, high, blocks = n[4:10]
+        bounds, y = carray(pointer(n[2]), (high + 1,), np.int64), carray(pointer(n[3]), (tokens, step), np.float32)
+        wide = blocks * each * LANES
+        line = np.zeros(wide, f32)
+        size = 2 if half else 4
+        t = take(given)
+        while t < tokens:
+            for r in range(low, high):
+                own = n[1] + size * (t * (high - low) + r - low) * wide
+                weights = min(rows, bounds[r + 1]) - bounds[r]
+                in_order(own, blocks_of(weights, each), f32(0), line.ctypes.data, each, half)
+                y[t, bounds[r] : bounds[r] + weights] = line[:weights]
+            t = take(given)
+
+    return order
