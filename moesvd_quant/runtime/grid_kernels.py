@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from .numba_here import HERE, LANES, dtype_of_products, on_gpu
 from .spans import Span, few_and_many
 
-TILE = 512  # rows of a matrix that are dequantized at a time, where it has many tokens
+TILE = 2**22  # bytes of rows that are dequantized at a time, where a matrix has many tokens
 BLOCK = 8 * LANES  # codes, which lie in LANES words
 PLANES = 9  # of an input's block, see `grid_lanes`: the last has each lane's sum
 
@@ -32,7 +32,7 @@ def products(form, stored: dict, columns: int, x: torch.Tensor, sizes: list[int]
         planes = _in_planes(x.to(dtype_of_products(x.dtype)), form.bits)
     for e, start, stop in many:
         own = {kind: tensor[e] for kind, tensor in stored.items()}
-        y[start:stop] = _by_tiles(form, own, planes[start:stop], rows, table)
+        _by_tiles(form, own, planes[start:stop], y[start:stop], table)
     return y
 
 
@@ -50,19 +50,20 @@ def _few(form, stored: dict, x: torch.Tensor, spans: list[Span], rows: int, tabl
     return y
 
 
-def _by_tiles(form, own: dict, planes: torch.Tensor, rows: int, table) -> torch.Tensor:
-    """planes (tokens, columns in their order), by torch's product with one tile of rows after the other."""
+def _by_tiles(form, own: dict, planes: torch.Tensor, y: torch.Tensor, table) -> None:
+    """Sets y (tokens, rows) from planes (tokens, columns in their order), by torch's product with one tile of rows
+    after the other."""
     from .grid_numba import tile
     from .team import run
 
     addresses, (_, *sizes) = _described(form, {kind: tensor[None] for kind, tensor in own.items()}, table)
-    done = []
-    for first in range(0, rows, TILE):
-        out = torch.empty(min(TILE, rows - first), planes.shape[1])
-        given = [*addresses, out.data_ptr(), *sizes, planes.shape[1] // BLOCK, first, len(out)]
-        run(tile(form.bits, max(1, BLOCK // form.group_size)), given)
-        done.append(F.linear(planes, out.to(planes.dtype)))
-    return torch.cat(done, 1)
+    (rows, columns), half = (y.shape[1], planes.shape[1]), int(planes.dtype == torch.bfloat16)
+    room = torch.empty(min(rows, max(1, TILE // (planes.itemsize * columns))), columns, dtype=planes.dtype)
+    for first in range(0, rows, len(room)):
+        out = room[: rows - first]
+        given = [*addresses, out.data_ptr(), *sizes, columns // BLOCK, first, len(out)]
+        run(tile(form.bits, max(1, BLOCK // form.group_size), half), given)
+        y[:, first : first + len(out)] = F.linear(planes, out)
 
 
 def _described(form, stored: dict, table: torch.Tensor) -> tuple[list[int], list[int]]:

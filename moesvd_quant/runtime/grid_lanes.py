@@ -18,6 +18,7 @@ from .lanes import (
     FAST,
     FLOATS,
     I8,
+    I16,
     I64,
     LANES,
     add,
@@ -29,6 +30,7 @@ from .lanes import (
     same,
     spread_all,
     store,
+    store_half,
     total,
     words,
     zeros,
@@ -110,22 +112,23 @@ def row_products(context, codes, blocks, x, scales, offs, y, step, bits, count, 
 
 
 @intrinsic(prefer_literal=True)
-def row_values(context, codes, blocks, scales, zeros, y, bits, count):
-    """Sets y (blocks, 8, LANES) to the values of one row, exactly (code - zero) * scale, in the order of planes. All
-    but blocks are addresses."""
-    bits_, count_ = bits.literal_value, count.literal_value
-    known = types.void(*[types.int64] * 5, bits, count)
+def row_values(context, codes, blocks, scales, zeros, y, bits, count, half):
+    """Sets y (blocks, 8, LANES) to the values of one row, (code - zero) * scale, in the order of planes: exactly, or
+    (`half`) rounded to bfloat16. All but blocks are addresses."""
+    bits_, count_, short = bits.literal_value, count.literal_value, half.literal_value
+    known = types.void(*[types.int64] * 5, bits, count, half)
 
     def code(context, builder, signature, given):
         c = pointer_to(builder, given[0], I8)
-        s, o, y = (pointer_to(builder, given[i], F32) for i in (2, 3, 4))
+        s, o = (pointer_to(builder, given[i], F32) for i in (2, 3))
+        y, put = pointer_to(builder, given[4], I16 if short else F32), store_half if short else store
         with cgutils.for_range(builder, given[1]) as loop:
             own = moved(builder, c, builder.mul(loop.index, number(BLOCK * bits_ // 8)))
             out = moved(builder, y, builder.mul(loop.index, number(BLOCK)))
             scale = _of_groups(builder, s, loop.index, count_, bits_)
             off = _of_groups(builder, o, loop.index, count_, bits_)
             for k, value in enumerate(_planes(builder, own, bits_, in_place=False)):
-                store(builder, builder.fmul(builder.fsub(value, off(k)), scale(k)), moved(builder, out, k * LANES))
+                put(builder, builder.fmul(builder.fsub(value, off(k)), scale(k)), moved(builder, out, k * LANES))
         return context.get_dummy_value()
 
     return known, code

@@ -113,10 +113,10 @@ def few(bits: int, per_block: int):
 
 
 @cache
-def tile(bits: int, per_block: int):
-    """Work: `count` rows of one matrix from `first` on, (count, blocks * BLOCK) float32, columns in the order of
-    planes, exactly (code - zero) * scale. Takes what `few` takes, of one matrix."""
-    block_bytes, middle = BLOCK * bits // 8, f32(1 << (bits - 1))
+def tile(bits: int, per_block: int, half: int):
+    """Work: `count` rows of one matrix from `first` on, (count, blocks * BLOCK) float32 or (`half`) bfloat16, columns
+    in the order of planes: (code - zero) * scale. Takes what `few` takes, of one matrix."""
+    block_bytes, middle, size = BLOCK * bits // 8, f32(1 << (bits - 1)), 2 if half else 4
 
     @work
     def values(given):
@@ -133,7 +133,7 @@ def tile(bits: int, per_block: int):
                 own = levels + r * groups
                 set_groups(own, zeros, zero_bytes, r, groups, wide, table, base, bits, scales, offs)
                 row = whole_blocks(codes + r * row_bytes, row_bytes, room)
-                row_values(row, blocks, s, o, out + 4 * at * blocks * BLOCK, bits, per_block)
+                row_values(row, blocks, s, o, out + size * at * blocks * BLOCK, bits, per_block, half)
             item = take(given)
 
     return values

@@ -77,6 +77,14 @@ def spread_all(builder, pointer, count):
     return shuffled(builder, few, ir.Constant(kind, ir.Undefined), [lane * count // LANES for lane in range(LANES)])
 
 
+def store_half(builder, floats, pointer) -> None:
+    """Stores <16 x float> as bfloat16, rounded to the nearest, to even where two are as near."""
+    bits = builder.bitcast(floats, WORDS)
+    odd = builder.and_(builder.lshr(bits, same(16)), same(1))
+    rounded = builder.add(bits, builder.add(odd, same(0x7FFF)))
+    store(builder, builder.trunc(builder.lshr(rounded, same(16)), ir.VectorType(I16, LANES)), pointer)
+
+
 def add(builder, a, b):
     return builder.fadd(a, b, flags=FAST)
 
