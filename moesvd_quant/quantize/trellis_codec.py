@@ -5,8 +5,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..runtime.trellis import Trellis, turn
+from ..runtime.trellis import Trellis
 from ..runtime.trellis_code import VALUES
+from ..runtime.turning import turn
 from .codec import Codec, PackedMatrix, QuantizeError
 from .feedback import HessianFactor
 from .viterbi import Encoder

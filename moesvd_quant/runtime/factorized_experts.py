@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .chains import chains_of
 from .native_experts import add_bias, apply_gate, form_of
 from .parts import JOINT, Projections, joined, projection_shapes, separate
 from .pruned_base import PrunedBase
@@ -45,6 +46,7 @@ class FactorizedExperts(PrunedBase):
         self.is_transposed = False  # peft asks
         self.layout = layout
         self._maps: dict[tuple, Any] = {}
+        self.described: dict[str, Any] = {}  # see `chains_of`
         kind = next((p for p in native.parameters() if p.is_floating_point()), torch.empty(0))
         for key, bank in self.banks():
             self.add_bank(key, bank.shape, bank.form, kind.dtype, kind.device)
@@ -168,6 +170,9 @@ class FactorizedExperts(PrunedBase):
 
         masks: {"tokens": (tokens, channels)}, filled by the first projection of a base that is pruned token by token.
         """
+        if chains := chains_of(self, projection, x):
+            sizes = torch.bincount(ids, minlength=self.experts).tolist()
+            return chains[0][0].form.project(chains, x, token, sizes)
         y = None
         for i, part in enumerate(self.layout[projection]):
             first, *rest = part.chain

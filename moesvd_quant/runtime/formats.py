@@ -5,10 +5,19 @@ and a kind: `up_0_dense_codes`.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+
+class Link(NamedTuple):
+    """A bank of a part, and the matrix of it that each expert uses, -1 where it uses none."""
+
+    form: Any
+    shape: tuple[int, int]  # rows, columns of a matrix
+    stored: dict[str, torch.Tensor]
+    rows: list[int]
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,18 @@ class Format:
         if len(done) < 2:  # of a bank that all experts share there is one: no copy
             return done[0] if done else x.new_zeros(0, shape[0])
         return torch.cat(done)
+
+    @classmethod
+    def fit_together(cls, chains: list[list[Link]]) -> bool:
+        """Whether `project` serves such parts of a projection, all in this format, each a chain of banks as an input
+        meets them."""
+        return False
+
+    @classmethod
+    def project(cls, chains: list[list[Link]], x: torch.Tensor, token: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """x (tokens, in) -> (pairs, out), for pairs of a token and an expert, sorted by expert, sizes[e] of expert e;
+        token: the row of x of each. Takes all parts of a projection at once; each expert belongs to one at most."""
+        raise NotImplementedError
 
     def trainable(self, tensor: torch.Tensor) -> torch.Tensor:
         """float32 that training may change, in place of the tensor of kind `trained`; `dequantize` takes it as well."""

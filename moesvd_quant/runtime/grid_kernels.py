@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .numba_here import HERE, LANES, dtype_of_products, on_gpu
-from .spans import Span, few_and_many
+from .spans import Span, few_and_many, spans_of
 
 TILE = 2**22  # bytes of rows that are dequantized at a time, where a matrix has many tokens
 BLOCK = 8 * LANES  # codes, which lie in LANES words
@@ -25,7 +25,7 @@ def usable(form, stored: dict, x: torch.Tensor) -> bool:
 
 def products(form, stored: dict, columns: int, x: torch.Tensor, sizes: list[int], table) -> torch.Tensor:
     """x (tokens, columns), sorted by matrix, sizes[e] tokens of matrix e -> (tokens, rows) in the dtype of x."""
-    few, many = few_and_many(sizes)
+    few, many = few_and_many(spans_of(sizes))
     rows = stored["codes"].shape[-2]
     y = _few(form, stored, x, few, rows, table).to(x.dtype) if few else x.new_empty(len(x), rows)
     if many:
@@ -44,8 +44,8 @@ def _few(form, stored: dict, x: torch.Tensor, spans: list[Span], rows: int, tabl
     blocks = -(-x.shape[1] // BLOCK)
     planes, y = torch.empty(len(x), blocks, PLANES, LANES), torch.empty(len(x), rows)
     in_planes(x.float().contiguous().numpy(), form.bits, plane_weights(form.bits), planes.numpy())
-    asked, (addresses, sizes) = torch.tensor(spans), _described(form, stored, table)
-    given = [*addresses, planes.data_ptr(), y.data_ptr(), asked.data_ptr(), *sizes, blocks, len(x), len(spans)]
+    tensors, sizes = _described(form, stored, table)
+    given = [*tensors, planes, y, torch.tensor(spans), *sizes, blocks, len(x), len(spans)]
     run(few(form.bits, max(1, BLOCK // form.group_size)), given)
     return y
 
@@ -56,23 +56,23 @@ def _by_tiles(form, own: dict, planes: torch.Tensor, y: torch.Tensor, table) -> 
     from .grid_numba import tile
     from .team import run
 
-    addresses, (_, *sizes) = _described(form, {kind: tensor[None] for kind, tensor in own.items()}, table)
+    tensors, (_, *sizes) = _described(form, {kind: tensor[None] for kind, tensor in own.items()}, table)
     (rows, columns), half = (y.shape[1], planes.shape[1]), int(planes.dtype == torch.bfloat16)
     room = torch.empty(min(rows, max(1, TILE // (planes.itemsize * columns))), columns, dtype=planes.dtype)
     for first in range(0, rows, len(room)):
         out = room[: rows - first]
-        given = [*addresses, out.data_ptr(), *sizes, columns // BLOCK, first, len(out)]
+        given = [*tensors, out, *sizes, columns // BLOCK, first, len(out)]
         run(tile(form.bits, max(1, BLOCK // form.group_size), half), given)
         y[:, first : first + len(out)] = F.linear(planes, out)
 
 
-def _described(form, stored: dict, table: torch.Tensor) -> tuple[list[int], list[int]]:
-    """The addresses and sizes of a bank, as compiled work takes them."""
+def _described(form, stored: dict, table: torch.Tensor) -> tuple[list, list[int]]:
+    """The tensors and sizes of a bank, as compiled work takes them."""
     codes, levels, zeros = stored["codes"], stored["scales"], stored.get("zeros")
     tensors = codes, levels, stored["base"], zeros, table
     wide = max(1, form.group_size // BLOCK)
     sizes = [*codes.shape, levels.shape[2], 0 if zeros is None else zeros.shape[1], wide]
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors], sizes
+    return [0 if tensor is None else tensor for tensor in tensors], sizes
 
 
 def _in_planes(x: torch.Tensor, bits: int) -> torch.Tensor:

@@ -11,6 +11,11 @@ TRITON = find_spec("triton") is not None
 FEW = 64  # tokens per matrix up to which kernels for GPUs read codes anew for each tile of tokens
 
 
+def usable(tensor: torch.Tensor) -> bool:
+    """Whether kernels for CPUs can be had for a tensor."""
+    return HERE and tensor.device.type == "cpu"
+
+
 def on_gpu(x: torch.Tensor, codes: torch.Tensor, sizes: list[int] | None = None) -> bool:
     """Whether kernels for GPUs serve these tokens, where it is known how many each matrix has."""
     plain = x.is_cuda and not x.requires_grad and codes.dtype == torch.uint8

@@ -14,7 +14,6 @@ def spans_of(sizes: list[int]) -> list[Span]:
     return spans
 
 
-def few_and_many(sizes: list[int], limit: int = MANY) -> tuple[list[Span], list[Span]]:
+def few_and_many(spans: list[Span], limit: int = MANY) -> tuple[list[Span], list[Span]]:
     """Those of fewer tokens than `limit`, and the others."""
-    spans = spans_of(sizes)
-    return [span for span in spans if sizes[span[0]] < limit], [span for span in spans if sizes[span[0]] >= limit]
+    return [one for one in spans if one[2] - one[1] < limit], [one for one in spans if one[2] - one[1] >= limit]

@@ -41,20 +41,19 @@ class Stored(nn.Module):
 
     def products(self, name: str, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """x (tokens, columns), sorted by the matrices of a bank, sizes[i] tokens of matrix i -> (tokens, rows)."""
-        if self.formats[name].packed:
-            self._align(name)
-        stored = self.bank_tensors(name)
+        stored = self.aligned(name) if self.formats[name].packed else self.bank_tensors(name)
         if stored[self.kinds[name][0]].ndim == 2:  # a single matrix
             stored = {kind: tensor.unsqueeze(0) for kind, tensor in stored.items()}
         return self.formats[name].products(stored, self.bank_shapes[name], x, sizes)
 
-    def _align(self, name: str) -> None:
-        """Kernels read whole words, and products differ in the last bit with the address: tensors that were mapped from
-        a file are copied to where any tensor begins, once."""
+    def aligned(self, name: str) -> dict[str, torch.Tensor]:
+        """{kind: tensor} of a bank. Kernels read whole words, and products differ in the last bit with the address:
+        tensors that were mapped from a file are copied to where any tensor begins, once."""
         for kind in self.kinds[name]:
             parameter = self._parameters.get(tensor_name(name, kind))
             if parameter is not None and parameter.device.type == "cpu" and parameter.data_ptr() % 64:
                 parameter.data = parameter.data.clone()
+        return self.bank_tensors(name)
 
     def stored_tensors(self) -> dict[str, tuple[Format, str]]:
         """{name of each tensor of a bank: (its format, its kind)}."""

@@ -10,12 +10,14 @@ import sys
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 try:  # what is imported outside of `try`, transformers demands before it opens a checkpoint
     from llvmlite import ir
-    from numba import cfunc, types
+    from numba import carray, cfunc, types
     from numba.extending import intrinsic
 except ImportError:
     raise
@@ -49,16 +51,63 @@ def take(context, counter):
     return types.int64(types.voidptr), code
 
 
-def run(done_by, numbers: list[int]) -> None:
+@intrinsic
+def call(context, function, given):
+    """Does the work at an address with what it takes, at another."""
+
+    def code(context, builder, signature, arguments):
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte])
+        function, given = arguments
+        builder.call(builder.inttoptr(function, kind.as_pointer()), [builder.inttoptr(given, byte)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), code
+
+
+@work
+def one_by_one(given):
+    """Work: several works in turn. A thread that finds nothing left of one goes on with the next."""
+    count = carray(given, (2,), np.int64)[1]
+    pairs = carray(given, (2 + 2 * count,), np.int64)
+    for i in range(count):
+        call(pairs[2 + 2 * i], pairs[3 + 2 * i])
+
+
+Given: TypeAlias = int | torch.Tensor | np.ndarray  # of a tensor or an array, its address
+
+
+def run_all(jobs: list[tuple[Any, list[Given]]]) -> None:
+    """Has several compiled works done, none of which waits for another, as `run` does one."""
+    if len(jobs) == 1:
+        run(*jobs[0])
+        return
+    numbers = [_numbers(given) for _, given in jobs]
+    pairs = [(done_by.address, own.buffer_info()[0]) for (done_by, _), own in zip(jobs, numbers)]
+    run(one_by_one, [len(jobs), *(number for pair in pairs for number in pair)])
+
+
+def run(done_by, given: list[Given]) -> None:
     """Has compiled work done by as many threads as torch uses; returns when all have."""
-    given = array("q", [0, *numbers])
-    address, threads = given.buffer_info()[0], torch.get_num_threads()
+    numbers, threads = _numbers(given), torch.get_num_threads()
+    address = numbers.buffer_info()[0]
     if threads == 1:
         WORK(done_by.address)(address)
     elif openmp := _openmp():
         openmp(done_by.address, address, threads, 0)
     else:
         list(_pool(threads, os.getpid()).map(lambda _: WORK(done_by.address)(address), range(threads)))
+
+
+def _numbers(given: list[Given]) -> array:
+    """A counter, and what is given."""
+    return array("q", [0, *map(_number, given)])
+
+
+def _number(one: Given) -> int:
+    if isinstance(one, torch.Tensor):
+        return one.data_ptr()
+    return one.ctypes.data if isinstance(one, np.ndarray) else one
 
 
 @cache

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from .formats import Format, register
-from .numba_here import on_gpu
+from . import trellis_parts
+from .formats import Format, Link, register
+from .numba_here import on_gpu, usable
 from .trellis_code import VALUES, WINDOW, joint_columns, padded, ring_bounds
-from .trellis_kernels import mix_rows, mixed_first, products, read_all, usable
-
-BLOCK = 256  # size of a Hadamard matrix, at most: sums of 60 * BLOCK * BLOCK are exact in float32
+from .trellis_kernels import read_all
+from .turning import block_of, mixed_before, signs, turn, turn_back
 
 
 @lru_cache(maxsize=64)
@@ -58,54 +58,6 @@ def _read_rings(codes: torch.Tensor, rate: float, rows: int, joint: int) -> torc
     return torch.from_numpy(VALUES).to(codes.device)[windows].float().flatten(-2)
 
 
-def block_of(size: int) -> int:
-    """Size of the Hadamard matrices of an axis: the largest power of two that divides it, at most BLOCK."""
-    return min(size & -size, BLOCK)
-
-
-@lru_cache(maxsize=64)
-def signs(size: int, device: torch.device) -> torch.Tensor:
-    """(size,) float32 of 1 and -1, the same for every matrix: the bits of a mixed counter."""
-    mixed = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bit = (mixed >> np.uint64(40)) & np.uint64(1)
-    return torch.from_numpy(bit.astype(np.float32) * 2 - 1).to(device)
-
-
-@lru_cache(maxsize=64)
-def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(size, size) of 1 and -1, symmetric; size a power of two."""
-    made = torch.ones(1, 1)
-    while len(made) < size:
-        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
-    return made.to(device, dtype)
-
-
-def mix(x: torch.Tensor) -> torch.Tensor:
-    """x (..., n) times the blocks of Hadamard matrices, not normalized: twice gives `block_of(n)` times x."""
-    block = block_of(x.shape[-1])
-    return (x.unflatten(-1, (-1, block)) @ hadamard(block, x.dtype, x.device)).flatten(-2)
-
-
-def turn(x: torch.Tensor) -> torch.Tensor:
-    """x (..., n) -> (..., n), an orthogonal map: signs, then blocks. Of inputs before, of rows after."""
-    size = x.shape[-1]
-    return mix(x * signs(size, x.device).to(x.dtype)) / block_of(size) ** 0.5
-
-
-def turn_back(x: torch.Tensor) -> torch.Tensor:
-    """The inverse of `turn`."""
-    size = x.shape[-1]
-    return mix(x) * (signs(size, x.device).to(x.dtype) / block_of(size) ** 0.5)
-
-
-def _mixed(x: torch.Tensor, size: int) -> torch.Tensor:
-    """x (..., size, n) float32 of whole numbers -> the same along the axis before the last, contiguous."""
-    if usable(x):
-        return mixed_first(x.contiguous(), block_of(size))
-    return mix(x.transpose(-1, -2)).transpose(-1, -2).contiguous()
-
-
 @register
 @dataclass(frozen=True)
 class Trellis(Format):
@@ -137,9 +89,9 @@ class Trellis(Format):
         """Values (..., rows, columns) float32, turned back but for the norm: whole numbers."""
         rows, columns = shape
         values = read_windows(codes, self.rate, rows)  # (..., columns, rows)
-        values = _mixed(values, columns) if self.columns else values
+        values = mixed_before(values) if self.columns else values
         values = values.transpose(-1, -2)
-        values = _mixed(values, rows) if self.rows else values.contiguous()
+        values = mixed_before(values) if self.rows else values.contiguous()
         if self.rows:
             values = values * signs(rows, values.device)[:, None]
         return values * signs(columns, values.device) if self.columns else values
@@ -157,17 +109,16 @@ class Trellis(Format):
             return super().products(stored, shape, x, sizes)
         if x.is_cuda:
             return self._products_on_gpu(stored, shape, x, sizes)
-        rows, columns = shape
-        given = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        if self.columns:
-            mix_rows(given, block_of(columns), signs(columns, x.device), True, np.ones(len(x), np.float32))
-        y = products(stored["codes"], self.rate, rows, given, sizes, x.dtype)
-        scale = np.repeat(stored["scale"].view(torch.float32).flatten().numpy(), sizes) * self._norm(shape)
-        if self.rows:
-            mix_rows(y, block_of(rows), signs(rows, x.device), False, scale)
-        else:
-            y *= torch.from_numpy(scale)[:, None]
-        return y.to(x.dtype)
+        every = Link(self, shape, stored, list(range(len(sizes))))
+        return self.project([[every]], x, torch.arange(len(x)), sizes)
+
+    @classmethod
+    def fit_together(cls, chains):
+        return trellis_parts.fit_together(chains)
+
+    @classmethod
+    def project(cls, chains, x, token, sizes):
+        return trellis_parts.project(chains, x, token, sizes)
 
     def _products_on_gpu(self, stored, shape, x, sizes):
         from .trellis_triton import products as by_triton
@@ -185,6 +136,10 @@ class Trellis(Format):
         scale = stored["scale"]
         whole = torch.exp(scale) if scale.is_floating_point() else scale.view(torch.float32)
         return (whole * self._norm(shape)).unsqueeze(-1)
+
+    def scales(self, stored: dict, shape: tuple[int, int]) -> np.ndarray:
+        """(matrices,) float32: the same of each matrix of a bank on a CPU."""
+        return stored["scale"].view(torch.float32).flatten().numpy() * self._norm(shape)
 
     def _norm(self, shape: tuple[int, int]) -> np.float32:
         """What turning back is times, since it is done in whole numbers: a power of two, or one and its root."""

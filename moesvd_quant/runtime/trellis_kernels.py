@@ -4,19 +4,16 @@ Where numba is missing, `trellis.py` reads codes with torch. What is turned stay
 turned back.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 
-from .numba_here import HERE, LANES, dtype_of_products
+from .numba_here import LANES, dtype_of_products
 from .spans import MANY, Span, few_and_many
 from .trellis_code import blocks_of, column_bounds, groups_of, joint_columns, padded, ring_bounds
 
 TILE = 2**22  # bytes of values that are made at a time, where a matrix has many tokens
-
-
-def usable(tensor: torch.Tensor) -> bool:
-    """Whether the kernels can be had for a tensor."""
-    return HERE and tensor.device.type == "cpu"
 
 
 def read_all(codes: torch.Tensor, rate: float, bounds: np.ndarray) -> torch.Tensor:
@@ -30,61 +27,74 @@ def read_all(codes: torch.Tensor, rate: float, bounds: np.ndarray) -> torch.Tens
     out = torch.empty(len(flat), bounds[-1])
     longest = blocks_of(int(np.diff(bounds).max()), groups_of(twice).each)
     for stream, values in zip(flat, out):
-        given = [stream.data_ptr(), bounds.ctypes.data, values.data_ptr(), len(bounds) - 1, longest]
-        run(read(twice), given)
+        run(read(twice), [stream, bounds, values, len(bounds) - 1, longest])
     return out.view(*codes.shape[:-2], bounds[-1])
 
 
-def mixed_first(x: torch.Tensor, block: int) -> torch.Tensor:
-    """x (..., m, n) float32, contiguous, which is changed: times blocks of Hadamard matrices along m."""
-    from .hadamard_numba import mix_first
-    from .team import run
+class Job(NamedTuple):
+    """Sets y[p] (rows,) = matrix e, as it is stored, turned and without scale, times x[p] (columns,), both float32, for
+    each (e, first p, last p + 1) of `spans`. codes: uint8 (matrices, columns, bytes)."""
 
-    for one in x.view(-1, *x.shape[-2:]):
-        run(mix_first, [one.data_ptr(), *one.shape, block])
-    return x
-
-
-def mix_rows(x: torch.Tensor, block: int, signs: torch.Tensor, signs_first: bool, scale: np.ndarray) -> None:
-    """x (tokens, n) float32, in place: signs (n,), then blocks of Hadamard matrices along n, or the other way round;
-    then times scale (tokens,)."""
-    from .hadamard_numba import mix_last
-    from .team import run
-
-    run(mix_last(block, signs_first), [x.data_ptr(), signs.data_ptr(), scale.ctypes.data, *x.shape])
+    codes: torch.Tensor
+    rate: float
+    x: torch.Tensor
+    y: torch.Tensor
+    spans: list[Span]
 
 
-def products(codes: torch.Tensor, rate: float, rows: int, x: torch.Tensor, sizes: list[int], dtype) -> torch.Tensor:
-    """x (tokens, columns) float32, contiguous, sorted by matrix, sizes[e] tokens of matrix e; codes uint8 (matrices,
-    columns, bytes) -> float32 (tokens, rows): products with the values as they are stored, turned and without scale.
-    dtype: of the tokens as they came."""
-    limit = MANY if codes.shape[1] % joint_columns(rows) == 0 else 0  # rings of different lengths: one by one
-    few, many = few_and_many(sizes, limit)
-    y = _few(codes, int(2 * rate), rows, x, few) if few else torch.empty(len(x), rows)
-    kind = dtype_of_products(dtype)
-    for e, start, stop in many:
-        _by_tiles(codes[e], rate, x[start:stop].to(kind), y[start:stop])
-    return y
+def multiply(jobs: list[Job], dtype: torch.dtype) -> None:
+    """Does jobs, none of which needs what another one makes. dtype: of the tokens as they came."""
+    together, partial = [], []
+    for codes, rate, x, y, spans in jobs:
+        rows, twice = y.shape[1], int(2 * rate)
+        limit = MANY if codes.shape[1] % joint_columns(rows) == 0 else 0  # rings of different lengths: one by one
+        few, many = few_and_many(spans, limit)
+        if few and joint_columns(rows) == 1:
+            together.append(_few(codes, twice, x, y, torch.tensor(few)))
+        elif few:
+            asked, parts = torch.tensor(few), -(-_items() // len(few))
+            room = torch.zeros(parts, *y.shape)
+            together.append(_few_short(codes, twice, x, room, asked))
+            partial.append((y, room, few))
+        for e, start, stop in many:
+            _by_tiles(codes[e], rate, x[start:stop].to(dtype_of_products(dtype)), y[start:stop])
+    if together:
+        from .team import run_all
+
+        run_all(together)
+    for y, room, few in partial:
+        for _, start, stop in few:
+            y[start:stop] = room[:, start:stop].sum(0)
 
 
-def _few(codes, twice: int, rows: int, x, spans: list[Span]) -> torch.Tensor:
-    """y (tokens, rows) of the tokens of `spans`; others are not set."""
-    from .team import run
-    from .trellis_numba import few, few_short
+def _items() -> int:
+    """Pieces of work, at least, so that no thread waits long for the last."""
+    return 2 * torch.get_num_threads()
 
-    bounds, joint, asked, sums = column_bounds(rows), joint_columns(rows), torch.tensor(spans), x.sum(1)
-    items = 2 * torch.get_num_threads()  # at least, so that no thread waits long for the last
-    if joint == 1:
-        y, rings = torch.empty(len(x), rows), len(bounds) - 1
-        per = max(1, min(4, len(spans) * rings // items))
-        tensors, sizes = (x, sums, y, asked), [*codes.shape, rings, rows, len(x), len(spans), per]
-        run(few(twice), [codes.data_ptr(), bounds.ctypes.data, *(t.data_ptr() for t in tensors), *sizes])
-        return y
-    parts = -(-items // len(spans))
-    y = torch.empty(parts, len(x), rows)
-    sizes = [*codes.shape[:2], joint, padded(rows), rows, len(x), len(spans), parts]
-    run(few_short(twice), [codes.data_ptr(), *(t.data_ptr() for t in (x, sums, y, asked)), *sizes])
-    return y.sum(0)
+
+def _sums(x: torch.Tensor) -> torch.Tensor:
+    """(tokens,): what makes up for the BIAS of values, where they have one."""
+    from .trellis_lanes import BIAS
+
+    return x.sum(1) if BIAS else x.new_zeros(len(x))
+
+
+def _few(codes, twice: int, x, y, asked) -> tuple[Any, list]:
+    from .trellis_numba import few
+
+    bounds, rows = column_bounds(y.shape[1]), y.shape[1]
+    rings = len(bounds) - 1
+    per = max(1, min(4, len(asked) * rings // _items()))
+    numbers = [*codes.shape, rings, rows, len(x), len(asked), per]
+    return few(twice), [codes, bounds, x, _sums(x), y, asked, *numbers]
+
+
+def _few_short(codes, twice: int, x, room, asked) -> tuple[Any, list]:
+    from .trellis_numba import few_short
+
+    parts, _, rows = room.shape
+    numbers = [*codes.shape[:2], joint_columns(rows), padded(rows), rows, len(x), len(asked), parts]
+    return few_short(twice), [codes, x, _sums(x), room, asked, *numbers]
 
 
 def _by_tiles(codes: torch.Tensor, rate: float, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -106,8 +116,7 @@ def _by_tiles(codes: torch.Tensor, rate: float, x: torch.Tensor, y: torch.Tensor
     for low in range(0, len(bounds) - 1, rings):
         high = min(low + rings, len(bounds) - 1)
         out = room[: columns * (high - low) * wide].view(columns, -1)
-        run(tile(twice), [codes.data_ptr(), bounds.ctypes.data, out.data_ptr(), columns, size, low, high, blocks])
+        run(tile(twice), [codes, bounds, out, columns, size, low, high, blocks])
         done = x @ out.to(x.dtype)
         sizes = [*y.shape[:1], y.stride(0), rows, low, high, blocks]
-        addresses = [done.data_ptr(), bounds.ctypes.data, y.data_ptr()]
-        run(ordered(twice, int(done.dtype == torch.bfloat16)), [*addresses, *sizes])
+        run(ordered(twice, int(done.dtype == torch.bfloat16)), [done, bounds, y, *sizes])

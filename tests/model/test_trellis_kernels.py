@@ -5,9 +5,15 @@ import sys
 
 import pytest
 import torch
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moesvd_quant.quantize.registry import CODECS
-from moesvd_quant.runtime import trellis_kernels
+from moesvd_quant.runtime import numba_here
+from moesvd_quant.runtime.chains import chains_of
+from moesvd_quant.runtime.factorized_experts import FactorizedExperts
+from moesvd_quant.runtime.grids import Grid
+from moesvd_quant.runtime.parts import DensePart, FactorPart
 from moesvd_quant.runtime.trellis import Trellis
 
 SHAPES = [(256, 96), (272, 100), (192, 64), (16, 64), (48, 62), (32, 33), (40, 30), (1408, 32), (37, 20)]
@@ -62,7 +68,7 @@ def test_where_kernels_do_not_serve_the_matrix_is_made(monkeypatch):
     assert relative(y.detach(), expected.detach()) < 1e-5
     y.sum().backward()
     assert x.grad is not None
-    monkeypatch.setattr(trellis_kernels, "HERE", False)
+    monkeypatch.setattr(numba_here, "HERE", False)
     with torch.no_grad():
         assert relative(form.products(stored, shape, x.detach(), [1, 2, 0]), expected) < 1e-5
 
@@ -86,3 +92,62 @@ def test_what_numba_compiled_is_found_again_by_the_next_process():
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == "1 1"
+
+
+def projection(experts, described):
+    """Factorized experts with random weights: gate and up as one projection, of parts that `described` makes."""
+    config = MixtralConfig(hidden_size=64, intermediate_size=48, num_local_experts=experts)
+    parts = {"gate_up": described(96, 64), "down": described(64, 48)}
+    made = FactorizedExperts(MixtralExperts(config), parts).eval()
+    generator = torch.Generator().manual_seed(3)
+    for name, (form, kind) in made.stored_tensors().items():
+        form.random(kind, made._parameters[name], generator)
+        if kind == "scale":
+            tensor = made._parameters[name].view(torch.float32)
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) / 100)
+    return made
+
+
+def parts_of(out, inner):
+    """Dense matrices of two rates, and factors that two experts share on the left; expert 4 has none."""
+    whole = [
+        DensePart([experts], [0], formats={"dense": Trellis(rate, True, True)}) for experts, rate in ((0, 3), (5, 1.5))
+    ]
+    factors = FactorPart([1, 2, 3], left=[0, 1, 1], right=[0, 1, 2], rank=32)
+    factors.formats = {"left": Trellis(2.0, True, False), "right": Trellis(2.5, False, True)}
+    return [*whole, factors]
+
+
+def test_all_parts_of_a_projection_at_once_are_the_dense_matrices():
+    experts = projection(6, parts_of)
+    for tokens in (1, 7, 90):
+        x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(tokens))
+        index = torch.stack([torch.randperm(6, generator=torch.Generator().manual_seed(t))[:2] for t in range(tokens)])
+        weights = torch.rand(tokens, 2)
+        assert all(chains_of(experts, name, x) for name in experts.layout)
+        expected = torch.zeros(tokens, 64, dtype=torch.float64)
+        for t in range(tokens):
+            for e, weight in zip(index[t].tolist(), weights[t]):
+                gate, up = (experts.dense("gate_up", e).double() @ x[t].double()).chunk(2)
+                inner = torch.nn.functional.silu(gate) * up
+                expected[t] += weight * (experts.dense("down", e).double() @ inner)
+        with torch.no_grad():
+            assert relative(experts(x, index, weights), expected) < 1e-5
+            assert relative(experts(x.bfloat16(), index, weights.bfloat16()), expected) < 0.02
+
+
+def test_what_does_not_fit_together_is_taken_part_by_part():
+    def apart(out, inner):
+        turned, plain = Trellis(2.0, True, True), Trellis(2.0, False, True)
+        return [DensePart([e], [0], formats={"dense": form}) for e, form in ((0, turned), (1, plain))]
+
+    def mixed(out, inner):
+        return [
+            DensePart([e], [0], formats={"dense": form})
+            for e, form in ((0, Trellis(2.0, True, True)), (1, Grid(4, 16, False)))
+        ]
+
+    x = torch.randn(3, 64)
+    for described in (apart, mixed):
+        assert not chains_of(projection(2, described), "gate_up", x)
+    assert not chains_of(projection(6, parts_of), "gate_up", x.requires_grad_())

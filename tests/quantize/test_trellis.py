@@ -12,8 +12,9 @@ from moesvd_quant.quantize.feedback import HessianFactor
 from moesvd_quant.quantize.registry import CODECS, Storage
 from moesvd_quant.quantize.trellis_codec import CODES, UNIT, inflation
 from moesvd_quant.quantize.viterbi import Encoder
-from moesvd_quant.runtime.trellis import Trellis, hadamard, read_windows, turn, turn_back
+from moesvd_quant.runtime.trellis import Trellis, read_windows
 from moesvd_quant.runtime.trellis_code import FACTOR, OFFSET, VALUES, padded, ring_bounds
+from moesvd_quant.runtime.turning import hadamard, turn, turn_back
 from moesvd_quant.stages.gptq import Gptq
 
 RATES = CODECS["trellis"].rates
@@ -211,5 +212,5 @@ def test_without_numba_codes_are_read_all_the_same(monkeypatch):
     for kind, tensor in tensors.items():
         form.random(kind, tensor, torch.Generator().manual_seed(5))
     expected = form.dequantize(tensors, (80, 24), torch.float32)
-    monkeypatch.setattr("moesvd_quant.runtime.trellis_kernels.HERE", False)
+    monkeypatch.setattr("moesvd_quant.runtime.numba_here.HERE", False)
     assert torch.equal(form.dequantize(tensors, (80, 24), torch.float32), expected)
