@@ -87,11 +87,12 @@ def run_all(jobs: list[tuple[Any, list[Given]]]) -> None:
     run(one_by_one, [len(jobs), *(number for pair in pairs for number in pair)])
 
 
-def run(done_by, given: list[Given]) -> None:
-    """Has compiled work done by as many threads as torch uses; returns when all have."""
+def run(done_by, given: list[Given], alone: bool = False) -> None:
+    """Has compiled work done by as many threads as torch uses; returns when all have. alone: by this thread, where
+    there is less to do than it takes to wake another."""
     numbers, threads = _numbers(given), torch.get_num_threads()
     address = numbers.buffer_info()[0]
-    if threads == 1:
+    if threads == 1 or alone:
         WORK(done_by.address)(address)
     elif openmp := _openmp():
         openmp(done_by.address, address, threads, 0)

@@ -47,11 +47,10 @@ def _shifted(builder, word, first):
     """<16 x i32>: the values, plus BIAS, times 2 ** SHIFT, of the windows that begin at a bit of each word."""
     window = builder.and_(builder.lshr(word, same(first)), same(2**WINDOW - 1))
     mixed = builder.add(builder.mul(window, same(FACTOR)), same(OFFSET))
-    low = builder.and_(mixed, LOW)
-    if HAS_DOT:  # the high digits are 16 times themselves where they stand
-        start = dot(builder, same(-16 * MEAN), low, same(0x10101010))
-        return dot(builder, start, builder.and_(mixed, HIGH), ONES)
-    pairs = builder.add(low, builder.and_(builder.lshr(mixed, same(4)), LOW))
+    if HAS_DOT:  # 16 times (low + high) is 16 times (low + 16 high) less 15 times (16 high)
+        start = dot(builder, same(-16 * MEAN), mixed, same(0x10101010))
+        return dot(builder, start, builder.and_(mixed, HIGH), same(0xF1F1F1F1))
+    pairs = builder.add(builder.and_(mixed, LOW), builder.and_(builder.lshr(mixed, same(4)), LOW))
     return builder.and_(builder.mul(pairs, ONES), same(0xFF << SHIFT))  # the sum of bytes is in the highest
 
 

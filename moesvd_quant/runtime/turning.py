@@ -8,6 +8,7 @@ import torch
 from .numba_here import usable
 
 BLOCK = 256  # size of a Hadamard matrix, at most: sums of 60 * BLOCK * BLOCK are exact in float32
+ALONE = 2**15  # numbers that one thread turns sooner than two
 
 
 def block_of(size: int) -> int:
@@ -80,4 +81,4 @@ def _mix_rows(x: torch.Tensor, signs_first: bool, scale: np.ndarray) -> None:
     from .team import run
 
     size = x.shape[1]
-    run(mix_last(block_of(size), signs_first), [x, signs(size, x.device), scale, *x.shape])
+    run(mix_last(block_of(size), signs_first), [x, signs(size, x.device), scale, *x.shape], alone=x.numel() < ALONE)
