@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from . import trellis_parts
 from .formats import Format, Link, register
 from .numba_here import on_gpu, usable
 from .trellis_code import VALUES, WINDOW, joint_columns, padded, ring_bounds
 from .trellis_kernels import read_all
+from .trellis_parts import fit_together, project
 from .turning import block_of, mixed_before, signs, turn, turn_back
 
 
@@ -114,11 +114,11 @@ class Trellis(Format):
 
     @classmethod
     def fit_together(cls, chains):
-        return trellis_parts.fit_together(chains)
+        return fit_together(chains)
 
     @classmethod
     def project(cls, chains, x, token, sizes):
-        return trellis_parts.project(chains, x, token, sizes)
+        return project(chains, x, token, sizes)
 
     def _products_on_gpu(self, stored, shape, x, sizes):
         from .trellis_triton import products as by_triton
