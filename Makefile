@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow everything down, many times over, where another process wants the core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-hardware docs clean
+.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware docs clean
 
 venv: .venv/.installed
 
@@ -94,6 +94,14 @@ bench-budget: venv
 bench-speed: venv
 	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.speed $(SPEED)
 
+# How long a packed checkpoint of 1 GB takes to open: a minute.
+bench-loading: venv
+	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.loading
+
+# `fit` on models that are hard to compress, beside all else in its bytes. STRESS: options, for example --only top-1
+bench-stress: venv
+	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.stress $(STRESS)
+
 # FORECAST: options of evaluation/benchmarks/forecast.py, for example --model DIR
 bench-forecast: venv
 	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.forecast --text $(LM)/wikitext-2-raw/wiki.test.raw.gz --calibration $(CALIBRATE) $(FORECAST)
@@ -103,4 +111,4 @@ bench-ablations: venv
 	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.ablations $(ABLATIONS)
 
 clean:
-	rm -rf site demo-out quality-out budget-out forecast-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl
+	rm -rf site demo-out quality-out budget-out forecast-out stress-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl

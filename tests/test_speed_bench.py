@@ -5,6 +5,7 @@ import torch
 
 from moesvd_quant.evaluation.benchmarks import layouts as made
 from moesvd_quant.evaluation.benchmarks import speed
+from moesvd_quant.evaluation.benchmarks.loading import OPEN, READ, seconds, write_checkpoint
 
 
 @pytest.mark.parametrize("shape", list(speed.SHAPES))
@@ -45,3 +46,9 @@ def test_bars_are_of_every_batch_and_of_prefill(decode, later, prefill, fine):
     assert met is fine
     assert [row[:2] for row in rows] == [["coarse", "original"], ["coarse", "gptq4"]]
     assert rows[1][2:6] == ["50", f"{decode:.2f}", "9.00", "50%"] and rows[1][-1] == f"{prefill:.2f}"
+
+
+def test_loading_is_timed_in_processes_of_its_own(tmp_path):
+    size = write_checkpoint(tmp_path / "packed", tmp_path / "config", layers=1, hidden=128)
+    assert size == sum(file.stat().st_size for file in (tmp_path / "packed").glob("*.safetensors")) > 0
+    assert 0 < seconds(READ, tmp_path / "packed") < seconds(OPEN, tmp_path / "packed")
