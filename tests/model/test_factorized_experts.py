@@ -7,7 +7,7 @@ from torch import nn
 from moesvd_quant.checkpoint.layout import dense_part, factor_part
 from moesvd_quant.checkpoint.verify import outputs
 from moesvd_quant.model.experts import expert_count, find_experts, find_linears, shapes_of, split_projections
-from moesvd_quant.runtime import factorized_experts
+from moesvd_quant.runtime import expert_products
 from moesvd_quant.runtime.factorized_experts import FactorizedExperts
 from moesvd_quant.runtime.parts import DensePart
 from tiny import ARCHITECTURES, fill_banks, tiny_model
@@ -50,7 +50,7 @@ def swap(model, **options):
 @pytest.fixture(params=["one by one", "grouped"])
 def products(request, monkeypatch):
     """Experts one after the other, as a CPU runs them, and in grouped products, as a GPU does."""
-    monkeypatch.setattr(factorized_experts, "ONE_BY_ONE", ("cpu",) if request.param == "one by one" else ())
+    monkeypatch.setattr(expert_products, "ONE_BY_ONE", ("cpu",) if request.param == "one by one" else ())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

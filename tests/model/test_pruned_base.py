@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from moesvd_quant.checkpoint.layout import factor_part
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of
-from moesvd_quant.runtime import factorized_experts
+from moesvd_quant.runtime import pruned_base
 from moesvd_quant.runtime.factorized_experts import FactorizedExperts
 from moesvd_quant.runtime.parts import DensePart
 from tiny import fill_banks, tiny_model
@@ -116,7 +116,7 @@ def test_the_base_meets_each_token_once(dynamic, monkeypatch):
             rows.append(len(x))
         return linear(x, weight, *rest)
 
-    monkeypatch.setattr(factorized_experts.F, "linear", count)
+    monkeypatch.setattr(pruned_base.F, "linear", count)
     made(*calls())
     assert rows == [13, 13, 13]  # gate, up and down, for 13 tokens of two experts each
 
