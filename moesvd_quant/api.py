@@ -100,7 +100,7 @@ def start(
     """A run that has checked all it can and done nothing yet; see `compress`."""
     from .memory.limits import parse_bytes
     from .model.named import resolve_device, resolve_model
-    from .recipe.recipe import load_recipe
+    from .recipe.load import load_recipe
     from .run.run import Run, sync_threads
 
     loaded = load_recipe(recipe, _listed(overrides))
@@ -191,7 +191,7 @@ def compare(
 
 
 def _named(texts: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    from .recipe.recipe import named_texts
+    from .recipe.texts import named_texts
 
     return dict(texts) if isinstance(texts, Mapping) else named_texts([texts] if isinstance(texts, str) else texts)
 

@@ -18,7 +18,7 @@ from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.export.gptq import describe
 from moesvd_quant.export.packed_weights import PackedWeight, require_one_form
 from moesvd_quant.model.folder import ModelError
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.grids import Grid
 from moesvd_quant.runtime.stored import Stored

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moesvd_quant.memory.limits import Batches, Memory, MemoryLimitError, PeakMeter, anonymous_bytes, parse_bytes
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from tiny import tensor_bytes
 

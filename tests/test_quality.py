@@ -14,7 +14,7 @@ from moesvd_quant.evaluation.benchmarks.quality import (
     percent,
     recipes,
 )
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 
 
 def record(increase: float, other: float) -> dict:

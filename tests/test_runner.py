@@ -11,7 +11,7 @@ import moesvd_quant
 from killing import kill_until_done
 from moesvd_quant.model.experts import find_experts, flags_of
 from moesvd_quant.planning.context import StageError
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run, RunError
 from moesvd_quant.runtime.factorized_experts import FactorizedExperts

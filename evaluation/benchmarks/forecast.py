@@ -27,7 +27,7 @@ from moesvd_quant.planning.allocation import allowed_storages, forecast_error, p
 from moesvd_quant.planning.choices import choices_of
 from moesvd_quant.planning.context import Context
 from moesvd_quant.planning.knapsack import Choice, Storage, Table, allocate
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.recipe.stage import Stage
 from moesvd_quant.run.run import Run, sync_threads
 

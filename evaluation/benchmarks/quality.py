@@ -24,7 +24,8 @@ from moesvd_quant.planning.choices import choices_of
 from moesvd_quant.planning.context import Context, expert_grams
 from moesvd_quant.planning.knapsack import MAX_RANKS, RANK_STEP, allocate
 from moesvd_quant.quantize.factors import quantize_factors
-from moesvd_quant.recipe.recipe import load_recipe, named_texts
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.texts import named_texts
 from moesvd_quant.run.run import Run, sync_threads
 from moesvd_quant.stages.gptq import Gptq
 

@@ -27,7 +27,7 @@ def run_one(model: str, out: str, room: float, overrides: list[str]) -> None:
 
     import moesvd_quant  # noqa: F401
     from moesvd_quant.memory.limits import PeakMeter, anonymous_bytes
-    from moesvd_quant.recipe.recipe import load_recipe
+    from moesvd_quant.recipe.load import load_recipe
     from moesvd_quant.run.run import Run, sync_threads
 
     sync_threads()

@@ -46,7 +46,7 @@ def decomposition(job: Run, pool: Pool) -> Callable[[int, Path], float]:
 
 def main() -> int:
     from moesvd_quant.evaluation.benchmarks.synthetic import synthetic
-    from moesvd_quant.recipe.recipe import load_recipe
+    from moesvd_quant.recipe.load import load_recipe
     from moesvd_quant.run.run import locked
 
     parser = argparse.ArgumentParser(description=__doc__)

@@ -26,7 +26,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for exam
 
 def _recipe_names() -> list[str]:
     """For shells that complete words."""
-    from ..recipe.recipe import shipped
+    from ..recipe.shipped import shipped
 
     return [name for name, _ in shipped()]
 

@@ -37,7 +37,7 @@ def evaluate_verb(
     from ..evaluation.inputs import EvalSpec
     from ..evaluation.record import RECORD, evaluate, write
     from ..memory.files import require_writable
-    from ..recipe.recipe import named_texts
+    from ..recipe.texts import named_texts
 
     texts = named_texts(text or ([] if tasks else ["wikitext2"]))
     named = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
@@ -177,7 +177,7 @@ def bench(
 ) -> None:
     """Compare recipes on one model: runs each, evaluates all, prints the table, draws the plot."""
     from ..comparison.bench import compare
-    from ..recipe.recipe import named_texts
+    from ..recipe.texts import named_texts
     from ..run.run import sync_threads
 
     sync_threads()
@@ -211,7 +211,7 @@ def pareto(
 ) -> None:
     """The memory-perplexity front: one calibration, many budgets, beside GPTQ, NF4 and the paper's settings."""
     from ..comparison.pareto import front
-    from ..recipe.recipe import named_texts
+    from ..recipe.texts import named_texts
     from ..run.run import sync_threads
 
     sync_threads()

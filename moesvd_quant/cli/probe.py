@@ -27,7 +27,8 @@ def probe(
     from ..probe.report import plot_survey, print_survey
     from ..probe.texts import probe_folder
     from ..probe.verdict import verdict
-    from ..recipe.recipe import load_recipe, named_texts
+    from ..recipe.load import load_recipe
+    from ..recipe.texts import named_texts
     from ..run.run import sync_threads
 
     sync_threads()

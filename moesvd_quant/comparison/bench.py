@@ -10,7 +10,8 @@ from ..evaluation.plot import plot_bytes
 from ..evaluation.record import RECORD, answers, evaluate, write
 from ..evaluation.table import Table, save, table8
 from ..memory.files import read_json
-from ..recipe.recipe import Evaluate, load_recipe
+from ..recipe.load import load_recipe
+from ..recipe.recipe import Evaluate
 from ..run.run import Run
 
 Report = Callable[[str, int, int], None]

@@ -129,7 +129,7 @@ def test_what_cannot_be_asked_is_said(make_model, tmp_path):
 def test_lm_evals_own_command_line_gives_the_same_scores(shared, make_model, tmp_path, text):
     """A factorized and quantized checkpoint, opened by lm-eval with remote code."""
     from moesvd_quant.model.named import resolve_model
-    from moesvd_quant.recipe.recipe import load_recipe
+    from moesvd_quant.recipe.load import load_recipe
     from moesvd_quant.run.run import Run
 
     small = [f"calibration.dataset={text}", "calibration.samples=16", "calibration.length=64", "evaluate.perplexity=[]"]

@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 from moesvd_quant.memory.limits import PeakMeter
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 
 HIDDEN, WIDE, LAYERS, EXPERTS = 256, 1024, 8, 8

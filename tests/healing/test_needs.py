@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from moesvd_quant.evaluation.benchmarks.synthetic import synthetic
 from moesvd_quant.healing.needs import HealingNeeds
 from moesvd_quant.memory.limits import MemoryLimitError, PeakMeter, malloc_trim
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.stages import lora_work
 from moesvd_quant.stages.lora import Lora

@@ -5,7 +5,7 @@ import torch
 
 from killing import kill_until_done
 from moesvd_quant.healing import layerwise, trainer
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run, RunError
 
 OPTIONS = "steps: 8, microbatch: 2, rank: 8, lr: 0.003, validation: 4, validate_every: 2, patience: 2"

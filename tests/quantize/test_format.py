@@ -18,7 +18,8 @@ from moesvd_quant.model.experts import find_experts
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.quantize.codec import Codec, PackedMatrix
 from moesvd_quant.quantize.registry import CODECS, register_codec
-from moesvd_quant.recipe.recipe import RecipeError, load_recipe
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.recipe import RecipeError
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.formats import FORMATS, Format, register
