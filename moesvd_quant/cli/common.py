@@ -55,8 +55,9 @@ def progress_bars(quiet: bool = False):
 
 
 def print_table(records: list[dict], form: str) -> None:
+    from ..evaluation.paper_tables import table8
     from ..evaluation.record import doubts
-    from ..evaluation.table import render, table8
+    from ..evaluation.table import render
 
     print(render(table8(records), form), end="")
     for doubt in doubts(records):

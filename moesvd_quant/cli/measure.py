@@ -60,7 +60,8 @@ def evaluate_verb(
     if as_json:
         print(json.dumps(records))
         return
-    from ..evaluation.table import render, table2
+    from ..evaluation.paper_tables import table2
+    from ..evaluation.table import render
 
     print_table(records, "terminal")
     if named:
@@ -80,9 +81,10 @@ def table(
     plot: Annotated[Path | None, typer.Option(help="Also draw perplexity against bytes into this PNG.")] = None,
 ) -> None:
     """Print a table in the paper's layout, from the records of evaluated checkpoints."""
+    from ..evaluation.paper_tables import TABLES
     from ..evaluation.published import PRINTED
     from ..evaluation.record import collect
-    from ..evaluation.table import TABLES, render
+    from ..evaluation.table import render
 
     tables = TABLES | PRINTED
     if number not in tables:
@@ -129,7 +131,8 @@ def speed(
         print(render(counted, "json" if as_json else "terminal"), end="")
         return
     from ..evaluation.speed import run_speed
-    from ..evaluation.table import render, speed_table
+    from ..evaluation.speed_table import speed_table
+    from ..evaluation.table import render
     from ..run.run import sync_threads
 
     sync_threads()

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluation.inputs import EvalSpec
+from ..evaluation.paper_tables import table12
 from ..evaluation.plot import plot_sweep
 from ..evaluation.record import RECORD, write
-from ..evaluation.table import Table, save, table12
+from ..evaluation.table import Table, save
 from ..recipe.load import load_recipe
 from ..recipe.recipe import Recipe
 from ..run.run import Run

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 import moesvd_quant
 from moesvd_quant.evaluation.inputs import EvalSpec
+from moesvd_quant.evaluation.paper_tables import table8
 from moesvd_quant.evaluation.record import collect, evaluate, write
 from moesvd_quant.evaluation.report import write_report
-from moesvd_quant.evaluation.table import render, table8
+from moesvd_quant.evaluation.table import render
 from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.model.folder import ModelError

@@ -11,9 +11,10 @@ import torch
 import moesvd_quant
 from moesvd_quant.checkpoint.layout import layout_of
 from moesvd_quant.evaluation.inputs import EvalSpec
+from moesvd_quant.evaluation.paper_tables import table8
 from moesvd_quant.evaluation.record import collect, evaluate, write
 from moesvd_quant.evaluation.report import write_report
-from moesvd_quant.evaluation.table import render, table8
+from moesvd_quant.evaluation.table import render
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of, split_projections
 from moesvd_quant.planning.context import Context, Plan, factorized
 from moesvd_quant.recipe.load import load_recipe
