@@ -101,7 +101,8 @@ def start(
     from .memory.limits import parse_bytes
     from .model.named import resolve_device, resolve_model
     from .recipe.load import load_recipe
-    from .run.run import Run, sync_threads
+    from .run.run import Run
+    from .run.threads import sync_threads
 
     loaded = load_recipe(recipe, _listed(overrides))
     sync_threads()
@@ -120,8 +121,9 @@ def compress(
     """Runs a recipe on a model; each stage writes a checkpoint under `out`. Called again, it goes on where it was.
 
     model: a folder, `reference`, or a hub name; None takes the recipe's. recipe: a shipped name, a YAML file, or the
-    content of one. overrides: {"svd.ratio": 0.6} or ["svd.ratio=0.6"]. memory: a limit such as "16GB". push: a name
-    on the hub, user/name, that the result goes to.
+    content of one. overrides: {"svd.ratio": 0.6} or ["svd.ratio=0.6"]. memory: a limit such as "16GB", kept to but for
+    what the C library holds of freed tensors, as it may not in the command line's process (`memory/allocator.py`).
+    push: a name on the hub, user/name, that the result goes to.
 
     Raises RecipeError for all that is wrong with the recipe, ModelError, TextError, RunError and StageError (all of
     them MoesvdError) with what to do.

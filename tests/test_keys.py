@@ -94,7 +94,7 @@ OF_A_STAGE = {
     "shared experts": overrides("experts=all"),
     "unused tensors": overrides("unused_tensors=leave_out"),
     "threads": OF_STATISTICS["threads"],
-    "version": lambda at: at["patch"].setattr("moesvd_quant.run.run.version", lambda name: "0.0"),
+    "version": lambda at: at["patch"].setattr("moesvd_quant.run.key.version", lambda name: "0.0"),
 }
 
 

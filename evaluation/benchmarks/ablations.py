@@ -19,7 +19,8 @@ from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.recipe.texts import named_texts
 from moesvd_quant.run.plan import plan_stages
-from moesvd_quant.run.run import Run, sync_threads
+from moesvd_quant.run.run import Run
+from moesvd_quant.run.threads import sync_threads
 from moesvd_quant.runtime.modeling_moesvd import MANIFEST
 
 OWN = {"share": "none"}

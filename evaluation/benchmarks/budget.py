@@ -17,7 +17,8 @@ from moesvd_quant.model.named import resolve_device, resolve_model
 from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.recipe.texts import named_texts
 from moesvd_quant.run.plan import plan_stages
-from moesvd_quant.run.run import Run, sync_threads
+from moesvd_quant.run.run import Run
+from moesvd_quant.run.threads import sync_threads
 
 BUDGETS = (1.0, 1.3, 1.5, 2.0, 2.5, 3.0, 4.0)  # bits per original expert weight
 PLANNERS = ("gptq-fit", "fit")

@@ -29,7 +29,8 @@ from moesvd_quant.planning.context import Context
 from moesvd_quant.planning.knapsack import Choice, Storage, Table, allocate
 from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.recipe.stage import Stage
-from moesvd_quant.run.run import Run, sync_threads
+from moesvd_quant.run.run import Run
+from moesvd_quant.run.threads import sync_threads
 
 BUDGETS, PLANS = (1.5, 2.3), 30
 # Standard deviations of the logarithms that groups, and experts within them, are misjudged by in a random plan; drawn

@@ -26,7 +26,8 @@ from moesvd_quant.planning.knapsack import MAX_RANKS, RANK_STEP, allocate
 from moesvd_quant.quantize.factors import quantize_factors
 from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.recipe.texts import named_texts
-from moesvd_quant.run.run import Run, sync_threads
+from moesvd_quant.run.run import Run
+from moesvd_quant.run.threads import sync_threads
 from moesvd_quant.stages.gptq import Gptq
 
 RATIOS = (0.2, 0.4, 0.6)

@@ -133,7 +133,7 @@ def speed(
     from ..evaluation.speed import run_speed
     from ..evaluation.speed_table import speed_table
     from ..evaluation.table import render
-    from ..run.run import sync_threads
+    from ..run.threads import sync_threads
 
     sync_threads()
     found = [resolve_model(str(folder)) for folder in folders]
@@ -181,7 +181,7 @@ def bench(
     """Compare recipes on one model: runs each, evaluates all, prints the table, draws the plot."""
     from ..comparison.bench import compare
     from ..recipe.texts import named_texts
-    from ..run.run import sync_threads
+    from ..run.threads import sync_threads
 
     sync_threads()
     names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
@@ -215,7 +215,7 @@ def pareto(
     """The memory-perplexity front: one calibration, many budgets, beside GPTQ, NF4 and the paper's settings."""
     from ..comparison.pareto import front
     from ..recipe.texts import named_texts
-    from ..run.run import sync_threads
+    from ..run.threads import sync_threads
 
     sync_threads()
     budgets = budget or ["1bpw", "1.5bpw", "2bpw", "2.5bpw", "3bpw", "4bpw"]

@@ -29,7 +29,7 @@ def probe(
     from ..probe.verdict import verdict
     from ..recipe.load import load_recipe
     from ..recipe.texts import named_texts
-    from ..run.run import sync_threads
+    from ..run.threads import sync_threads
 
     sync_threads()
     recipe = load_recipe("svd", overrides or ())
