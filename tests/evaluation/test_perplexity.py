@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,9 +127,10 @@ def test_memory_counts_every_tensor_once(make_model):
     )
 
 
-def test_peak_is_measured_in_a_process_of_its_own(make_model):
+def test_peak_is_measured_in_a_process_of_its_own(make_model, monkeypatch):
     figures = peak_bytes(make_model("mixtral"))
     assert figures["peak_rss_bytes"] >= figures["import_rss_bytes"] > 10**8
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
     with pytest.raises(MoesvdError, match="measuring memory failed"):
         peak_bytes("nowhere")
 

@@ -119,7 +119,7 @@ def test_what_cannot_be_asked_is_said(make_model, tmp_path):
     folder = make_model("mixtral")
     model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
     with pytest.raises(TaskError, match="openbook: no task of lm-eval"):
-        zero_shot(model, tokenizer, ["openbook"])
+        zero_shot(model, tokenizer, ["openbook"], str(tmp_path))
     with pytest.raises(TaskError, match=r"has none of piqa/valid.jsonl"):
         zero_shot(model, tokenizer, ["piqa"], str(tmp_path))
 

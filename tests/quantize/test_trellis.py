@@ -16,6 +16,8 @@ from moesvd_quant.runtime.trellis import Trellis, hadamard, read_windows, turn, 
 from moesvd_quant.runtime.trellis_code import FACTOR, OFFSET, VALUES, padded, ring_bounds
 from moesvd_quant.stages.gptq import Gptq
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 RATES = CODECS["trellis"].rates
 
 
