@@ -11,7 +11,7 @@ import typer
 from moesvd_quant.calibration.text import joiner_of, load_documents
 from moesvd_quant.cli.common import progress_bars
 from moesvd_quant.comparison.bench import compare, written
-from moesvd_quant.evaluation.benchmarks.quality import EQUAL, SEEDS, Increases
+from moesvd_quant.evaluation.benchmarks.increases import EQUAL, SEEDS, Increases
 from moesvd_quant.evaluation.table import Table, render
 from moesvd_quant.model.named import resolve_device, resolve_model
 from moesvd_quant.recipe.load import load_recipe

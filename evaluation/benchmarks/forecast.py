@@ -15,7 +15,7 @@ from moesvd_quant.calibration.text import joiner_of, load_documents, token_windo
 from moesvd_quant.checkpoint.accounting import account, planned_model
 from moesvd_quant.checkpoint.layout import layout_of
 from moesvd_quant.cli.common import progress_bars
-from moesvd_quant.evaluation.benchmarks.quality import Bar
+from moesvd_quant.evaluation.benchmarks.bars import Bar
 from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 from moesvd_quant.evaluation.plot import plot_ranking
 from moesvd_quant.memory.files import write_json
