@@ -11,6 +11,7 @@ import typer
 from ..errors import MoesvdError
 from ..memory.allocator import disable_malloc_cache
 from . import (
+    bench,  # noqa: F401 (they register their verbs)
     compare,  # noqa: F401 (they register their verbs)
     compress,  # noqa: F401 (they register their verbs)
     doctor,  # noqa: F401 (they register their verbs)

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..errors import UsageError
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Hugging Face folder, or `reference`.")]
@@ -62,3 +64,11 @@ def print_table(records: list[dict], form: str) -> None:
     print(render(table8(records), form), end="")
     for doubt in doubts(records):
         print(doubt, file=sys.stderr)
+
+
+def whole_numbers(given: str | None) -> list[int]:
+    """Whole numbers by commas; ValueError names what is none."""
+    try:
+        return [int(part) for part in given.split(",")] if given else []
+    except ValueError:
+        raise UsageError(f"{given}: is no list of whole numbers like 1,2,3") from None
