@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .native_experts import add_bias, apply_gate, form_of
+from .native_call import add_bias, apply_gate
+from .native_experts import form_of
 from .parts import JOINT, Projections, joined, projection_shapes, separate
 from .pruned_base import PrunedBase
 from .routers import Sources
