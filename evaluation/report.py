@@ -7,12 +7,14 @@ from ..errors import UsageError
 from ..memory.files import read_json
 from ..runtime.modeling_moesvd import MANIFEST
 from ..runtime.parts import Part
+from .changes import changes
 from .page import write_page
+from .paper_tables import table8
 from .record import RECORD, collect
 from .report_figures import figures
 from .report_runs import runs_in, write_runs
 from .report_stage import PROJECTIONS, Stage, mean_error, stage_of
-from .table import Table, changes, table8
+from .table import Table
 
 
 def write_report(folder: Path, file: Path) -> None:

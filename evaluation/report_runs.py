@@ -4,10 +4,12 @@ from pathlib import Path
 
 from ..memory.files import read_json
 from ..runtime.modeling_moesvd import MANIFEST
+from .changes import changes
 from .page import svg, write_page
+from .paper_tables import table8
 from .plot import figure_bytes
 from .record import RECORD, collect
-from .table import Table, changes, table8
+from .table import Table
 
 
 def runs_in(folder: Path) -> dict[str, list[Path]]:

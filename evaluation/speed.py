@@ -8,92 +8,19 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
 from ..calibration.store import fingerprint
 from ..errors import UsageError
 from ..memory.files import read_json, write_json
-from ..model.experts import expert_count, find_experts
-from ..runtime.parts import Layout
-from ..runtime.stored import Stored
+from ..model.experts import find_experts
 from .flops import flops_per_token
-from .memory import resident_bytes
+from .random_model import open_model, uniform_layout
 from .record import SPEED
+from .roofline import bytes_touched, machine_peaks, synchronized_time
 
 Report = Callable[[str, int, int], None]
 PHASES = ("prefill", "decode")
-
-
-def open_model(folder: str | Path, device: str = "cpu", layout: Layout | None = None, dtype: torch.dtype | None = None):
-    """A model in 16 bit (or its own dtype) to be timed. A folder with a config and no weights gives random ones at full
-    shape; so does `layout`, a layout of ours for the config."""
-    import moesvd_quant
-
-    folder = Path(folder)
-    if layout is None and any(folder.glob("*.safetensors")):
-        return moesvd_quant.load(folder, device=device)
-    return _filled(describe_model(folder, layout, dtype), device).eval()
-
-
-def describe_model(folder: Path, layout: Layout | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model of a folder with a config, or of a layout of ours for that, on the meta device."""
-    from ..model.folder import class_for, read_config
-    from ..runtime.modeling_moesvd import config_class, model_class
-
-    config = read_config(folder)
-    dtype = dtype or config.dtype or torch.bfloat16
-    if layout is not None:
-        config = config_class(layout.native_type).from_dict(config.to_dict() | {"moesvd": layout.to_dict()})
-    with init_empty_weights(include_buffers=False):
-        described = getattr(config, "moesvd", None)
-        kind = model_class(described["native_type"]) if described else class_for(config)
-        return kind._from_config(config, dtype=dtype)
-
-
-def _filled(model: nn.Module, device: str) -> nn.Module:
-    """The model with random parameters of a usual size in the place of its meta ones."""
-    generator = torch.Generator(device).manual_seed(0)
-    for module in model.modules():
-        formats = module.stored_tensors() if isinstance(module, Stored) else {}
-        for name, old in module._parameters.items():
-            if old is None:
-                continue
-            tensor = torch.empty(old.shape, dtype=old.dtype, device=device)
-            if tensor.dim() == 1 and "norm" in type(module).__name__.lower():
-                tensor.fill_(1)
-            elif tensor.is_floating_point():
-                tensor.normal_(0, 0.02, generator=generator)
-            elif name in formats:
-                form, kind = formats[name]
-                form.random(kind, tensor, generator)
-            else:  # channels of a base
-                tensor.zero_()
-            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-    model.tie_weights()
-    return model.to(device)
-
-
-def uniform_layout(folder: str | Path, ratio: float) -> Layout:
-    """Layout in which every expert matrix, gate and up as one, has factors of one rank share, `ratio` of the parameters
-    gone."""
-    from ..checkpoint.layout import factor_part
-    from ..decompose.ranks import level_ranks
-    from ..model.experts import shapes_of
-    from ..model.folder import class_for, read_config
-    from ..runtime.parts import joined
-
-    config = read_config(Path(folder))
-    with init_empty_weights():
-        model = class_for(config)._from_config(config)
-    layout, items = Layout(config.model_type), []
-    for path, experts in find_experts(model):
-        items += [(path, name, shape, expert_count(experts)) for name, shape in joined(shapes_of(experts)).items()]
-    budget = int((1 - ratio) * sum(out * inner * count for *_, (out, inner), count in items))
-    ranks = level_ranks([count * sum(shape) for *_, shape, count in items], [min(i[2]) for i in items], budget)
-    for (path, name, _, count), rank in zip(items, ranks):
-        layout.experts.setdefault(path, {})[name] = [factor_part(list(range(count)), rank)]
-    return layout
 
 
 def measure(
@@ -173,26 +100,20 @@ def _run(model, prompt, tokens) -> dict[str, tuple[float, float, float]]:
     device = next(model.parameters()).device
     prompt, seconds = prompt.to(device), {}
     with _expert_clock(model, device) as clock:
-        start = _now(device)
+        start = synchronized_time(device)
         out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)
-        seconds["prefill"] = _now(device) - start, *_taken(clock)
-        start = _now(device)
+        seconds["prefill"] = synchronized_time(device) - start, *_taken(clock)
+        start = synchronized_time(device)
         for _ in range(tokens):
             out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1:].argmax(-1)
-        seconds["decode"] = _now(device) - start, *_taken(clock)
+        seconds["decode"] = synchronized_time(device) - start, *_taken(clock)
     return seconds
 
 
 def _taken(clock: dict[str, float]) -> tuple[float, float]:
     return clock.pop("seconds", 0.0), clock.pop("processor", 0.0)
-
-
-def _now(device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @contextmanager
@@ -201,10 +122,10 @@ def _expert_clock(model, device):
     clock: dict[str, float] = {}
 
     def before(module, args):
-        clock["start"], clock["processor start"] = _now(device), time.process_time()
+        clock["start"], clock["processor start"] = synchronized_time(device), time.process_time()
 
     def after(module, args, out):
-        clock["seconds"] = clock.get("seconds", 0.0) + _now(device) - clock["start"]
+        clock["seconds"] = clock.get("seconds", 0.0) + synchronized_time(device) - clock["start"]
         clock["processor"] = clock.get("processor", 0.0) + time.process_time() - clock["processor start"]
 
     handles = []
@@ -246,43 +167,5 @@ def _cell(name, models, times, batch, length, tokens, machine) -> dict:
     return cell
 
 
-def bytes_touched(model: nn.Module, tokens: int) -> dict[str, float]:
-    """Bytes of weights that a forward pass over so many tokens reads: all but the experts that nobody was routed to
-    (in expectation, by a router that balances) and the rows of embeddings that are not looked up."""
-    top_k, experts_size, touched = getattr(model.config, "num_experts_per_tok", 0), 0, 0.0
-    for _, experts in find_experts(model):
-        size, count = resident_bytes(experts), expert_count(experts)
-        experts_size += size
-        touched += size * (1 - (1 - top_k / count) ** tokens)
-    embeddings = model.get_input_embeddings().weight
-    tied = embeddings is getattr(model.get_output_embeddings(), "weight", None)
-    rest = resident_bytes(model) - experts_size - (0 if tied else embeddings.numel() * embeddings.element_size())
-    return {"experts": touched, "total": touched + rest}
-
-
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-
-def machine_peaks(device: torch.device, dtype: torch.dtype) -> dict:
-    """{"flops": per second of a large matrix product in dtype, laid out as that of a linear, "bandwidth": bytes per
-    second read from memory}: the best of several, measured here and now."""
-    size = 4096 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    big = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)  # float32, beyond any cache
-
-    def best(run: Callable, repeats: int = 8) -> float:
-        found = []
-        for _ in range(repeats):
-            start = _now(device)
-            run()
-            found.append(_now(device) - start)
-        return min(found)
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {
-        "device": name,
-        "dtype": str(dtype),
-        "flops": 2 * size**3 / best(lambda: a @ b.T),
-        "bandwidth": big.numel() * 4 / best(lambda: big.sum()),
-    }

@@ -13,7 +13,7 @@ from ..model.experts import find_experts, is_shared, shapes_of
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import FactorPart
 from .flops import expert_macs
-from .speed import describe_model, uniform_layout
+from .random_model import describe_model, uniform_layout
 from .table import Table
 
 

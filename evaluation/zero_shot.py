@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -44,12 +45,11 @@ def zero_shot(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     names = task_names(tasks)
     data = data or os.environ.get("MOESVD_TASK_DATA")
     known = {name: f"{name}_local" if data and name in LOCAL else name for name in names}
-    manager = TaskManager(include_path=str(FOLDER), metadata={"data": data} if data else {})
+    manager = _manager(data)
     if unknown := [name for name in known.values() if name not in manager.all_tasks]:
         raise TaskError(
             f"{', '.join(unknown)}: no task of lm-eval; give zero-shot, {', '.join(LOCAL)}, or see `lm_eval ls`"
@@ -81,6 +81,14 @@ def zero_shot(
             "dtype": str(model.dtype),
         },
     }
+
+
+@cache
+def _manager(data: str | None):
+    """lm-eval's tasks and ours, on local files where there is a folder of them. It reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(FOLDER), metadata={"data": data} if data else {})
 
 
 def _figures(found: dict, key: str) -> dict:

@@ -100,8 +100,9 @@ def start(
     """A run that has checked all it can and done nothing yet; see `compress`."""
     from .memory.limits import parse_bytes
     from .model.named import resolve_device, resolve_model
-    from .recipe.recipe import load_recipe
-    from .run.run import Run, sync_threads
+    from .recipe.load import load_recipe
+    from .run.run import Run
+    from .run.threads import sync_threads
 
     loaded = load_recipe(recipe, _listed(overrides))
     sync_threads()
@@ -120,8 +121,9 @@ def compress(
     """Runs a recipe on a model; each stage writes a checkpoint under `out`. Called again, it goes on where it was.
 
     model: a folder, `reference`, or a hub name; None takes the recipe's. recipe: a shipped name, a YAML file, or the
-    content of one. overrides: {"svd.ratio": 0.6} or ["svd.ratio=0.6"]. memory: a limit such as "16GB". push: a name
-    on the hub, user/name, that the result goes to.
+    content of one. overrides: {"svd.ratio": 0.6} or ["svd.ratio=0.6"]. memory: a limit such as "16GB", kept to but for
+    what the C library holds of freed tensors, as it may not in the command line's process (`memory/allocator.py`).
+    push: a name on the hub, user/name, that the result goes to.
 
     Raises RecipeError for all that is wrong with the recipe, ModelError, TextError, RunError and StageError (all of
     them MoesvdError) with what to do.
@@ -191,7 +193,7 @@ def compare(
 
 
 def _named(texts: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    from .recipe.recipe import named_texts
+    from .recipe.texts import named_texts
 
     return dict(texts) if isinstance(texts, Mapping) else named_texts([texts] if isinstance(texts, str) else texts)
 

@@ -1,4 +1,7 @@
-"""The base of all errors that a user can mend."""
+"""The base of all errors that a user can mend, and what their messages share."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class MoesvdError(Exception):
@@ -14,3 +17,9 @@ class UsageError(MoesvdError, ValueError):
 
 class ModelError(MoesvdError, ValueError):
     """A model folder that cannot be used."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'gptq'?` with the known word nearest to one that is not; nothing where none is near."""
+    found = get_close_matches(word, list(known), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -10,7 +10,7 @@ import moesvd_quant
 from architectures import tiny_architecture
 from moesvd_quant.model.experts import find_experts, find_linears, is_shared
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from tiny import tiny_tokenizer
 

@@ -53,7 +53,7 @@ def text(tmp_path_factory) -> Path:
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 7))) for _ in range(200)]
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(draw.choices(words, k=6000)))
+    path.write_text(" ".join(draw.choices(words, k=2000)))
     return path
 
 
@@ -61,8 +61,30 @@ def text(tmp_path_factory) -> Path:
 def own_cache(tmp_path_factory):
     """No test reads or leaves statistics in the user's cache."""
     os.environ["MOESVD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    torch.set_num_threads(2)
     return moesvd_quant
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny models are no faster on two; and beside other tests, threads mostly wait for each other."""
+    os.environ["MOESVD_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_threads():
+    """For compiled code that shares its work among threads."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync():
+    """It guards against power failures, of which no test knows, and the disk takes longer for it than all else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import moesvd_quant
 from moesvd_quant.model.experts import find_experts
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 
 IDS = torch.randint(1, 250, (2, 40), generator=torch.Generator().manual_seed(5))

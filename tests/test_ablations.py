@@ -3,7 +3,7 @@
 import json
 
 from moesvd_quant.evaluation.benchmarks.ablations import METRICS, rows_of, run_table
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 
 
 def test_rows_are_the_papers():

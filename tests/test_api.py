@@ -9,7 +9,8 @@ import moesvd_quant
 from moesvd_quant.calibration.rows import TextError
 from moesvd_quant.errors import UsageError
 from moesvd_quant.memory.files import read_json
-from moesvd_quant.recipe.recipe import RecipeError, load_recipe
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.recipe import RecipeError
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from moesvd_quant.memory.files import WriteError, require_space, write_json
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning.context import StageError
-from moesvd_quant.recipe.recipe import load_recipe
-from moesvd_quant.run.run import Run, RunError
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.run.output import RunError
+from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.modeling_moesvd import check_digests
 from tiny import tiny_tokenizer
 

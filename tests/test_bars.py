@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from moesvd_quant.calibration.text import load_documents, token_windows
 from moesvd_quant.comparison.bench import compare
 from moesvd_quant.comparison.demo import CALIBRATION, TEXTS
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.reference import path as reference_path
 from moesvd_quant.run.run import Run
 

@@ -43,7 +43,8 @@ def test_a_record_is_used_again_where_nothing_changed(make_model, text, tmp_path
     if change == "content":
         words.write_text(text.read_text()[::-1])
     if change == "texts":
-        wanted = EvalSpec({"other": "demo"}, length=64)
+        (tmp_path / "other.txt").write_text(text.read_text()[1:])
+        wanted = EvalSpec({"other": str(tmp_path / "other.txt")}, length=64)
     if change == "length":
         wanted = EvalSpec({"words": str(words)}, length=32)
     if change == "lm-eval":

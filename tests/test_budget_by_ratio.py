@@ -4,7 +4,7 @@ import pytest
 
 from moesvd_quant.calibration.store import fingerprint
 from moesvd_quant.planning.context import StageError
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run
 

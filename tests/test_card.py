@@ -11,7 +11,7 @@ from moesvd_quant import compress
 from moesvd_quant.checkpoint.finish import origin_of
 from moesvd_quant.errors import UsageError
 from moesvd_quant.memory.files import read_json
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 
 
 class FakeApi:

@@ -123,7 +123,7 @@ def test_a_defect_ends_with_a_traceback_and_a_request_to_report_it(call, monkeyp
     def shapes_that_do_not_fit():
         return torch.ones(2, 3) @ torch.ones(2, 3)
 
-    monkeypatch.setattr("moesvd_quant.recipe.recipe.shipped", shapes_that_do_not_fit)
+    monkeypatch.setattr("moesvd_quant.recipe.shipped.shipped", shapes_that_do_not_fit)
     code, _, err = call("ls")
     assert code == 1 and "mat1 and mat2 shapes" in err
     assert "Traceback" in err and "shapes_that_do_not_fit" in err and "defect of moesvd_quant" in err

@@ -10,7 +10,8 @@ from pkgutil import resolve_name
 import pytest
 
 from moesvd_quant import cli
-from moesvd_quant.recipe.recipe import load_recipe, shipped
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.shipped import shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

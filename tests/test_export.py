@@ -18,7 +18,7 @@ from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.export.gptq import describe
 from moesvd_quant.export.packed_weights import PackedWeight, require_one_form
 from moesvd_quant.model.folder import ModelError
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.grids import Grid
 from moesvd_quant.runtime.stored import Stored
@@ -104,7 +104,10 @@ def test_dense_is_a_plain_model_with_the_same_logits(architecture, recipe, make_
 
 @pytest.mark.parametrize(
     "architecture,bits,to",
-    [("mixtral", 4, "gptqmodel"), pytest.param("qwen2_moe", 3, "gptq", marks=pytest.mark.slow)],
+    [
+        pytest.param("mixtral", 4, "gptqmodel", marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", 3, "gptq", marks=pytest.mark.slow),
+    ],
 )
 def test_gptqmodel_reads_the_standard_form_with_the_same_logits(architecture, bits, to, make_model, tmp_path, small):
     folder = make_model(architecture, torch.float16)
@@ -158,8 +161,9 @@ def test_experts_and_attention_may_have_different_widths(make_model, tmp_path, s
     export_checkpoint(checkpoint, tmp_path / "gptqmodel", "gptqmodel")
     got, kinds = read_by_gptqmodel(tmp_path / "gptqmodel", tmp_path)
     expected = logits(moesvd_quant.load(checkpoint, dtype=torch.float32))
-    assert kinds == 32
-    assert ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.005
+    assert kinds == 32  # attention and every expert matrix
+    apart = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert apart.median() < 0.005 and (apart < 0.01).float().mean() > 0.9
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import torch
 import moesvd_quant
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.planning.context import StageError
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.run.output import RunError
 from moesvd_quant.run.plan import plan_stages
-from moesvd_quant.run.run import Run, RunError
+from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.formats import FLOAT
 from moesvd_quant.runtime.grids import Grid
 

@@ -7,7 +7,7 @@ import torch
 from moesvd_quant.evaluation.benchmarks.forecast import Bench, cost_of, forecast_of, measured, plan_from, random_plan
 from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 from moesvd_quant.model.load import load
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 
 

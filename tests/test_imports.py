@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
 from scipy.sparse.csgraph import connected_components
 
 import moesvd_quant
@@ -106,7 +105,19 @@ def test_what_ships_into_checkpoints_imports_nothing_else_of_ours():
         assert imports(name, known[name], known) <= ours, name
 
 
-@pytest.mark.parametrize("module", ["runtime.modeling_deepseek", "runtime.parts", "model.stream", "stages.svd"])
-def test_a_module_can_be_imported_first(module):
-    done = subprocess.run([sys.executable, "-c", f"import moesvd_quant.{module}"], capture_output=True, timeout=100)
+# Each in a copy of a process that has torch and transformers, and nothing of ours.
+ALONE = """
+import importlib, os, sys, torch, transformers
+assert not [name for name in sys.modules if name.startswith("moesvd_quant.")]
+for name in sys.argv[1:]:
+    if not (child := os.fork()):
+        importlib.import_module(f"moesvd_quant.{name}")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
+"""
+
+
+def test_a_module_can_be_imported_first():
+    modules = ["runtime.modeling_deepseek", "runtime.parts", "model.stream", "stages.svd"]
+    done = subprocess.run([sys.executable, "-c", ALONE, *modules], capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -10,7 +10,7 @@ import transformers
 
 from moesvd_quant.calibration.store import Statistics, fingerprint
 from moesvd_quant.calibration.written import written_path
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 
 WINDOWS = torch.randint(1, 250, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -94,7 +94,7 @@ OF_A_STAGE = {
     "shared experts": overrides("experts=all"),
     "unused tensors": overrides("unused_tensors=leave_out"),
     "threads": OF_STATISTICS["threads"],
-    "version": lambda at: at["patch"].setattr("moesvd_quant.run.run.version", lambda name: "0.0"),
+    "version": lambda at: at["patch"].setattr("moesvd_quant.run.key.version", lambda name: "0.0"),
 }
 
 

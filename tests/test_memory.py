@@ -5,8 +5,9 @@ import gc
 import pytest
 import torch
 
+from moesvd_quant import cli
 from moesvd_quant.memory.limits import Batches, Memory, MemoryLimitError, PeakMeter, anonymous_bytes, parse_bytes
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from tiny import tensor_bytes
 
@@ -70,6 +71,17 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(make_model, tmp_path, 
     with pytest.raises(MemoryLimitError, match=r"Give --memory \d+\.\dGB, or --workers 1;"):
         Run(recipe, make_model("mixtral"), tmp_path, memory=2 * anonymous_bytes(), workers=8).run()
     assert not list(tmp_path.glob("0*"))
+
+
+def test_the_command_line_alone_changes_how_its_process_frees_memory(make_model, tmp_path, small, monkeypatch):
+    called: list[str] = []
+    monkeypatch.setattr("moesvd_quant.memory.allocator._c_library", lambda name, *_: called.append(name))
+    Run(load_recipe("svd", small), make_model("mixtral"), tmp_path).run()
+    assert "mallopt" not in called
+    monkeypatch.setattr("sys.argv", ["moesvd", "ls"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "mallopt" in called
 
 
 def test_a_limit_does_not_change_the_result(make_model, tmp_path, small, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 
 import workers
 from moesvd_quant.memory.pool import Pool, WorkerError
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 
 CPU = torch.device("cpu")

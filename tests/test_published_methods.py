@@ -22,7 +22,7 @@ from moesvd_quant.model.folder import ModelError
 from moesvd_quant.model.opened import empty_model
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning.context import Context, StageError
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.stages import svd_work
 from moesvd_quant.stages.d2 import D2

@@ -4,17 +4,9 @@ import math
 
 import pytest
 
-from moesvd_quant.evaluation.benchmarks.quality import (
-    BUDGETS,
-    RATIOS,
-    RESEEDED,
-    SEEDS,
-    Increases,
-    bars_of,
-    percent,
-    recipes,
-)
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.evaluation.benchmarks.increases import SEEDS, Increases
+from moesvd_quant.evaluation.benchmarks.quality import BUDGETS, RATIOS, RESEEDED, bars_of, percent, recipes
+from moesvd_quant.recipe.load import load_recipe
 
 
 def record(increase: float, other: float) -> dict:
@@ -36,7 +28,7 @@ def records():
 
 
 def test_bars_compare_increases_of_log_perplexity(records):
-    bars = {bar.claim: bar for bar in bars_of(Increases(records, ["seen"], ["unseen"]))}
+    bars = {bar.claim: bar for bar in bars_of(Increases(records, ["seen"], ["unseen"], RESEEDED))}
     assert bars["fit at 2.28 bits against 2 bit GPTQ"].figure == pytest.approx(0.25)
     assert bars["fit at 1.5 bits against widths allocated alone"].figure == pytest.approx(0.5)
     assert bars["fit at 2.28 bits against gptq2, uncalibrated unseen"].figure == pytest.approx(1.25)
@@ -51,10 +43,10 @@ def test_bars_compare_increases_of_log_perplexity(records):
 
 def test_differences_within_the_spread_of_seeds_count_as_equal(records):
     records["fit@3.32"] = record(0.041, 0.06)  # 0.01 above gptq3 on text that was not calibrated on
-    found = Increases(records, ["seen"], ["unseen"])
+    found = Increases(records, ["seen"], ["unseen"], RESEEDED)
     assert found.over("fit@3.32", "gptq3", ["unseen"]) == pytest.approx(1.2)
     records["gptq2~1"] = record(0.2, 0.42)  # standard deviation of 0.4, 0.42, 0.4: 0.0115
-    found = Increases(records, ["seen"], ["unseen"])
+    found = Increases(records, ["seen"], ["unseen"], RESEEDED)
     assert found.spread(["unseen"]) == pytest.approx(0.02 / math.sqrt(3))
     assert found.over("fit@3.32", "gptq3", ["unseen"]) == 1.0
 

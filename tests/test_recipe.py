@@ -4,7 +4,9 @@ import pytest
 import yaml
 
 from moesvd_quant.recipe.budget import parse_budget
-from moesvd_quant.recipe.recipe import RecipeError, load_recipe, read_shipped, shipped
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.recipe import RecipeError
+from moesvd_quant.recipe.shipped import read_shipped, shipped
 
 GOOD = """\
 seed: 3

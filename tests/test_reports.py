@@ -23,7 +23,7 @@ from moesvd_quant.memory.files import require_writable
 from moesvd_quant.model.carried import carried_files, is_carried, wanted_from_hub, weights_from_hub
 from moesvd_quant.model.named import resolve_model
 from moesvd_quant.model.tokenizer import load_tokenizer
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 
 PACKAGE = Path(__file__).parent.parent / "moesvd_quant"

@@ -11,9 +11,10 @@ import moesvd_quant
 from killing import kill_until_done
 from moesvd_quant.model.experts import find_experts, flags_of
 from moesvd_quant.planning.context import StageError
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.run.output import RunError
 from moesvd_quant.run.plan import plan_stages
-from moesvd_quant.run.run import Run, RunError
+from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.factorized_experts import FactorizedExperts
 from moesvd_quant.runtime.stored import StoredLinear
 from moesvd_quant.stages import gptq_work
@@ -202,7 +203,7 @@ def test_a_changed_model_or_version_is_noticed(make_model, tmp_path, small, monk
     with pytest.raises(RunError, match="made with another model"):
         make("svd", make_model("phimoe"), tmp_path, small).run()
     monkeypatch.setattr("moesvd_quant.__version__", "9.9")
-    monkeypatch.setattr("moesvd_quant.run.run.__version__", "9.9")
+    monkeypatch.setattr("moesvd_quant.run.key.__version__", "9.9")
     with pytest.raises(RunError, match="made with another versions"):
         make("svd", make_model("mixtral"), tmp_path, small).run()
 

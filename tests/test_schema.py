@@ -4,8 +4,9 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from moesvd_quant.recipe.recipe import Recipe, read_shipped, shipped
+from moesvd_quant.recipe.recipe import Recipe
 from moesvd_quant.recipe.schema import recipe_schema
+from moesvd_quant.recipe.shipped import read_shipped, shipped
 from moesvd_quant.recipe.stage import STAGES
 
 

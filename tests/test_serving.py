@@ -12,7 +12,7 @@ import torch
 
 import moesvd_quant
 from moesvd_quant.errors import UsageError
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.serving import local
 from moesvd_quant.serving.talk import Talk

@@ -16,7 +16,8 @@ from moesvd_quant.model.opened import empty_model
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning.context import StageError
 from moesvd_quant.planning.shares import kept_share
-from moesvd_quant.recipe.recipe import load_recipe, shipped
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.shipped import shipped
 from moesvd_quant.run.run import Run
 from moesvd_quant.stages.paper import plan_paper
 from moesvd_quant.stages.svd import Svd

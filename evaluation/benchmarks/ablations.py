@@ -16,9 +16,11 @@ from moesvd_quant.evaluation.table import Table, render
 from moesvd_quant.model.experts import expert_count, find_experts
 from moesvd_quant.model.named import resolve_device, resolve_model
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe.recipe import load_recipe, named_texts
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.texts import named_texts
 from moesvd_quant.run.plan import plan_stages
-from moesvd_quant.run.run import Run, sync_threads
+from moesvd_quant.run.run import Run
+from moesvd_quant.run.threads import sync_threads
 from moesvd_quant.runtime.modeling_moesvd import MANIFEST
 
 OWN = {"share": "none"}

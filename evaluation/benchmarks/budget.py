@@ -11,12 +11,14 @@ import typer
 from moesvd_quant.calibration.text import joiner_of, load_documents
 from moesvd_quant.cli.common import progress_bars
 from moesvd_quant.comparison.bench import compare, written
-from moesvd_quant.evaluation.benchmarks.quality import EQUAL, SEEDS, Increases
+from moesvd_quant.evaluation.benchmarks.increases import EQUAL, SEEDS, Increases
 from moesvd_quant.evaluation.table import Table, render
 from moesvd_quant.model.named import resolve_device, resolve_model
-from moesvd_quant.recipe.recipe import load_recipe, named_texts
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.texts import named_texts
 from moesvd_quant.run.plan import plan_stages
-from moesvd_quant.run.run import Run, sync_threads
+from moesvd_quant.run.run import Run
+from moesvd_quant.run.threads import sync_threads
 
 BUDGETS = (1.0, 1.3, 1.5, 2.0, 2.5, 3.0, 4.0)  # bits per original expert weight
 PLANNERS = ("gptq-fit", "fit")

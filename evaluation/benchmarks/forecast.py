@@ -15,7 +15,7 @@ from moesvd_quant.calibration.text import joiner_of, load_documents, token_windo
 from moesvd_quant.checkpoint.accounting import account, planned_model
 from moesvd_quant.checkpoint.layout import layout_of
 from moesvd_quant.cli.common import progress_bars
-from moesvd_quant.evaluation.benchmarks.quality import Bar
+from moesvd_quant.evaluation.benchmarks.bars import Bar
 from moesvd_quant.evaluation.perplexity import in_memory, perplexity
 from moesvd_quant.evaluation.plot import plot_ranking
 from moesvd_quant.memory.files import write_json
@@ -27,9 +27,10 @@ from moesvd_quant.planning.allocation import allowed_storages, forecast_error, p
 from moesvd_quant.planning.choices import choices_of
 from moesvd_quant.planning.context import Context
 from moesvd_quant.planning.knapsack import Choice, Storage, Table, allocate
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.recipe.stage import Stage
-from moesvd_quant.run.run import Run, sync_threads
+from moesvd_quant.run.run import Run
+from moesvd_quant.run.threads import sync_threads
 
 BUDGETS, PLANS = (1.5, 2.3), 30
 # Standard deviations of the logarithms that groups, and experts within them, are misjudged by in a random plan; drawn

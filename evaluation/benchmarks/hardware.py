@@ -25,7 +25,7 @@ from moesvd_quant.memory.limits import Memory
 from moesvd_quant.model.opened import empty_model
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning.context import Context
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.forecast import forecast
 
 CONFIGS: dict[str, tuple[str, dict]] = {

@@ -29,8 +29,11 @@ from moesvd_quant.evaluation.table import Table, render
 from moesvd_quant.memory.files import read_json, write_json
 from moesvd_quant.model.named import resolve_model
 from moesvd_quant.model.tokenizer import load_tokenizer
-from moesvd_quant.recipe.recipe import Evaluate, load_recipe, named_texts
-from moesvd_quant.run.run import Run, sync_threads
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.recipe import Evaluate
+from moesvd_quant.recipe.texts import named_texts
+from moesvd_quant.run.run import Run
+from moesvd_quant.run.threads import sync_threads
 
 LENGTH, BATCH = 256, 8
 COMMON = f"checkpointing: false, length: {LENGTH}, batch: {BATCH}, microbatch: 4, warmup: 0.1, validation: 32"

@@ -24,8 +24,9 @@ from moesvd_quant.model.experts import dense_weight, expert_count, find_experts
 from moesvd_quant.model.named import resolve_model
 from moesvd_quant.planning.context import expert_grams
 from moesvd_quant.planning.knapsack import DENSE, NOTHING, Choice, Table, allocate
-from moesvd_quant.recipe.recipe import load_recipe
-from moesvd_quant.run.run import Run, sync_threads
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.run.run import Run
+from moesvd_quant.run.threads import sync_threads
 from moesvd_quant.runtime.parts import JOINT
 
 KEPT = (0.6, 0.4, 0.3, 0.2)

@@ -26,11 +26,14 @@ def run_one(model: str, out: str, room: float, overrides: list[str]) -> None:
     import time
 
     import moesvd_quant  # noqa: F401
+    from moesvd_quant.memory.allocator import disable_malloc_cache
     from moesvd_quant.memory.limits import PeakMeter, anonymous_bytes
-    from moesvd_quant.recipe.recipe import load_recipe
-    from moesvd_quant.run.run import Run, sync_threads
+    from moesvd_quant.recipe.load import load_recipe
+    from moesvd_quant.run.run import Run
+    from moesvd_quant.run.threads import sync_threads
 
     sync_threads()
+    disable_malloc_cache()
     start = anonymous_bytes()
     limit = start + int(room * 1e9) if room else None
     started = time.time()

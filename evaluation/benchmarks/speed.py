@@ -63,7 +63,8 @@ def main() -> int:
     given = parser.parse_args()
 
     from moesvd_quant.evaluation.benchmarks.layouts import layouts
-    from moesvd_quant.evaluation.speed import measure, open_model
+    from moesvd_quant.evaluation.random_model import open_model
+    from moesvd_quant.evaluation.speed import measure
 
     rows: list[list[str]] = []
     met = True

@@ -46,8 +46,8 @@ def decomposition(job: Run, pool: Pool) -> Callable[[int, Path], float]:
 
 def main() -> int:
     from moesvd_quant.evaluation.benchmarks.synthetic import synthetic
-    from moesvd_quant.recipe.recipe import load_recipe
-    from moesvd_quant.run.run import locked
+    from moesvd_quant.recipe.load import load_recipe
+    from moesvd_quant.run.output import locked
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("bench-workers"))

@@ -18,7 +18,7 @@ from ..memory.files import TensorFile
 from ..memory.lazy import LazySequence
 from ..memory.limits import Batches
 from ..model.experts import dense_weight, expert_count, find_experts, intermediate, pairs_of, route, shapes_of
-from ..runtime.native_experts import Routed
+from ..runtime.native_call import Routed
 from ..runtime.routers import Sources
 from .cache import walk_folder
 from .store import Statistics

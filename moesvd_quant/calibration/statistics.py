@@ -23,7 +23,7 @@ from ..model.experts import (
     shapes_of,
 )
 from ..model.folder import ModelError
-from ..runtime.native_experts import Routed
+from ..runtime.native_call import Routed
 
 # Magnitudes of activations are counted in bins of 1/16 octave, so that the outlier share of any threshold
 # can be read later without a second walk.

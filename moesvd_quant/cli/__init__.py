@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from ..errors import MoesvdError
+from ..memory.allocator import disable_malloc_cache
 from . import (
+    bench,  # noqa: F401 (they register their verbs)
     compare,  # noqa: F401 (they register their verbs)
     compress,  # noqa: F401 (they register their verbs)
     doctor,  # noqa: F401 (they register their verbs)
@@ -37,6 +39,7 @@ def options(
 
 def main() -> None:
     """Runs a verb. Errors that a user can mend are one message and exit code 1; others end with a traceback."""
+    disable_malloc_cache()  # forecasts of memory count on it
     # They complain of kernels that nothing here uses, or that this machine cannot have.
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

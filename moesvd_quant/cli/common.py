@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..errors import UsageError
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Hugging Face folder, or `reference`.")]
@@ -26,7 +28,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for exam
 
 def _recipe_names() -> list[str]:
     """For shells that complete words."""
-    from ..recipe.recipe import shipped
+    from ..recipe.shipped import shipped
 
     return [name for name, _ in shipped()]
 
@@ -55,9 +57,18 @@ def progress_bars(quiet: bool = False):
 
 
 def print_table(records: list[dict], form: str) -> None:
+    from ..evaluation.paper_tables import table8
     from ..evaluation.record import doubts
-    from ..evaluation.table import render, table8
+    from ..evaluation.table import render
 
     print(render(table8(records), form), end="")
     for doubt in doubts(records):
         print(doubt, file=sys.stderr)
+
+
+def whole_numbers(given: str | None) -> list[int]:
+    """Whole numbers by commas; ValueError names what is none."""
+    try:
+        return [int(part) for part in given.split(",")] if given else []
+    except ValueError:
+        raise UsageError(f"{given}: is no list of whole numbers like 1,2,3") from None

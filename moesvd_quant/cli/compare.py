@@ -27,8 +27,8 @@ def compare(
     from ..evaluation.compare import compare as measure
     from ..evaluation.compare import difference_table, write_beside
     from ..evaluation.inputs import EvalSpec
-    from ..recipe.recipe import named_texts
-    from ..run.run import sync_threads
+    from ..recipe.texts import named_texts
+    from ..run.threads import sync_threads
 
     sync_threads()
     source, others = resolve_model(original), _named(models)

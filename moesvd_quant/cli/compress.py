@@ -69,7 +69,7 @@ def validate(
         StreamedModel(target)
         print(f"{target}: whole, and every file is the one its manifest names")
         return
-    from ..recipe.recipe import load_recipe
+    from ..recipe.load import load_recipe
 
     loaded = load_recipe(target, overrides or ())
     print(f"{target}: valid; stages: {' -> '.join(s.name for s in loaded.stages)}")
@@ -78,7 +78,7 @@ def validate(
 @app.command()
 def ls(as_json: Json = False) -> None:
     """List the shipped recipes."""
-    from ..recipe.recipe import shipped
+    from ..recipe.shipped import shipped
 
     if as_json:
         print(json.dumps(dict(shipped())))
@@ -101,7 +101,7 @@ def cp(
     file: Annotated[Path | None, typer.Argument(help="File to write; default NAME.yaml here.")] = None,
 ) -> None:
     """Copy a shipped recipe to a file of your own."""
-    from ..recipe.recipe import read_shipped
+    from ..recipe.shipped import read_shipped
 
     target = file or Path(f"{Path(name).name}.yaml")
     if target.exists():

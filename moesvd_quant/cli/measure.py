@@ -1,4 +1,4 @@
-"""Verbs that measure and compare: eval, table, speed, report, bench, demo."""
+"""Verbs that measure models and show what was measured: eval, table, speed, report."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UsageError
 from ..model.named import resolve_device, resolve_model
-from .common import Device, Json, Model, Out, Overrides, app, print_table, progress_bars
+from .common import Device, Json, app, print_table, progress_bars, whole_numbers
 from .models import record_places
 
 
@@ -37,7 +37,7 @@ def evaluate_verb(
     from ..evaluation.inputs import EvalSpec
     from ..evaluation.record import RECORD, evaluate, write
     from ..memory.files import require_writable
-    from ..recipe.recipe import named_texts
+    from ..recipe.texts import named_texts
 
     texts = named_texts(text or ([] if tasks else ["wikitext2"]))
     named = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
@@ -60,7 +60,8 @@ def evaluate_verb(
     if as_json:
         print(json.dumps(records))
         return
-    from ..evaluation.table import render, table2
+    from ..evaluation.paper_tables import table2
+    from ..evaluation.table import render
 
     print_table(records, "terminal")
     if named:
@@ -80,9 +81,10 @@ def table(
     plot: Annotated[Path | None, typer.Option(help="Also draw perplexity against bytes into this PNG.")] = None,
 ) -> None:
     """Print a table in the paper's layout, from the records of evaluated checkpoints."""
+    from ..evaluation.paper_tables import TABLES
     from ..evaluation.published import PRINTED
     from ..evaluation.record import collect
-    from ..evaluation.table import TABLES, render
+    from ..evaluation.table import render
 
     tables = TABLES | PRINTED
     if number not in tables:
@@ -125,18 +127,26 @@ def speed(
 
         models = [resolve_model(str(folder)) for folder in folders]
         link = tensor_parallel.Device(flops * 1e12, bandwidth * 1e9)
-        counted = tensor_parallel.tensor_parallel_table(models, ratio or [], _numbers(batch), tp, link)
+        counted = tensor_parallel.tensor_parallel_table(models, ratio or [], whole_numbers(batch), tp, link)
         print(render(counted, "json" if as_json else "terminal"), end="")
         return
     from ..evaluation.speed import run_speed
-    from ..evaluation.table import render, speed_table
-    from ..run.run import sync_threads
+    from ..evaluation.speed_table import speed_table
+    from ..evaluation.table import render
+    from ..run.threads import sync_threads
 
     sync_threads()
     found = [resolve_model(str(folder)) for folder in folders]
     with progress_bars(as_json) as report:
         result = run_speed(
-            found, ratio or [], _numbers(batch), _numbers(length), tokens, repeats, resolve_device(device), report
+            found,
+            ratio or [],
+            whole_numbers(batch),
+            whole_numbers(length),
+            tokens,
+            repeats,
+            resolve_device(device),
+            report,
         )
     print(json.dumps(result) if as_json else render(speed_table(result)), end="")
     if plot:
@@ -157,95 +167,3 @@ def report(
     file = out or folder / "report.html"
     write_report(folder, file)
     print(file)
-
-
-@app.command()
-def bench(
-    recipes: Annotated[list[str], typer.Argument(help="Recipes to compare, then key=value overrides for all.")],
-    model: Model = None,
-    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    seeds: Annotated[
-        str | None, typer.Option(help="Repeat with these seeds, by commas; shows mean and spread.")
-    ] = None,
-    samples: Annotated[
-        str | None, typer.Option(help="Repeat with these numbers of calibration windows, by commas.")
-    ] = None,
-    out: Out = Path("bench"),
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Compare recipes on one model: runs each, evaluates all, prints the table, draws the plot."""
-    from ..comparison.bench import compare
-    from ..recipe.recipe import named_texts
-    from ..run.run import sync_threads
-
-    sync_threads()
-    names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
-    texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
-    with progress_bars(as_json) as report:
-        if seeds or samples:
-            from ..comparison.sweep import sweep
-            from ..evaluation.inputs import EvalSpec
-
-            wanted = EvalSpec(texts, length=length)
-            records, found = sweep(
-                folder, names, out, wanted, _numbers(seeds or "0"), _numbers(samples), overrides, where, report
-            )
-        else:
-            records, found = compare(folder, names, out, texts, length, overrides, where, report)
-    _print_comparison(records, found, out, as_json)
-
-
-@app.command()
-def pareto(
-    overrides: Overrides = None,
-    model: Model = None,
-    budget: Annotated[list[str] | None, typer.Option(help="1.5bpw, 20GB; repeat it.")] = None,
-    preset: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
-    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
-    out: Out = Path("pareto"),
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """The memory-perplexity front: one calibration, many budgets, beside GPTQ, NF4 and the paper's settings."""
-    from ..comparison.pareto import front
-    from ..recipe.recipe import named_texts
-    from ..run.run import sync_threads
-
-    sync_threads()
-    budgets = budget or ["1bpw", "1.5bpw", "2bpw", "2.5bpw", "3bpw", "4bpw"]
-    texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
-    with progress_bars(as_json) as report:
-        records, found = front(folder, out, budgets, texts, length, preset, overrides or (), where, report)
-    _print_comparison(records, found, out, as_json)
-
-
-@app.command()
-def demo(out: Out = Path("demo-out"), as_json: Json = False) -> None:
-    """Compress the embedded model in several ways on embedded text, and print the table."""
-    from ..comparison.demo import run_demo
-
-    with progress_bars(as_json) as report:
-        result = run_demo(out, report)
-    _print_comparison(*result, out, as_json)
-
-
-def _numbers(given: str | None) -> list[int]:
-    """Whole numbers by commas; ValueError names what is none."""
-    try:
-        return [int(part) for part in given.split(",")] if given else []
-    except ValueError:
-        raise UsageError(f"{given}: is no list of whole numbers like 1,2,3") from None
-
-
-def _print_comparison(records: list[dict], compared, out: Path, as_json: bool) -> None:
-    from ..evaluation.table import render
-
-    if as_json:
-        print(json.dumps(records))
-        return
-    print(render(compared), end="")
-    written = " ".join(str(path) for path in sorted([*out.glob("table*.*"), *out.glob("*.png")]))
-    print(f"checkpoints: {out}/*/0*-*\ntable and plot: {written}")

@@ -27,8 +27,9 @@ def probe(
     from ..probe.report import plot_survey, print_survey
     from ..probe.texts import probe_folder
     from ..probe.verdict import verdict
-    from ..recipe.recipe import load_recipe, named_texts
-    from ..run.run import sync_threads
+    from ..recipe.load import load_recipe
+    from ..recipe.texts import named_texts
+    from ..run.threads import sync_threads
 
     sync_threads()
     recipe = load_recipe("svd", overrides or ())

@@ -20,7 +20,7 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI's clients: chat and completions, streamed. By vLLM where it is installed and has the
     architecture, on the device it is built for; else by transformers' own server."""
-    from ..run.run import sync_threads
+    from ..run.threads import sync_threads
     from ..serving.local import become_vllm, run_server, vllm_serves
 
     folder = Path(resolve_model(model)).resolve()
@@ -43,7 +43,7 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk to a model in the terminal, or have it continue your text where it has no chat template. Empty line: end."""
-    from ..run.run import sync_threads
+    from ..run.threads import sync_threads
     from ..serving.talk import Talk
 
     sync_threads()

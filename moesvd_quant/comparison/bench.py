@@ -6,11 +6,13 @@ from pathlib import Path
 from ..calibration.store import fingerprint
 from ..errors import UsageError
 from ..evaluation.inputs import EvalSpec, protocol_of
+from ..evaluation.paper_tables import table8
 from ..evaluation.plot import plot_bytes
 from ..evaluation.record import RECORD, answers, evaluate, write
-from ..evaluation.table import Table, save, table8
+from ..evaluation.table import Table, save
 from ..memory.files import read_json
-from ..recipe.recipe import Evaluate, load_recipe
+from ..recipe.load import load_recipe
+from ..recipe.recipe import Evaluate
 from ..run.run import Run
 
 Report = Callable[[str, int, int], None]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..evaluation.table import Table
 from ..reference import path as reference_path
-from ..run.run import sync_threads
+from ..run.threads import sync_threads
 from .bench import Report, compare
 
 RECIPES = ("gptq4", "gptq3", "gptq2", "svd", "svd-gptq4", "svd-gptq3", "fit", "moe-svd-paper")

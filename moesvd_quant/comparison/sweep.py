@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..evaluation.inputs import EvalSpec
+from ..evaluation.paper_tables import table12
 from ..evaluation.plot import plot_sweep
 from ..evaluation.record import RECORD, write
-from ..evaluation.table import Table, save, table12
-from ..recipe.recipe import Recipe, load_recipe
+from ..evaluation.table import Table, save
+from ..recipe.load import load_recipe
+from ..recipe.recipe import Recipe
 from ..run.run import Run
 from .bench import Report, cached_evaluate, folder_of, require_distinct
 

@@ -21,7 +21,6 @@ from ..errors import MoesvdError, UsageError
 from ..recipe.budget import UNITS
 from .files import write_at
 
-M_MMAP_THRESHOLD, MAPPED = -3, 2**20  # of glibc's mallopt; bytes
 # What configs call the number of experts that a token is sent to.
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
 FULL = "make room, set MOESVD_CACHE to a larger disk, or raise --memory. Nothing that was finished is lost"
@@ -57,24 +56,6 @@ def available_bytes() -> int:
     except (OSError, ValueError):  # no control group, or one without a limit ("max")
         return free
     return min(free, limit - used + int(cache.get("inactive_file", 0)))
-
-
-def _c_library(function: str, *arguments: int) -> None:
-    """Calls a function of the C library where it has one (glibc)."""
-    found = getattr(ctypes.CDLL(None), function, None) if os.name == "posix" else None
-    if found is not None:
-        found(*arguments)
-
-
-def disable_malloc_cache() -> None:
-    """From now on tensors go back to the system when they are freed. The C library would keep those below 32 MB for
-    later, in pieces: a hundred MB and more, of which no forecast could be made."""
-    _c_library("mallopt", M_MMAP_THRESHOLD, MAPPED)
-
-
-def malloc_trim() -> None:
-    """Gives back what was freed of smaller things."""
-    _c_library("malloc_trim", 0)
 
 
 class Memory:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import MoesvdError, UsageError
-from .limits import disable_malloc_cache
+from .allocator import disable_malloc_cache
 
 RETRIES = 3  # of a task whose worker died
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ..runtime.factorized_experts import FactorizedExperts
-from ..runtime.native_experts import Flags, Routed, SharedExpert, add_bias, apply_gate, arguments, form_of
+from ..runtime.native_call import Flags, Routed, add_bias, apply_gate, arguments
+from ..runtime.native_experts import SharedExpert, form_of
 from ..runtime.parts import JOINT, joined, separate
 from ..runtime.routers import ROUTERS as ROUTERS
 from ..runtime.stored import StoredLinear

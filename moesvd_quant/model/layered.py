@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..memory.limits import malloc_trim
+from ..memory.allocator import malloc_trim
 from .dtypes import keep_float32, set_dtypes
 from .experts import mark_shared_experts
 from .headers import StoredTensor

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelError
 from ..runtime.factorized_experts import FactorizedExperts
@@ -89,12 +90,27 @@ def _open(folder: Path, described: str, signature: tuple) -> Opened:
 
 def empty_model(config, dtype: torch.dtype) -> nn.Module:
     """The model of a config on the meta device, in evaluation mode, as its class makes it in `dtype`."""
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _NoValues():
         if isinstance(config, MoesvdConfig):
             made = model_class(config.moesvd["native_type"])._from_config(config, dtype=dtype)
         else:
             made = class_for(config)._from_config(config, dtype=dtype)
     return made.eval().requires_grad_(False)
+
+
+# What torch and transformers draw and set first values by.
+_FILLS = {"normal_", "uniform_", "kaiming_uniform_", "trunc_normal_", "fill_", "zero_", "copy_"}
+
+
+class _NoValues(TorchFunctionMode):
+    """Tensors on the meta device get no first values: there is nothing to fill, and it would take half of the time."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = kwargs or {}
+        filled = args[0] if args else given.get("tensor")
+        if getattr(func, "__name__", "") in _FILLS and isinstance(filled, torch.Tensor) and filled.is_meta:
+            return filled
+        return func(*args, **given)
 
 
 def _fits_grouped_products(model: nn.Module) -> bool:

@@ -4,13 +4,14 @@ This file and those of the stages import no torch at the top, so that a recipe i
 """
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from enum import IntEnum
 from inspect import isfunction
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from ..errors import did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,8 +63,7 @@ class Stage(BaseModel):
         known = [name for name in dir(Stage) if not name.startswith("_")]
         for name, value in vars(cls).items():
             if isfunction(value) and not name.startswith("_") and name not in known:
-                near = get_close_matches(name, known, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = did_you_mean(name, known)
                 raise TypeError(f"{cls.__name__}.{name}: stages have no such hook, nobody would call it{hint}")
 
     @model_validator(mode="after")

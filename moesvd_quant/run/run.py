@@ -1,63 +1,35 @@
 """Runs a recipe: for each stage plan, work layer by layer, verify, commit. Interrupted at any point, the
 same command goes on where it was."""
 
-import fcntl
-import hashlib
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from .. import __version__
 from ..calibration.store import Statistics, fingerprint
 from ..checkpoint.accounting import account
 from ..checkpoint.finish import refresh
 from ..checkpoint.layout import layout_of
 from ..checkpoint.unused import require_carried
-from ..errors import MoesvdError
 from ..memory.files import read_json, require_space, require_writable, write_json, write_text
-from ..memory.limits import Memory, PeakMeter, disable_malloc_cache
+from ..memory.limits import Memory, PeakMeter
 from ..memory.pool import Pool
 from ..model.stream import StreamedModel
-from ..model.tokenizer import load_tokenizer
 from ..planning.context import Context, Plan
 from ..recipe.recipe import Recipe
-from ..recipe.stage import TrainingText
-from ..runtime.modeling_moesvd import MANIFEST
 from ..runtime.parts import layout_from
 from .forecast import Needs, forecast
+from .key import short_digest, stage_key
+from .output import RunError, check_key, locked
 from .plan import plan_stages
 from .stage_work import StageWork
+from .training_text import windows_to_train_on, with_written
 
 Report = Callable[[str, int, int], None]  # what, done, total
-
-
-class RunError(MoesvdError, RuntimeError):
-    """A run that cannot go on; the message says what is in the way and what to do."""
-
-
-def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "gptqmodel", "peft", "bitsandbytes", "safetensors")
-    return {"moesvd_quant": __version__} | {name: version(name) for name in names}
-
-
-@contextmanager
-def locked(out: Path):
-    """One run per output folder: RunError where another process holds it."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{out}: another run is working here; wait for it or choose another --out") from None
-        yield
 
 
 class Run:
@@ -79,13 +51,11 @@ class Run:
                 "the original, or export this checkpoint with --to dense and start from that"
             )
         self.model_digest = fingerprint(self.model)
-        disable_malloc_cache()
         self.memory = Memory(how.get("memory"))
         self.pool = Pool(how.get("workers", 1), how.get("executor", "processes"))
         share = self.memory.share(self.pool.workers)
         self.statistics = self._statistics(share)
-        texts = {index: stage.training_text() for index, stage in enumerate(recipe.stages)}
-        self._training = {index: self._training_windows(text, index) for index, text in texts.items() if text}
+        self._training = windows_to_train_on(recipe, self.meta, self.statistics.shape[1])
 
     def opened(self, folder: Path) -> StreamedModel:
         """A model folder as the recipe takes it."""
@@ -116,51 +86,14 @@ class Run:
         """(n, length) int64 of calibration."""
         return self.statistics.windows
 
-    def _training_windows(self, text: TrainingText, index: int):
-        from ..calibration.windows import length_of
-        from ..healing.data import refuse_leaks, training_windows
-
-        tokenizer = load_tokenizer(self.model)
-        source = text.dataset or self.recipe.calibration.dataset
-        length = self.statistics.shape[1]
-        if text.length is not None:
-            length = length_of(self.model, self.meta.config, text.length, f"{self.recipe.stages[index].name}.length")
-        made = training_windows(source, tokenizer, text.windows, text.validation, length, self.recipe.seed)
-        refuse_leaks(made, self.recipe.evaluate.texts(), tokenizer)
-        return made
-
     def training(self, index: int):
         """The windows that a stage trains on; None for one that does not train."""
         return self._training.get(index)
 
-    def _training_with_written(self, index: int):
-        """Training windows of a stage that runs: its share of text that the model writes is that of calibration."""
-        made, calibration = self.training(index), self.recipe.calibration
-        text = self.recipe.stages[index].training_text()
-        if made is None or text is None or not text.self_written:
-            return made
-        from ..calibration.windows import written_among
-
-        written = written_among(calibration, self.windows, self.recipe.seed)
-        return made.with_written(written, calibration.self_written, self.recipe.seed)
-
     def key(self, upto: int) -> dict:
         """All that a stage's output depends on; equal keys mean equal files."""
-        stages = [{s.name: s.model_dump()} for s in self.recipe.stages]
-        budget = self.recipe.budget
         trained = [made.digest for index, made in sorted(self._training.items()) if index <= upto]
-        return {
-            "model": self.model_digest,
-            "statistics": self.statistics.key,
-            "stages": stages[: upto + 1],
-            "seed": self.recipe.seed,
-            # Under a budget the first stage is planned for what the later ones do.
-            "budget": None
-            if budget is None
-            else {"amount": budget, "stages": stages, "limits": self.recipe.limits.model_dump()},
-            "versions": versions(),
-            "unused_tensors": self.recipe.unused_tensors,
-        } | ({"training": trained} if trained else {})
+        return stage_key(self.recipe, upto, self.model_digest, self.statistics.key, trained)
 
     def folder(self, index: int) -> Path:
         return self.out / f"{index + 1:02d}-{self.recipe.stages[index].name}"
@@ -169,7 +102,7 @@ class Run:
         """Runs all stages; the folders of their checkpoints. Finished stages and layers are not done again."""
         with locked(self.out), closing(self.pool):
             for index in range(len(self.recipe.stages)):
-                self._check_key(self.folder(index), index)
+                check_key(self.folder(index), self.key(index))
             write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
             if not self._done(len(self.recipe.stages) - 1):
                 self.needs().require(self.statistics.store)
@@ -191,21 +124,7 @@ class Run:
         return forecast(self.meta, stored.sizes, tokens, stored, stored.memory, workers, stages)
 
     def work_folder(self, index: int) -> Path:
-        digest = hashlib.sha256(json.dumps(self.key(index), sort_keys=True).encode()).hexdigest()
-        return self.out / f".work-{index + 1:02d}-{self.recipe.stages[index].name}-{digest[:12]}"
-
-    def _check_key(self, folder: Path, index: int) -> None:
-        """RunError where the folder holds the result of something else."""
-        if not folder.exists():
-            return
-        if not (folder / MANIFEST).is_file():
-            raise RunError(f"{folder}: exists and is no checkpoint of ours; choose another --out")
-        found, wanted = read_json(folder / MANIFEST).get("key", {}), self.key(index)
-        if changed := [k for k in wanted if found.get(k) != wanted[k]]:
-            raise RunError(
-                f"{folder}: was made with another {' and '.join(changed)}; choose another --out, or delete "
-                "the folder to make it anew. Nothing was changed"
-            )
+        return self.out / f".work-{index + 1:02d}-{self.recipe.stages[index].name}-{short_digest(self.key(index))}"
 
     def _done(self, index: int) -> bool:
         """With `keep: last` an earlier stage may be gone because the last one is there."""
@@ -268,7 +187,8 @@ class Run:
         progress = lambda done, total: self.report(f"{stage.name}: reading the model", done, total)  # noqa: E731
         context = Context(self.opened(parent), self.statistics, stage, self.recipe.seed, self.device, progress)
         context.pool = self.pool
-        context.training, context.report = self._training_with_written(index), self.report
+        context.training = with_written(self.training(index), self.recipe, index, self.windows)
+        context.report = self.report
         context.folder = self.work_folder(index)
         return context
 
@@ -277,8 +197,3 @@ class Run:
         for path in self.out.glob(".work-*"):
             if path != keep and path.name.split("-")[1] == keep.name.split("-")[1]:
                 shutil.rmtree(path)
-
-
-def sync_threads() -> None:
-    """Threads per task are part of the result's last bits; two by default, $MOESVD_THREADS otherwise."""
-    torch.set_num_threads(int(os.environ.get("MOESVD_THREADS", "2")))

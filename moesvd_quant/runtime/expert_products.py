@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from .chains import chains_of
-from .native_experts import add_bias
+from .native_call import add_bias
 from .parts import separate
 from .pruned_base import PrunedBase
 

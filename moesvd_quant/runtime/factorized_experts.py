@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from .expert_products import ExpertProducts
-from .native_experts import add_bias, apply_gate, form_of
+from .native_call import add_bias, apply_gate
+from .native_experts import form_of
 from .parts import JOINT, Projections, joined, projection_shapes, separate
 from .routers import Sources
 

@@ -31,11 +31,11 @@ from .trellis import Trellis
 # What a checkpoint needs to open itself.
 SHIPPED = (
     "modeling_moesvd.py", "factorized_experts.py", "expert_products.py", "chains.py", "pruned_base.py", "parts.py",
-    "stored.py", "formats.py", "native_experts.py", "routers.py", "modeling_deepseek.py", "more_formats.py",
-    "packing.py", "numba_here.py", "spans.py", "lanes.py", "team.py", "grids.py", "grid_kernels.py", "grid_lanes.py",
-    "grid_numba.py", "grid_triton.py", "trellis.py", "trellis_code.py", "trellis_kernels.py", "trellis_lanes.py",
-    "trellis_numba.py", "trellis_read.py", "trellis_triton.py", "trellis_parts.py", "turning.py", "hadamard_lanes.py",
-    "hadamard_numba.py", "sparse.py",
+    "stored.py", "formats.py", "native_experts.py", "native_call.py", "routers.py", "modeling_deepseek.py",
+    "more_formats.py", "packing.py", "numba_here.py", "spans.py", "lanes.py", "team.py", "grids.py",
+    "grid_kernels.py", "grid_lanes.py", "grid_numba.py", "grid_triton.py", "trellis.py", "trellis_code.py",
+    "trellis_kernels.py", "trellis_lanes.py", "trellis_numba.py", "trellis_read.py", "trellis_triton.py",
+    "trellis_parts.py", "turning.py", "hadamard_lanes.py", "hadamard_numba.py", "sparse.py",
 )  # fmt: skip
 MANIFEST = "moesvd.json"
 

@@ -4,32 +4,10 @@ Most follow transformers' own convention; the few others have a form of their ow
 by their name. A form says which tensors the weights are, and turns a call into pairs of a token and an expert.
 """
 
-import inspect
-from typing import Any, NamedTuple
-
 import torch
 from torch import nn
 
-
-class Routed(NamedTuple):
-    """The pairs of a call, sorted by expert."""
-
-    x: torch.Tensor  # (tokens, hidden)
-    token: torch.Tensor  # (pairs,) row of x
-    expert: torch.Tensor  # (pairs,)
-    scale: Any = None  # (pairs,) what the output is multiplied by
-    row: Any = None  # (pairs,) where the output goes
-
-
-class Flags(NamedTuple):
-    """What an experts module is like, whatever names its class has for it."""
-
-    act_fn: Any = None  # none where the class has a gate of its own
-    has_gate: bool = True
-    has_bias: bool = False
-    has_post_expert_norm: bool = False
-    is_concatenated: bool = True  # gate above up in one matrix; else their rows alternate
-    is_transposed: bool = False  # weights are (in, out)
+from .native_call import Flags, Routed, activation_of, arguments
 
 
 class Fused:
@@ -182,7 +160,7 @@ class SharedExpert:
         held = [module._modules.get(f"{name}_proj") for name in ("gate", "up", "down")]
         linears = [linear for linear in held if linear is not None]
         plain = all(type(linear).forward is nn.Linear.forward and linear.bias is None for linear in linears)
-        has = None not in held[1:] and plain and _activation(module) is not None
+        has = None not in held[1:] and plain and activation_of(module) is not None
         return has and len(arguments(module)) == 1
 
     @staticmethod
@@ -191,7 +169,7 @@ class SharedExpert:
 
     @staticmethod
     def flags(module: nn.Module) -> Flags:
-        return Flags(_activation(module), has_gate="gate_proj" in module._modules)
+        return Flags(activation_of(module), has_gate="gate_proj" in module._modules)
 
     @staticmethod
     def parameters(module: nn.Module) -> list[str]:
@@ -223,26 +201,6 @@ def form_of(module: nn.Module):
     return next((form for form in FORMS if form.matches(module)), None)
 
 
-def apply_gate(module: nn.Module, native_class: type, joint: torch.Tensor, act_fn) -> torch.Tensor:
-    """Input of down from the joint output of gate and up, by the native class's own gate where it has one."""
-    if hasattr(native_class, "_apply_gate"):
-        return native_class._apply_gate(module, joint)
-    gate, up = joint.chunk(2, -1)
-    return act_fn(gate) * up
-
-
-def add_bias(module: nn.Module, flags: Flags, pairs: dict, ids: torch.Tensor) -> None:
-    """Adds the biases of gate and up, of the experts `ids` (n), to their outputs (n, out)."""
-    if not flags.has_bias:
-        return
-    bias = getattr(module, "gate_up_proj_bias" if flags.has_gate else "up_proj_bias")[ids]
-    if not flags.has_gate:
-        pairs["up"] = pairs["up"] + bias
-        return
-    gate, up = bias.chunk(2, -1) if flags.is_concatenated else (bias[..., ::2], bias[..., 1::2])
-    pairs["gate"], pairs["up"] = pairs["gate"] + gate, pairs["up"] + up
-
-
 def _holds_pair(module: nn.Module) -> bool:
     own = module._parameters
     first, down = own.get("gate_up_proj"), own.get("down_proj")
@@ -256,17 +214,7 @@ def _plain_flags(module: nn.Module) -> Flags:
     first, down = module.gate_up_proj.shape, module.down_proj.shape
     plain = first[1] == 2 * down[2] and first[2] == down[1]
     has_bias = module._parameters.get("down_proj_bias") is not None
-    return Flags(_activation(module), has_bias=has_bias, is_transposed=not plain)
-
-
-def arguments(module: nn.Module) -> list[str]:
-    """What the class's forward is called with."""
-    found = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    return [p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
-
-
-def _activation(module: nn.Module):
-    return next((getattr(module, name) for name in ("act_fn", "activation_fn", "act") if hasattr(module, name)), None)
+    return Flags(activation_of(module), has_bias=has_bias, is_transposed=not plain)
 
 
 def _count(module: nn.Module) -> int:

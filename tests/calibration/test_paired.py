@@ -10,7 +10,7 @@ from moesvd_quant.calibration.metric import Grams, blend
 from moesvd_quant.calibration.paired import RIDGE, PairedExperts, corrected, output_error
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.planning.context import Context
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.stages.svd import Svd
 

@@ -12,7 +12,7 @@ from moesvd_quant.calibration.written import written_path
 from moesvd_quant.memory.limits import Batches, Memory
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning import choices
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run
 

@@ -7,7 +7,8 @@ from moesvd_quant.calibration.windows import windows_of
 from moesvd_quant.calibration.written import allowed_tokens, write, written_windows
 from moesvd_quant.memory.limits import Memory, MemoryLimitError
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe.recipe import Calibration, load_recipe
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.recipe import Calibration
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.modeling_moesvd import MANIFEST

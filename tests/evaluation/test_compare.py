@@ -15,7 +15,7 @@ from moesvd_quant.evaluation.difference import difference
 from moesvd_quant.evaluation.inputs import EvalSpec, read_text
 from moesvd_quant.model.opened import open_folder
 from moesvd_quant.model.tokenizer import load_tokenizer
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 
 

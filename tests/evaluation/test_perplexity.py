@@ -5,6 +5,7 @@ import io
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from moesvd_quant import load
 from moesvd_quant.errors import MoesvdError
 from moesvd_quant.evaluation.inputs import EvalSpec
 from moesvd_quant.evaluation.memory import disk_bytes, peak_bytes, resident_bytes
+from moesvd_quant.evaluation.paper_tables import table8
 from moesvd_quant.evaluation.perplexity import (
     document_perplexity,
     in_memory,
@@ -26,7 +28,7 @@ from moesvd_quant.evaluation.perplexity import (
 )
 from moesvd_quant.evaluation.plot import family, plot_bytes
 from moesvd_quant.evaluation.record import answers, collect, evaluate, streamed, write
-from moesvd_quant.evaluation.table import render, table8
+from moesvd_quant.evaluation.table import render
 from tiny import tiny_model
 
 WINDOWS = torch.randint(1, 250, (5, 32), generator=torch.Generator().manual_seed(3))
@@ -125,9 +127,10 @@ def test_memory_counts_every_tensor_once(make_model):
     )
 
 
-def test_peak_is_measured_in_a_process_of_its_own(make_model):
+def test_peak_is_measured_in_a_process_of_its_own(make_model, monkeypatch):
     figures = peak_bytes(make_model("mixtral"))
     assert figures["peak_rss_bytes"] >= figures["import_rss_bytes"] > 10**8
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
     with pytest.raises(MoesvdError, match="measuring memory failed"):
         peak_bytes("nowhere")
 

@@ -6,9 +6,9 @@ from math import comb
 import pytest
 
 from moesvd_quant.errors import UsageError
+from moesvd_quant.evaluation.paper_tables import table2, table8, table12
 from moesvd_quant.evaluation.plot import sweep_lines
 from moesvd_quant.evaluation.published import column_of, mcnemar, table8_as_printed, table12_paired
-from moesvd_quant.evaluation.table import table2, table8, table12
 
 
 def of(model, name, size, ppl, **more):

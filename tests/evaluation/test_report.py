@@ -15,7 +15,7 @@ from moesvd_quant.evaluation.record import RECORD, evaluate, write
 from moesvd_quant.evaluation.report import write_report
 from moesvd_quant.evaluation.report_stage import stage_of
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 
 VOID = {"meta", "img", "br", "link"}

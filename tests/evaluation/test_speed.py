@@ -11,9 +11,11 @@ from moesvd_quant.calibration.store import fingerprint
 from moesvd_quant.checkpoint.layout import dense_part, factor_part
 from moesvd_quant.evaluation.flops import flops_per_token
 from moesvd_quant.evaluation.plot import plot_speed
+from moesvd_quant.evaluation.random_model import open_model, uniform_layout
 from moesvd_quant.evaluation.record import collect
-from moesvd_quant.evaluation.speed import bytes_touched, measure, open_model, run_speed, uniform_layout
-from moesvd_quant.evaluation.table import speed_table
+from moesvd_quant.evaluation.roofline import bytes_touched
+from moesvd_quant.evaluation.speed import measure, run_speed
+from moesvd_quant.evaluation.speed_table import speed_table
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of
 from moesvd_quant.runtime.factorized_experts import FactorizedExperts
 from moesvd_quant.runtime.parts import DensePart

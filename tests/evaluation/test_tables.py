@@ -5,7 +5,9 @@ import math
 
 import pytest
 
-from moesvd_quant.evaluation.table import TABLES, changes, render, table2, table11, table12
+from moesvd_quant.evaluation.changes import changes
+from moesvd_quant.evaluation.paper_tables import TABLES, table2, table11, table12
+from moesvd_quant.evaluation.table import render
 from moesvd_quant.evaluation.zero_shot import SEVEN
 
 

@@ -7,7 +7,7 @@ from transformers import MixtralConfig
 from typer.testing import CliRunner
 
 from moesvd_quant.cli import app
-from moesvd_quant.evaluation.speed import describe_model, uniform_layout
+from moesvd_quant.evaluation.random_model import describe_model, uniform_layout
 from moesvd_quant.evaluation.tensor_parallel import Device, experts_cost, product_cost
 
 A100 = Device(19.5e12, 600e9)

@@ -119,7 +119,7 @@ def test_what_cannot_be_asked_is_said(make_model, tmp_path):
     folder = make_model("mixtral")
     model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
     with pytest.raises(TaskError, match="openbook: no task of lm-eval"):
-        zero_shot(model, tokenizer, ["openbook"])
+        zero_shot(model, tokenizer, ["openbook"], str(tmp_path))
     with pytest.raises(TaskError, match=r"has none of piqa/valid.jsonl"):
         zero_shot(model, tokenizer, ["piqa"], str(tmp_path))
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_asked_is_said(make_model, tmp_path):
 def test_lm_evals_own_command_line_gives_the_same_scores(shared, make_model, tmp_path, text):
     """A factorized and quantized checkpoint, opened by lm-eval with remote code."""
     from moesvd_quant.model.named import resolve_model
-    from moesvd_quant.recipe.recipe import load_recipe
+    from moesvd_quant.recipe.load import load_recipe
     from moesvd_quant.run.run import Run
 
     small = [f"calibration.dataset={text}", "calibration.samples=16", "calibration.length=64", "evaluate.perplexity=[]"]

@@ -8,7 +8,7 @@ import torch
 
 from moesvd_quant.calibration.rows import TextError
 from moesvd_quant.healing.data import NGRAM, ngrams, refuse_leaks, training_windows
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from tiny import tiny_tokenizer
 

@@ -5,8 +5,9 @@ import math
 import pytest
 from safetensors import safe_open
 
+from moesvd_quant.memory.allocator import disable_malloc_cache
 from moesvd_quant.memory.limits import PeakMeter
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 
 HIDDEN, WIDE, LAYERS, EXPERTS = 256, 1024, 8, 8
@@ -17,6 +18,7 @@ SVD = "svd: {method: svd_llm, ratio: 0.4}"
 @pytest.mark.slow
 @pytest.mark.parametrize("train", ["adapters", "factors"])
 def test_the_peak_is_at_most_three_layers_and_activations(make_model, compressed, heal, tmp_path, text, train):
+    disable_malloc_cache()  # as the command line does
     heal(compressed("svd", "mixtral", "svd.ratio=0.3"), steps=1)  # imports what healing needs
     shape = dict(num_hidden_layers=LAYERS, num_local_experts=EXPERTS, hidden_size=HIDDEN, intermediate_size=WIDE)
     folder = make_model("mixtral", **shape)

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from moesvd_quant.evaluation.benchmarks.synthetic import synthetic
 from moesvd_quant.healing.needs import HealingNeeds
-from moesvd_quant.memory.limits import MemoryLimitError, PeakMeter, malloc_trim
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.memory.allocator import disable_malloc_cache, malloc_trim
+from moesvd_quant.memory.limits import MemoryLimitError, PeakMeter
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.stages import lora_work
 from moesvd_quant.stages.lora import Lora
@@ -44,6 +45,7 @@ def folder(tmp_path_factory):
     ],
 )
 def test_the_peak_is_forecast(folder, tmp_path, text, monkeypatch, before, more, off):
+    disable_malloc_cache()  # as the command line does
     overrides = [f"calibration.dataset={text}", "calibration.samples=16", "calibration.length=256"]
     stage = f"{{lora: {{steps: 3, batch: 4, validation: 4, {more}}}}}"
     (tmp_path / "r.yaml").write_text(f"stages: [{before}, {stage}]")

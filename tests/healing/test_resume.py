@@ -1,14 +1,17 @@
 """Training that is interrupted, at any step, ends in the same files; nothing of it stays in a checkpoint."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from killing import kill_until_done
 from moesvd_quant.healing import layerwise, trainer
-from moesvd_quant.recipe.recipe import load_recipe
-from moesvd_quant.run.run import Run, RunError
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.run.output import RunError
+from moesvd_quant.run.run import Run
 
-OPTIONS = "steps: 8, microbatch: 2, rank: 8, lr: 0.003, validation: 4, validate_every: 2, patience: 2"
+OPTIONS = "microbatch: 2, rank: 8, lr: 0.003, validation: 4, validate_every: 2, patience: 2"
 RECIPE = "stages: [%s{lora: {%s}}]"
 
 
@@ -20,10 +23,10 @@ class Killed(BaseException):
 def make(compressed, make_model, tmp_path, small):
     """make(out, options) -> a run that heals a compressed model; by distillation, which needs the original, from it."""
 
-    def make(out: str, more: str = "") -> Run:
+    def make(out: str, more: str = "", steps: int = 8) -> Run:
         distill = "distill" in more
         before = "{svd: {ratio: 0.3}}, " if distill else ""
-        (tmp_path / "r.yaml").write_text(RECIPE % (before, OPTIONS + (more or ", batch: 4")))
+        (tmp_path / "r.yaml").write_text(RECIPE % (before, f"steps: {steps}, {OPTIONS}{more or ', batch: 4'}"))
         folder = make_model("mixtral") if distill else compressed("svd", "mixtral", "svd.ratio=0.3")
         return Run(load_recipe(tmp_path / "r.yaml", small), folder, tmp_path / out)
 
@@ -50,32 +53,34 @@ def kill_at(monkeypatch, name: str, step: int):
 
 
 @pytest.mark.parametrize(
-    "more",
+    "more,steps",
     [
-        "",
-        pytest.param(", batch: 2, train: factors, in_turn: true", marks=pytest.mark.slow),
-        pytest.param(", batch: 2, objective: distill", marks=pytest.mark.slow),
+        ("", 4),
+        pytest.param("", 8, marks=pytest.mark.slow),
+        pytest.param(", batch: 2, train: factors, in_turn: true", 8, marks=pytest.mark.slow),
+        pytest.param(", batch: 2, objective: distill", 8, marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_every_step_and_in_every_save_the_files_are_the_same(make, monkeypatch, more):
-    make("whole", more).run()
-    steps = 4 if "in_turn" in more else 8  # of each side
+def test_killed_at_every_step_and_in_every_save_the_files_are_the_same(make, monkeypatch, more, steps):
+    make = partial(make, more=more, steps=steps)
+    make("whole").run()
+    steps = steps // 2 if "in_turn" in more else steps  # of each side
     moments = [("on_step_end", step) for step in range(1, steps + 1)]
     saves = ("_save_optimizer_and_scheduler", "on_save")
     moments += [(name, step) for step in range(2, steps + 1, 2) for name in saves]
     for name, step in sorted(moments, key=lambda moment: moment[1]):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             kill_at(patch, name, step)
-            make("parts", more).run()
-    run = make("parts", more)
+            make("parts").run()
+    run = make("parts")
     run.run()
-    assert files(run) == files(make("whole", more))
+    assert files(run) == files(make("whole"))
     assert not [name for name in files(run) if "optimizer" in name or name.endswith((".pt", ".pth", ".bin"))]
 
 
 def test_a_layerwise_healing_goes_on_with_the_next_layer(make_model, tmp_path, small, monkeypatch):
     (tmp_path / "r.yaml").write_text(
-        f"stages: [{{svd: {{ratio: 0.3}}}}, {{lora: {{{OPTIONS}, objective: layerwise}}}}]"
+        f"stages: [{{svd: {{ratio: 0.3}}}}, {{lora: {{steps: 8, {OPTIONS}, objective: layerwise}}}}]"
     )
     make = lambda out: Run(load_recipe(tmp_path / "r.yaml", small), make_model("mixtral"), tmp_path / out)  # noqa: E731
     make("whole").run()
@@ -102,7 +107,7 @@ def _die_at(index, heal, seed, options, streamed, visit, *rest):
 
 
 def test_other_text_to_train_on_is_noticed(compressed, tmp_path, small, text):
-    (tmp_path / "r.yaml").write_text(RECIPE % ("", OPTIONS + f", batch: 4, dataset: {tmp_path}/mine.txt"))
+    (tmp_path / "r.yaml").write_text(RECIPE % ("", f"steps: 8, {OPTIONS}, batch: 4, dataset: {tmp_path}/mine.txt"))
     (tmp_path / "mine.txt").write_text(text.read_text())
     before = compressed("svd", "mixtral", "svd.ratio=0.3")
 

@@ -23,7 +23,8 @@ from moesvd_quant.model.experts import find_experts
 from moesvd_quant.model.layered import _decoder_layers
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning.context import StageError
-from moesvd_quant.recipe.recipe import RecipeError, load_recipe
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.recipe import RecipeError
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.factorized_experts import FactorizedExperts

@@ -15,7 +15,7 @@ from moesvd_quant.model.experts import expert_count, find_experts, split_project
 from moesvd_quant.model.folder import ModelError, class_for
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning.context import require_experts
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.grids import Grid
 from moesvd_quant.runtime.parts import LinearLayout

@@ -11,7 +11,7 @@ from moesvd_quant.checkpoint.verify import VerifyError
 from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.hf_internals import tied_weights
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run import stage_work
 from moesvd_quant.run.run import Run
 

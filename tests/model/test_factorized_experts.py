@@ -12,6 +12,8 @@ from moesvd_quant.runtime.factorized_experts import FactorizedExperts
 from moesvd_quant.runtime.parts import DensePart
 from tiny import ARCHITECTURES, fill_banks, tiny_model
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 IDS = torch.randint(1, 300, (3, 24), generator=torch.Generator().manual_seed(5))
 
 

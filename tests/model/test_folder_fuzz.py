@@ -14,7 +14,7 @@ import moesvd_quant
 from architecture_check import IDS, apart, logits
 from moesvd_quant.errors import ModelError
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.modeling_moesvd import file_digest
 

@@ -21,7 +21,7 @@ from moesvd_quant.evaluation.record import evaluate
 from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from tiny import tiny_tokenizer
 

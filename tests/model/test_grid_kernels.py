@@ -11,6 +11,8 @@ from moesvd_quant.runtime.parts import LinearLayout
 from moesvd_quant.runtime.spans import MANY
 from moesvd_quant.runtime.stored import StoredLinear
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 # Rows, columns, group size: odd ones, a short last group, columns that fill no word, a rank.
 SHAPES = [(96, 64, 32), (33, 75, 16), (64, 72, 128), (300, 256, 64), (16, 24, 8), (1, 8, 8)]
 # Tokens of each of three matrices: one, none, four at a time and what is left, many.

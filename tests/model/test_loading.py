@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import get_imports
 import moesvd_quant
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime import modeling_moesvd
 from stranger import logits_without_package

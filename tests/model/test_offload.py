@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import moesvd_quant
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.factorized_experts import FactorizedExperts
 

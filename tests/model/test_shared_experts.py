@@ -19,7 +19,7 @@ from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts, find_linears, is_shared, mark_shared_experts
 from moesvd_quant.model.layered import LayeredModel, _decoder_layers
 from moesvd_quant.planning.context import StageError
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 
 HIDDEN, INNER, ROUTED = 64, 64, 6 * 3 * 32 * 64  # of a layer of the tiny Qwen2-MoE: its shared expert, and the others

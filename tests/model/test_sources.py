@@ -13,7 +13,7 @@ import moesvd_quant
 from moesvd_quant.model.experts import find_experts, split_projections
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.model.stream import StreamedModel
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from tiny import tiny_tokenizer
 

@@ -16,6 +16,8 @@ from moesvd_quant.runtime.grids import Grid
 from moesvd_quant.runtime.parts import DensePart, FactorPart
 from moesvd_quant.runtime.trellis import Trellis
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 SHAPES = [(256, 96), (272, 100), (192, 64), (16, 64), (48, 62), (32, 33), (40, 30), (1408, 32), (37, 20)]
 SIDES = [(True, True), (False, True), (True, False)]
 

@@ -15,7 +15,7 @@ from moesvd_quant.model.folder import ModelError
 from moesvd_quant.probe.survey import RATIOS
 from moesvd_quant.probe.texts import probe_folder
 from moesvd_quant.probe.verdict import verdict
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 
 

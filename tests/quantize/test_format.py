@@ -10,15 +10,17 @@ from transformers import AutoModelForCausalLM
 
 import moesvd_quant
 from moesvd_quant.evaluation.inputs import EvalSpec
+from moesvd_quant.evaluation.paper_tables import table8
 from moesvd_quant.evaluation.record import collect, evaluate, write
 from moesvd_quant.evaluation.report import write_report
-from moesvd_quant.evaluation.table import render, table8
+from moesvd_quant.evaluation.table import render
 from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.experts import find_experts
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.quantize.codec import Codec, PackedMatrix
 from moesvd_quant.quantize.registry import CODECS, register_codec
-from moesvd_quant.recipe.recipe import RecipeError, load_recipe
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.recipe import RecipeError
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.formats import FORMATS, Format, register

@@ -17,6 +17,8 @@ from moesvd_quant.runtime.trellis_code import FACTOR, OFFSET, VALUES, padded, ri
 from moesvd_quant.runtime.turning import hadamard, turn, turn_back
 from moesvd_quant.stages.gptq import Gptq
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 RATES = CODECS["trellis"].rates
 
 

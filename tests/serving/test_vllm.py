@@ -12,7 +12,7 @@ import torch
 
 import moesvd_quant
 from architectures import tiny_config
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.modeling_moesvd import native_class
 from moesvd_quant.serving.vllm_plugin.names import SERVED

@@ -13,8 +13,8 @@ from moesvd_quant.decompose.saliency import keep_in_layer, keep_in_model, salien
 from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.planning.context import StageError
 from moesvd_quant.recipe.recipe import RecipeError
+from moesvd_quant.run.output import RunError
 from moesvd_quant.run.plan import plan_stages
-from moesvd_quant.run.run import RunError
 
 
 @pytest.mark.parametrize("by", ["reap", "frequency", "weight", "norm"])

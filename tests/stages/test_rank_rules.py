@@ -9,7 +9,8 @@ import moesvd_quant
 from moesvd_quant.decompose.truncation import RATIOS, rank_of
 from moesvd_quant.model.experts import dense_weight, find_experts, split_projections
 from moesvd_quant.planning.context import StageError
-from moesvd_quant.recipe.recipe import RecipeError, load_recipe
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.recipe import RecipeError
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run
 

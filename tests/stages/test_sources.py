@@ -21,7 +21,7 @@ from moesvd_quant.model.experts import dense_weight, expert_count, find_experts,
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning.context import Context, Plan, factorized
-from moesvd_quant.recipe.recipe import load_recipe
+from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.recipe.stage import STAGES, Form, Stage, register
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run

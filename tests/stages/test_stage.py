@@ -11,12 +11,14 @@ import torch
 import moesvd_quant
 from moesvd_quant.checkpoint.layout import layout_of
 from moesvd_quant.evaluation.inputs import EvalSpec
+from moesvd_quant.evaluation.paper_tables import table8
 from moesvd_quant.evaluation.record import collect, evaluate, write
 from moesvd_quant.evaluation.report import write_report
-from moesvd_quant.evaluation.table import render, table8
+from moesvd_quant.evaluation.table import render
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of, split_projections
 from moesvd_quant.planning.context import Context, Plan, factorized
-from moesvd_quant.recipe.recipe import RecipeError, load_recipe
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.recipe import RecipeError
 from moesvd_quant.recipe.stage import STAGES, Form, Stage, register
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run
@@ -99,7 +101,7 @@ def test_options_of_a_new_stage_are_checked_by_recipes(example, tmp_path):
 
 
 def test_a_misspelt_hook_is_refused():
-    with pytest.raises(TypeError, match=r"Wrong.run_outter: .* did you mean run_outer\?"):
+    with pytest.raises(TypeError, match=r"Wrong.run_outter: .* did you mean 'run_outer'\?"):
 
         class Wrong(Stage):
             name: ClassVar[str] = "wrong"
@@ -119,7 +121,7 @@ def test_a_stage_that_lacks_its_work_says_so():
 
 
 def test_recipes_are_checked_without_torch():
-    code = "import sys; import moesvd_quant.recipe.recipe as r; r.load_recipe('fit'); sys.exit('torch' in sys.modules)"
+    code = "import sys; import moesvd_quant.recipe.load as r; r.load_recipe('fit'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

@@ -12,7 +12,8 @@ from moesvd_quant.evaluation.record import evaluate
 from moesvd_quant.export.export import export_checkpoint
 from moesvd_quant.model.folder import ModelError
 from moesvd_quant.quantize.trellis_codec import TrellisCodec
-from moesvd_quant.recipe.recipe import RecipeError, load_recipe
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.recipe import RecipeError
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run
 from moesvd_quant.runtime.trellis import Trellis

@@ -1,0 +1,102 @@
+"""Verbs that run several recipes and compare what comes out: bench, pareto, demo."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..model.named import resolve_device, resolve_model
+from .common import Device, Json, Model, Out, Overrides, app, progress_bars, whole_numbers
+
+
+@app.command()
+def bench(
+    recipes: Annotated[list[str], typer.Argument(help="Recipes to compare, then key=value overrides for all.")],
+    model: Model = None,
+    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Repeat with these seeds, by commas; shows mean and spread.")
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="Repeat with these numbers of calibration windows, by commas.")
+    ] = None,
+    out: Out = Path("bench"),
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare recipes on one model: runs each, evaluates all, prints the table, draws the plot."""
+    from ..comparison.bench import compare
+    from ..recipe.texts import named_texts
+    from ..run.threads import sync_threads
+
+    sync_threads()
+    names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
+    texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
+    with progress_bars(as_json) as report:
+        if seeds or samples:
+            from ..comparison.sweep import sweep
+            from ..evaluation.inputs import EvalSpec
+
+            wanted = EvalSpec(texts, length=length)
+            records, found = sweep(
+                folder,
+                names,
+                out,
+                wanted,
+                whole_numbers(seeds or "0"),
+                whole_numbers(samples),
+                overrides,
+                where,
+                report,
+            )
+        else:
+            records, found = compare(folder, names, out, texts, length, overrides, where, report)
+    _print_comparison(records, found, out, as_json)
+
+
+@app.command()
+def pareto(
+    overrides: Overrides = None,
+    model: Model = None,
+    budget: Annotated[list[str] | None, typer.Option(help="1.5bpw, 20GB; repeat it.")] = None,
+    preset: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
+    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    out: Out = Path("pareto"),
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """The memory-perplexity front: one calibration, many budgets, beside GPTQ, NF4 and the paper's settings."""
+    from ..comparison.pareto import front
+    from ..recipe.texts import named_texts
+    from ..run.threads import sync_threads
+
+    sync_threads()
+    budgets = budget or ["1bpw", "1.5bpw", "2bpw", "2.5bpw", "3bpw", "4bpw"]
+    texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
+    with progress_bars(as_json) as report:
+        records, found = front(folder, out, budgets, texts, length, preset, overrides or (), where, report)
+    _print_comparison(records, found, out, as_json)
+
+
+@app.command()
+def demo(out: Out = Path("demo-out"), as_json: Json = False) -> None:
+    """Compress the embedded model in several ways on embedded text, and print the table."""
+    from ..comparison.demo import run_demo
+
+    with progress_bars(as_json) as report:
+        result = run_demo(out, report)
+    _print_comparison(*result, out, as_json)
+
+
+def _print_comparison(records: list[dict], compared, out: Path, as_json: bool) -> None:
+    from ..evaluation.table import render
+
+    if as_json:
+        print(json.dumps(records))
+        return
+    print(render(compared), end="")
+    written = " ".join(str(path) for path in sorted([*out.glob("table*.*"), *out.glob("*.png")]))
+    print(f"checkpoints: {out}/*/0*-*\ntable and plot: {written}")
