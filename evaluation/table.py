@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from ..errors import UsageError
+from ..recipe.tasks import SEVEN
 from .perplexity import relative_change
-from .zero_shot import SEVEN
 
 FORMATS = ("terminal", "markdown", "csv", "json", "latex")
 

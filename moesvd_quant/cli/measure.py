@@ -9,7 +9,20 @@ import typer
 
 from ..errors import UsageError
 from ..model.named import resolve_device, resolve_model
-from .common import Device, Json, Model, Out, Overrides, app, print_table, progress_bars
+from .common import (
+    Device,
+    Json,
+    Model,
+    Out,
+    Overrides,
+    TaskData,
+    TaskLimit,
+    TaskNames,
+    app,
+    print_table,
+    progress_bars,
+    tasks_of,
+)
 from .models import record_places
 
 
@@ -22,11 +35,9 @@ def evaluate_verb(
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="One layer in memory; default: where it does not fit.")
     ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, by commas; zero-shot: the paper's seven.")
-    ] = None,
-    task_data: Annotated[Path | None, typer.Option(help="Folder of local task files; else from the hub.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,
+    tasks: TaskNames = None,
+    task_data: TaskData = None,
+    limit: TaskLimit = None,
     batch: Annotated[int | None, typer.Option(help="Windows, or requests of tasks, at a time.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the records; default: beside weights.")] = None,
     peak: Annotated[bool, typer.Option(help="Also measure peak memory in a fresh process.")] = False,
@@ -40,9 +51,9 @@ def evaluate_verb(
     from ..recipe.recipe import named_texts
 
     texts = named_texts(text or ([] if tasks else ["wikitext2"]))
-    named = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
-    data = None if task_data is None else str(task_data)
-    wanted = EvalSpec(texts, tuple(protocol or ["gptq"]), length, batch, stream, named, data, limit, peak)
+    wanted = EvalSpec(
+        texts, tuple(protocol or ["gptq"]), length, batch, stream, *tasks_of(tasks, task_data, limit), peak=peak
+    )
     records = []
     models = {str(folder): resolve_model(str(folder)) for folder in folders}
     places = {given: place / RECORD for given, place in record_places(models, out).items()}
@@ -60,11 +71,7 @@ def evaluate_verb(
     if as_json:
         print(json.dumps(records))
         return
-    from ..evaluation.table import render, table2
-
     print_table(records, "terminal")
-    if named:
-        print(render(table2(records)), end="")
     for record in records:
         for name, figures in record["perplexity"].items():
             if figures.get("interval"):
@@ -74,7 +81,7 @@ def evaluate_verb(
 
 @app.command()
 def table(
-    number: Annotated[str, typer.Argument(help="Table of the paper: 2, 8, 8-printed, 11, 12 or 12-paired.")],
+    number: Annotated[str, typer.Argument(help="Table of the paper: 2, 8, 8-printed, 11, 12 or 12-paired; or tasks.")],
     folders: Annotated[list[Path], typer.Argument(help="Folders with eval.json, or of runs.")],
     form: Annotated[str, typer.Option("--format", help="terminal, markdown, csv, json or latex.")] = "terminal",
     plot: Annotated[Path | None, typer.Option(help="Also draw perplexity against bytes into this PNG.")] = None,
@@ -171,6 +178,9 @@ def bench(
     samples: Annotated[
         str | None, typer.Option(help="Repeat with these numbers of calibration windows, by commas.")
     ] = None,
+    tasks: TaskNames = None,
+    task_data: TaskData = None,
+    limit: TaskLimit = None,
     out: Out = Path("bench"),
     device: Device = "auto",
     as_json: Json = False,
@@ -183,17 +193,18 @@ def bench(
     sync_threads()
     names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
     texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
+    asked = tasks_of(tasks, task_data, limit)
     with progress_bars(as_json) as report:
         if seeds or samples:
             from ..comparison.sweep import sweep
             from ..evaluation.inputs import EvalSpec
 
-            wanted = EvalSpec(texts, length=length)
+            wanted = EvalSpec(texts, ("gptq",), length, None, None, *asked)
             records, found = sweep(
                 folder, names, out, wanted, _numbers(seeds or "0"), _numbers(samples), overrides, where, report
             )
         else:
-            records, found = compare(folder, names, out, texts, length, overrides, where, report)
+            records, found = compare(folder, names, out, texts, length, overrides, where, report, (), asked)
     _print_comparison(records, found, out, as_json)
 
 
@@ -242,10 +253,13 @@ def _numbers(given: str | None) -> list[int]:
 
 def _print_comparison(records: list[dict], compared, out: Path, as_json: bool) -> None:
     from ..evaluation.table import render
+    from ..evaluation.task_table import task_table
 
     if as_json:
         print(json.dumps(records))
         return
     print(render(compared), end="")
-    written = " ".join(str(path) for path in sorted([*out.glob("table*.*"), *out.glob("*.png")]))
+    if (tasks := task_table(records)).rows and "sweep" not in records[-1]:
+        print(render(tasks), end="")
+    written = " ".join(str(path) for path in sorted([*out.glob("ta[bs]*.*"), *out.glob("*.png")]))
     print(f"checkpoints: {out}/*/0*-*\ntable and plot: {written}")

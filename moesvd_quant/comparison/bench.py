@@ -5,12 +5,14 @@ from pathlib import Path
 
 from ..calibration.store import fingerprint
 from ..errors import UsageError
-from ..evaluation.inputs import EvalSpec, protocol_of
+from ..evaluation.inputs import EvalSpec, protocol_of, require_possible
 from ..evaluation.plot import plot_bytes
 from ..evaluation.record import RECORD, answers, evaluate, write
 from ..evaluation.table import Table, save, table8
+from ..evaluation.task_table import task_table
 from ..memory.files import read_json
 from ..recipe.recipe import Evaluate, load_recipe
+from ..recipe.tasks import NO_TASKS, Tasks
 from ..run.run import Run
 
 Report = Callable[[str, int, int], None]
@@ -26,14 +28,16 @@ def compare(
     device: str = "cpu",
     report: Report = lambda what, done, total: None,
     more: Sequence[dict] = (),
+    tasks: Tasks = NO_TASKS,
 ) -> tuple[list[dict], Table]:
-    """Runs each recipe under OUT/NAME and evaluates its last checkpoint and the original on `texts`.
+    """Runs each recipe under OUT/NAME and evaluates its last checkpoint and the original on `texts` and `tasks`.
 
-    Writes OUT/table8.md, .csv, .json and OUT/perplexity-against-bytes.png. Recipes are loaded before any runs;
-    finished runs and records by the same protocol stay. Returns the records and their table, with the records `more` of
-    what no recipe makes.
+    Writes OUT/table8.md, .csv, .json and OUT/perplexity-against-bytes.png; with tasks OUT/tasks.md and so on. Recipes
+    are loaded before any runs; finished runs and records by the same protocol stay. Returns the records, those of
+    `more` that no recipe makes among them, and their table.
     """
-    measure = EvalSpec(texts, length=length)
+    measure = EvalSpec(texts, length=length, tasks=tasks.names, task_data=tasks.data, limit=tasks.limit)
+    require_possible(measure)
     loaded = [load_recipe(name, [*overrides, "evaluate.perplexity=[]", "keep=last"]) for name in recipes]
     require_distinct(recipes)
     evaluated = Evaluate(perplexity=texts, length=length or "auto")  # a stage that trains refuses these as its text
@@ -48,6 +52,8 @@ def compare(
     table = table8(records)
     save(table, out / "table8")
     plot_bytes(records, out / "perplexity-against-bytes.png")
+    if tasks.names:
+        save(task_table(records), out / "tasks")
     return records, table
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from moesvd_quant.evaluation.table import TABLES, changes, render, table2, table11, table12
-from moesvd_quant.evaluation.zero_shot import SEVEN
+from moesvd_quant.recipe.tasks import SEVEN
 
 
 def record(name, size, ppl, ratio=0.0, **more):
