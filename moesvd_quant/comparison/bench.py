@@ -1,6 +1,6 @@
 """Several recipes on one model, side by side: the only honest way to say that one is better."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..calibration.store import fingerprint
@@ -73,7 +73,9 @@ def require_distinct(recipes: Sequence[str | Path]) -> None:
         seen[name] = given
 
 
-def written(recipes: dict[str, tuple[str, list[str]]], folder: Path, overrides: Sequence[str] = ()) -> dict[str, Path]:
+def written(
+    recipes: Mapping[str, tuple[str | dict, list[str]]], folder: Path, overrides: Sequence[str] = ()
+) -> dict[str, Path]:
     """YAML files of recipes that differ from others by overrides: {name: (recipe, overrides)} -> {name: file}."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.yaml" for name in recipes}
