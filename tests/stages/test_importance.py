@@ -32,7 +32,7 @@ def test_experts_get_ranks_by_what_their_layer_loses_without_them(make_model, tm
         ranks = planned["decisions"][path]["ranks"]
         share = np.maximum(lost, 0) / np.maximum(lost, 0).sum()
         for own in ranks.values():
-            assert np.abs(np.array(own) / sum(own) - share).max() < 0.06  # ranks are in steps of 8, of about 70
+            assert np.abs(np.array(own) - share * sum(own)).max() < 8  # ranks are in steps of 8
         # The factors are the plain singular value decomposition of the experts that are left, as numpy has it.
         experts = result.get_submodule(path)
         for name, weights in (("up", block.experts.gate_up_proj.chunk(2, 1)[1]), ("down", block.experts.down_proj)):
