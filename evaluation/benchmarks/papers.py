@@ -89,6 +89,7 @@ def methods(ratio: float, shape: Shape, training: Training) -> dict[str, tuple[s
         "NAEE": ("naee", prune),
         "REAP": ("reap", prune),
         "REAM": ("ream", [f"merge.ratio={experts}"]),
+        "MoE-Slimming": ("slim", [f"slim.ratio={experts}"]),
         "D2-MoE": ("d2-paper", [f"d2.ratio={ratio}", "d2.ratio_of=model"]),
         "MoE-SVD": ("moe-svd-paper", svd),
         "MoE-SVD†": ("moe-svd-dagger", [*svd, *lora]),

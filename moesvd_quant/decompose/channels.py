@@ -8,16 +8,16 @@ import torch
 
 def _damped(gram: torch.Tensor, damp: float) -> torch.Tensor:
     """G with `damp` times its mean diagonal added, float64."""
-    gram = gram.double()
-    ridge = damp * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    damped = gram.to(torch.float64, copy=True)
+    damped.diagonal().add_(damp * damped.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
+    return damped
 
 
 def channel_losses(down: torch.Tensor, gram: torch.Tensor, damp: float) -> torch.Tensor:
     """(I,) float64: what the output loses in squares when one channel goes and all others make up for it:
     ‖W_:j‖² / [G⁻¹]_jj (Hassibi and Stork 1992, of a column). down (hidden, I), gram (I, I)."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram, damp)))
-    return down.double().square().sum(0) / inverse.diagonal()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram, damp))).diagonal()
+    return down.double().square().sum(0) / inverse
 
 
 def refit_down(down: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damp: float) -> torch.Tensor:
@@ -29,5 +29,5 @@ def refit_down(down: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damp:
     gone = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     gone[kept] = False
     weight, root = down.double(), torch.linalg.cholesky(_damped(gram, damp)[kept][:, kept])
-    lost = weight[:, gone] @ gram.double()[gone][:, kept]
+    lost = weight[:, gone] @ gram[gone][:, kept].double()
     return weight[:, kept] + torch.cholesky_solve(lost.T, root).T

@@ -14,6 +14,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import AutoTokenizer
 
 from moesvd_quant import compress, load
+from moesvd_quant.evaluation.report import write_report
 from moesvd_quant.evaluation.task_table import task_table
 from moesvd_quant.evaluation.zero_shot import FOLDER, LOCAL, TaskError, zero_shot
 from moesvd_quant.recipe.recipe import RecipeError, load_recipe
@@ -142,6 +143,8 @@ def test_a_recipe_measures_tasks_of_the_original_and_of_every_checkpoint(make_mo
     share, n = made.evaluation[0].accuracy["piqa"], 3
     by_hand = (share * (1 - share) / (n - 1)) ** 0.5  # of a sample of zeros and ones
     assert cells[0] == f"{100 * share:.1f} ± {100 * by_hand:.1f}"
+    write_report(tmp_path / "out", tmp_path / "report.html")
+    assert cells[0] in (tmp_path / "report.html").read_text()
     file = made.folder / "eval.json"
     before = file.stat().st_mtime_ns
     compress(model, recipe, tmp_path / "out", device="cpu")
