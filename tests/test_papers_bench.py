@@ -29,10 +29,11 @@ def test_every_method_is_a_recipe_that_removes_the_same_share():
     assert len({file_name(name) for name in chosen}) == len(chosen)
 
 
-def test_the_share_is_that_of_the_files(make_model):
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_share_is_that_of_the_files(tied, make_model):
     from safetensors import safe_open
 
-    folder = make_model("mixtral")
+    folder = make_model("mixtral", tie_word_embeddings=tied)
     sizes = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as content:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from moesvd_quant.calibration.store import fingerprint
+from moesvd_quant.checkpoint.accounting import stored_tensors
 from moesvd_quant.cli.common import TaskData, TaskLimit, TaskNames, progress_bars, tasks_of
 from moesvd_quant.comparison.bench import compare, written
 from moesvd_quant.evaluation.perplexity import relative_change
@@ -59,7 +60,7 @@ class Training:
 
 def shape_of(folder: Path) -> Shape:
     model = StreamedModel(folder)
-    parameters = sum(parameter.numel() for parameter in model.model.parameters())
+    parameters = sum(tensor.numel() for tensor in stored_tensors(model.model).values())  # tied ones once
     layers = sum(any(True for _ in find_experts(layer)) for layer in model.layers)
     return Shape(parameters_of(model) / parameters, layers)
 
