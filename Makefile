@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow everything down, many times over, where another process wants the core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware docs clean
+.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware docs clean bench-papers
 
 venv: .venv/.installed
 
@@ -106,9 +106,16 @@ bench-stress: venv
 bench-forecast: venv
 	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.forecast --text $(LM)/wikitext-2-raw/wiki.test.raw.gz --calibration $(CALIBRATE) $(FORECAST)
 
+# Table 2 with every method, on the embedded model or another: an hour on two cores. PAPERS: options of evaluation/benchmarks/papers.py
+bench-papers: venv
+	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.papers --calibration $(CALIBRATE) --length 256 \
+	  --seen wikitext2=$(LM)/wikitext-2-raw/wiki.test.raw.gz --seen ptb=$(LM)/ptb/ptb.test.txt.gz --seen c4=$(LM)/c4/c4_realnewslike_snippets.jsonl.gz \
+	  --unseen code=$(CORPUS)/code.valid.jsonl.gz --unseen technical=$(CORPUS)/technical_docs.valid.jsonl.gz \
+	  --tasks zero-shot --task-data $(SHARED)/data/eval/tasks --limit 100 $(PAPERS)
+
 # ABLATIONS: options of evaluation/benchmarks/ablations.py, for example --text wikitext2 --calibration mine.txt --table 5
 bench-ablations: venv
 	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.ablations $(ABLATIONS)
 
 clean:
-	rm -rf site demo-out quality-out budget-out forecast-out stress-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl
+	rm -rf site demo-out quality-out budget-out forecast-out stress-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl papers-out

@@ -10,8 +10,11 @@ import torch
 
 from ..errors import UsageError
 from ..model.positions import positions, usual_length
+from ..recipe.recipe import Evaluate
+from ..recipe.tasks import data_folder
 from ..runtime.modeling_moesvd import file_digest
 from .perplexity import PROTOCOLS, rolling_windows
+from .zero_shot import require_tasks
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,16 @@ def window_length(wanted: EvalSpec, config, tokenizer) -> int:
     return wanted.length or usual_length(config, tokenizer)
 
 
+def spec_of(asked: Evaluate) -> EvalSpec:
+    """What a recipe asks to measure."""
+    length = None if asked.length == "auto" else asked.length
+    tasks = asked.wanted_tasks()
+    return EvalSpec(asked.texts(), length=length, tasks=tasks.names, task_data=tasks.data, limit=tasks.limit)
+
+
 def require_possible(wanted: EvalSpec) -> None:
-    """UsageError for a protocol that there is none of."""
+    """UsageError for a protocol that there is none of, TaskError for a task that cannot be asked."""
+    require_tasks(wanted.tasks, wanted.task_data)
     if unknown := sorted(set(wanted.protocols) - set(PROTOCOLS)):
         raise UsageError(f"protocol {', '.join(unknown)}: is none of {', '.join(PROTOCOLS)}")
 
@@ -87,8 +98,9 @@ def protocol_of(folder: Path, wanted: EvalSpec, device: str) -> dict[str, Any]:
     }
 
 
-def data_digest(folder: str | None) -> str | None:
-    """sha256 over the files of a folder with task data; None without one."""
+def data_digest(given: str | None) -> str | None:
+    """sha256 over the files of the folder with task data (`data_folder`); None without one."""
+    folder = data_folder(given)
     if folder is None:
         return None
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())

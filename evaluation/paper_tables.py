@@ -4,8 +4,8 @@
 from collections import Counter
 from statistics import fmean, stdev
 
+from ..recipe.tasks import SEVEN
 from .table import Table
-from .zero_shot import SEVEN
 
 
 def table8(records: list[dict]) -> Table:

@@ -3,9 +3,10 @@
 import re
 
 from ..errors import UsageError
+from ..recipe.tasks import SEVEN
 from .perplexity import relative_change
 from .table import Table
-from .zero_shot import SEVEN
+from .task_table import task_table
 
 COLUMNS = ("GPTQ (4bit)", "GPTQ (3bit)", "MoE-SVD (4bit)", "MoE-SVD (3bit)")
 
@@ -119,4 +120,4 @@ def mcnemar(own: str, base: str) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-PRINTED = {"8-printed": table8_as_printed, "12-paired": table12_paired}
+PRINTED = {"8-printed": table8_as_printed, "12-paired": table12_paired, "tasks": task_table}

@@ -10,11 +10,11 @@ import torch
 from ..errors import UsageError
 from ..memory.files import read_json, write_json
 from ..model.stream import Precision
+from ..recipe.tasks import task_names
 from .flops import flops_per_token
 from .inputs import EvalSpec, Text, data_digest, protocol_of, read_text, require_possible, window_length
 from .memory import disk_bytes, fits, loaded_bytes, peak_bytes
 from .perplexity import Logits, document_perplexity, in_memory, perplexity, too_long
-from .zero_shot import task_names
 
 RECORD, SPEED = "eval.json", "speed.json"
 Report = Callable[[str, int, int], None]  # what, done, total
@@ -83,13 +83,22 @@ def _open(folder: Path, wanted: EvalSpec, device: str, progress: Report) -> _Ope
     from ..model.stream import precision_on
 
     dtype, stored = precision_on(device), open_folder(folder).dtype
-    if wanted.stream if wanted.stream is not None else not fits(folder, device):
-        if wanted.tasks:
-            raise UsageError(f"{folder}: tasks need the whole model in memory; perplexity alone can stream")
+    if _streams(folder, wanted, device):
+        require_room(folder, wanted, device)
         made = streamed(folder, dtype, device, progress)
         return _Opened(made.logits, None, made.model, stored)
     model = moesvd_quant.load(folder, dtype or "auto").to(device)
     return _Opened(in_memory(model), model, model, stored)
+
+
+def _streams(folder: Path, wanted: EvalSpec, device: str) -> bool:
+    return wanted.stream if wanted.stream is not None else not fits(folder, device)
+
+
+def require_room(folder: Path, wanted: EvalSpec, device: str) -> None:
+    """UsageError for tasks on a model that has to stream."""
+    if wanted.tasks and _streams(folder, wanted, device):
+        raise UsageError(f"{folder}: tasks need the whole model in memory; perplexity alone can stream")
 
 
 def streamed(folder: Path, dtype: Precision, device: str, progress: Report | None = None):

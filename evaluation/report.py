@@ -15,6 +15,7 @@ from .report_figures import figures
 from .report_runs import runs_in, write_runs
 from .report_stage import PROJECTIONS, Stage, mean_error, stage_of
 from .table import Table
+from .task_table import task_table
 
 
 def write_report(folder: Path, file: Path) -> None:
@@ -41,6 +42,7 @@ def write_report(folder: Path, file: Path) -> None:
         recipe=last.manifest["recipe"],
         measured=table8(records) if records else None,
         changes=changes(records),
+        tasks=task_table(records),
         layers=_layer_table(last),
         weak=_weak(stages),
         figures=list(figures(stages, records)),

@@ -10,6 +10,7 @@ from .paper_tables import table8
 from .plot import figure_bytes
 from .record import RECORD, collect
 from .table import Table
+from .task_table import task_table
 
 
 def runs_in(folder: Path) -> dict[str, list[Path]]:
@@ -33,6 +34,7 @@ def write_runs(folder: Path, runs: dict[str, list[Path]], file: Path) -> None:
         runs=_table(runs),
         measured=table8(records) if records else None,
         changes=changes(records),
+        tasks=task_table(records),
         figures=[("Perplexity against bytes", "Lower left is better.", svg(picture))] if drawn else [],
         recipes=[(name, read_json(paths[-1] / MANIFEST)["recipe"]) for name, paths in runs.items()],
     )

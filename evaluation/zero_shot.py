@@ -1,7 +1,6 @@
 """Zero-shot accuracy by lm-eval, through its own model and task interfaces."""
 
 import logging
-import os
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
@@ -9,18 +8,9 @@ from pathlib import Path
 from statistics import fmean
 
 from ..errors import MoesvdError
+from ..recipe.tasks import FILES, data_folder, require_files, require_known, task_names
 
-# The seven tasks of the paper (Table 2) in its order and with its abbreviations; `zero-shot` stands for all.
-SEVEN = {
-    "openbookqa": "Openb.",
-    "arc_easy": "ARC_e",
-    "winogrande": "WinoG.",
-    "hellaswag": "HellaS.",
-    "arc_challenge": "ARC_c",
-    "piqa": "PIQA",
-    "mathqa": "MathQA",
-}
-LOCAL = (*SEVEN, "wikitext")  # tasks that have a YAML for local files here
+LOCAL = tuple(FILES)  # tasks that have a YAML for local files here
 FOLDER = Path(__file__).parent / "tasks"
 
 
@@ -28,9 +18,13 @@ class TaskError(MoesvdError, ValueError):
     """A task that is unknown, or whose data cannot be had."""
 
 
-def task_names(wanted: Iterable[str]) -> list[str]:
-    """`zero-shot` is the seven tasks; any other name is lm-eval's."""
-    return list(dict.fromkeys(name for given in wanted for name in (SEVEN if given == "zero-shot" else (given,))))
+def require_tasks(wanted: Iterable[str], data: str | None) -> None:
+    """Before any work: TaskError for a task that is unknown, or whose local files are not there."""
+    try:
+        require_known(wanted)
+        require_files(wanted, data_folder(data))
+    except (ValueError, FileNotFoundError) as error:
+        raise TaskError(f"zero-shot: {error}") from error
 
 
 def zero_shot(
@@ -47,13 +41,10 @@ def zero_shot(
     from lm_eval.models.huggingface import HFLM
 
     names = task_names(tasks)
-    data = data or os.environ.get("MOESVD_TASK_DATA")
+    require_tasks(names, data)
+    data = data_folder(data)
     known = {name: f"{name}_local" if data and name in LOCAL else name for name in names}
     manager = _manager(data)
-    if unknown := [name for name in known.values() if name not in manager.all_tasks]:
-        raise TaskError(
-            f"{', '.join(unknown)}: no task of lm-eval; give zero-shot, {', '.join(LOCAL)}, or see `lm_eval ls`"
-        )
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

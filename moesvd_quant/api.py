@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     import pandas
 
     from .evaluation.difference import Difference
-    from .evaluation.inputs import EvalSpec
     from .run.forecast import Needs
     from .run.run import Run
 
@@ -24,13 +23,14 @@ def _quiet(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a model. perplexity: by text. record: all of it, as eval.json has it."""
+    """What was measured of a model. perplexity: by text. accuracy: by task. record: all of it, as eval.json has it."""
 
     name: str
     folder: Path
     disk_bytes: int
     resident_bytes: int
     perplexity: dict[str, float]
+    accuracy: dict[str, float]
     record: dict
 
 
@@ -86,7 +86,13 @@ def frame(evaluations: Sequence[Evaluation]) -> "pandas.DataFrame":
     import pandas
 
     rows = [
-        {"name": one.name, "disk_bytes": one.disk_bytes, "resident_bytes": one.resident_bytes, **one.perplexity}
+        {
+            "name": one.name,
+            "disk_bytes": one.disk_bytes,
+            "resident_bytes": one.resident_bytes,
+            **one.perplexity,
+            **one.accuracy,
+        }
         for one in evaluations
     ]
     return pandas.DataFrame(rows)
@@ -133,7 +139,7 @@ def compress(
     job = start(
         model, recipe, out, overrides, device=device, memory=memory, workers=workers, executor=executor, report=report
     )
-    _require_texts(job)
+    _require_evaluation(job)
     if push:
         hub.require_push(push)
     folders = job.run()
@@ -204,13 +210,16 @@ def _listed(overrides: Overrides) -> list[str]:
     return list(overrides)
 
 
-def _require_texts(job: "Run") -> None:
-    """Before any work: TextError for a text that the recipe evaluates on and that cannot be read or is too short."""
+def _require_evaluation(job: "Run") -> None:
+    """Before any work: TextError for a text that the recipe evaluates on and that cannot be read or is too short,
+    UsageError for tasks on a model that does not fit."""
     from .calibration.rows import TextError
-    from .evaluation.inputs import read_text
+    from .evaluation.inputs import read_text, spec_of
+    from .evaluation.record import require_room
     from .model.tokenizer import load_tokenizer
 
-    asked, wanted = job.recipe.evaluate, _wanted(job)
+    asked, wanted = job.recipe.evaluate, spec_of(job.recipe.evaluate)
+    require_room(job.model, wanted, str(job.device))
     for index, (name, source) in enumerate(asked.texts().items()):
         key = f"[{index}]" if isinstance(asked.perplexity, list) else f".{name}"
         try:
@@ -222,19 +231,13 @@ def _require_texts(job: "Run") -> None:
             ) from error
 
 
-def _wanted(job: "Run") -> "EvalSpec":
-    from .evaluation.inputs import EvalSpec
-
-    asked = job.recipe.evaluate
-    return EvalSpec(asked.texts(), length=None if asked.length == "auto" else asked.length)
-
-
 def _evaluated(job: "Run", folders: list[Path], report: Report) -> list[Evaluation]:
-    """Of the original and every checkpoint of a run, on the recipe's texts."""
+    """Of the original and every checkpoint of a run, on the recipe's texts and tasks."""
     from .comparison.bench import cached_evaluate
+    from .evaluation.inputs import spec_of
 
-    wanted, found = _wanted(job), []
-    if not wanted.texts:
+    wanted, found = spec_of(job.recipe.evaluate), []
+    if not wanted.texts and not wanted.tasks:
         return []
     for source, folder in [(job.model, job.out / "00-original"), *((f, f) for f in folders)]:
         say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
@@ -256,6 +259,8 @@ def _write_costs(folders: list[Path], found: list[Evaluation]) -> None:
 
 def _evaluation(record: dict) -> Evaluation:
     figures = {name: one["ppl"] for name, one in record["perplexity"].items() if "ppl" in one}
+    tasks = record.get("zero_shot", {}).get("tasks", {})
+    correct = {name: one["acc"] for name, one in tasks.items() if "acc" in one}
     memory = record["memory"]
     folder = Path(record["folder"])
-    return Evaluation(record["name"], folder, memory["disk_bytes"], memory["resident_bytes"], figures, record)
+    return Evaluation(record["name"], folder, memory["disk_bytes"], memory["resident_bytes"], figures, correct, record)

@@ -123,6 +123,50 @@ def test_gptqmodel_reads_the_standard_form_with_the_same_logits(architecture, bi
     assert apart.median() < 0.1 * cost.median()
 
 
+# transformers opens GPTQ by optimum, which knows linears alone: here it is given those, and not the experts.
+OPTIMUM = """
+import json, sys, torch
+from pathlib import Path
+from optimum.gptq import GPTQQuantizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig
+folder = Path(sys.argv[1])
+config = json.loads((folder / "config.json").read_text())
+described = config.pop("quantization_config") | {"dataset": None, "backend": "gptq_torch"}
+linears = [f"self_attn.{kind}_proj" for kind in "qkvo"]
+reader = GPTQQuantizer.from_dict(described | {"modules_in_block_to_quantize": [linears]})
+model = AutoModelForCausalLM.from_config(MixtralConfig(**config), dtype=torch.float16)
+model = reader.convert_model(model, device_map={"": "cpu"})
+tensors = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+attention = {name: t for name, t in tensors.items() if "self_attn" in name}
+assert not model.load_state_dict(attention, strict=False).unexpected_keys
+model = reader.post_init_model(model).eval()
+found = {}
+with torch.no_grad():
+    for layer in range(config["num_hidden_layers"]):
+        for name in linears:
+            path = f"model.layers.{layer}.{name}"
+            linear = model.get_submodule(path)
+            found[path] = linear(torch.eye(linear.in_features, dtype=torch.float16)).T.float().contiguous()
+save_file(found, sys.argv[2])
+"""
+
+
+def test_optimum_reads_the_linears_that_it_knows(make_model, tmp_path, small):
+    """Each weight as its products with unit vectors, against the dense export."""
+    checkpoint = compress(make_model("mixtral", torch.float16), tmp_path / "run", small, "gptq4", *PLAIN)
+    for to in ("dense", "gptqmodel"):
+        export_checkpoint(checkpoint, tmp_path / to, to)
+    command = [sys.executable, "-c", OPTIMUM, tmp_path / "gptqmodel", tmp_path / "out.safetensors"]
+    environment = os.environ | {"GPTQMODEL_DISABLE_PACK_EXT": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    plain, found = tensors_of(tmp_path / "dense"), load_file(tmp_path / "out.safetensors")
+    assert len(found) == 8
+    for path, weight in found.items():
+        assert torch.allclose(weight, plain[f"{path}.weight"].float(), rtol=2e-3, atol=1e-5), path
+
+
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
 def test_gptq_has_the_names_of_the_files_and_transformers_refuses_it(architecture, make_model, tmp_path, small):
     checkpoint = compress(make_model(architecture), tmp_path / "run", small, "gptq4", *PLAIN)

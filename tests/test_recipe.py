@@ -130,7 +130,10 @@ def test_no_budgets(text):
             ["mine.yaml:1: stages[0].svd.share:", "'equation_8'", "got 'eq8'"],
         ),
         ("stages: [{gptq: {bits: 4, group_size: 12}}]", ["12 is not a positive multiple of 8"]),
-        ("stages: []", ["mine.yaml:1: stages: give at least one of drop, prune, merge, sparsify, svd, d2, lora, gptq"]),
+        (
+            "stages: []",
+            ["mine.yaml:1: stages: give at least one of drop, prune, merge, slim, sparsify"],
+        ),
         ("stages: [svd\n", ["mine.yaml:2:"]),
         ("seed: 1\nseed: 2\nstages: [svd]", ["mine.yaml:2: key 'seed' stands here twice"]),
         ("- svd", ["a recipe is a mapping"]),

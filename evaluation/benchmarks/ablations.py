@@ -9,14 +9,16 @@ from typing import Annotated
 import typer
 import yaml
 
-from moesvd_quant.cli.common import progress_bars
+from moesvd_quant.cli.common import TaskData, TaskLimit, TaskNames, progress_bars, tasks_of
 from moesvd_quant.comparison.bench import compare
 from moesvd_quant.errors import ModelError
 from moesvd_quant.evaluation.table import Table, render
+from moesvd_quant.evaluation.task_table import task_table
 from moesvd_quant.model.experts import expert_count, find_experts
 from moesvd_quant.model.named import resolve_device, resolve_model
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.tasks import NO_TASKS, Tasks
 from moesvd_quant.recipe.texts import named_texts
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run
@@ -55,9 +57,10 @@ def rows_of(number: int, ratio: float, experts: int, calibrations: Sequence[str]
 
 def run_table(
     number: int, model: Path, out: Path, texts: dict[str, str], ratio: float, experts: int, calibrations: Sequence[str],
-    samples: int, length: int | None, device: str, report,
+    samples: int, length: int | None, device: str, report, tasks: Tasks = NO_TASKS,
 ) -> Table:  # fmt: skip
-    """Runs the recipes of a table under OUT; what each removed, and from which layers, and perplexity on each text."""
+    """Runs the recipes of a table under OUT; what each removed, and from which layers, perplexity on each text, and
+    accuracy in each task."""
     out.mkdir(parents=True, exist_ok=True)
     rows = rows_of(number, ratio, experts, calibrations)
     files: dict[str, str] = {}  # by what a recipe will do: rows that choose the same layers are run once
@@ -73,9 +76,9 @@ def run_table(
         layout = plan_stages(run)[-1]["layout"]["experts"]
         file_of[label] = files.setdefault(json.dumps([text, rest, layout]), str(file))
     report("plans", len(rows), len(rows))
-    records, _ = compare(model, list(files.values()), out, texts, length, (), device, report)
+    records, _ = compare(model, list(files.values()), out, texts, length, (), device, report, (), tasks)
     record_of = dict(zip(files.values(), records[1:]))
-    columns = ["", "experts removed %", "layers decomposed", *texts]
+    columns = ["", "experts removed %", "layers decomposed", *texts, *task_table(records[:1]).columns[1:]]
     made = [_row("original", records[0], "none", texts)]
     for label, name in file_of.items():
         made.append(_row(label, record_of[name], _decomposed(out / Path(name).stem), texts))
@@ -84,7 +87,8 @@ def run_table(
 
 def _row(label: str, record: dict, layers: str, texts) -> list[str | float]:
     figures = [float(f"{record['perplexity'][text]['ppl']:.5g}") for text in texts]
-    return [label, round(100 * record["accounting"]["expert_ratio"], 2), layers, *figures]
+    accuracies = [cell for row in task_table([record]).rows for cell in row[1:]]
+    return [label, round(100 * record["accounting"]["expert_ratio"], 2), layers, *figures, *accuracies]
 
 
 def _decomposed(run: Path) -> str:
@@ -117,6 +121,9 @@ def main(
     ratio: Annotated[list[float] | None, typer.Option(help="Fraction of expert parameters removed.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 256,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    tasks: TaskNames = None,
+    task_data: TaskData = None,
+    limit: TaskLimit = None,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("ablations-out"),
     device: str = "auto",
 ) -> None:
@@ -131,8 +138,9 @@ def main(
             with progress_bars() as report:
                 given = calibration or ["wikitext2", "c4"]
                 made = run_table(
-                    number, folder, out, texts, share, experts, given, samples, length, resolve_device(device), report
-                )
+                    number, folder, out, texts, share, experts, given, samples, length, resolve_device(device), report,
+                    tasks_of(tasks, task_data, limit),
+                )  # fmt: skip
             name = f"table{number}-{round(share * 100)}"
             (out / f"{name}.md").write_text(render(made, "markdown"))
             print(f"{made.title}\n\n{render(made, 'markdown')}\n{out / name}.md", flush=True)

@@ -6,29 +6,24 @@ The folder is $MOESVD_TASK_DATA, or `data` of the metadata (`lm_eval run --metad
 
 import gzip
 import json
-import os
 import re
-from pathlib import Path
 
 from datasets import Dataset
 
+from moesvd_quant.recipe.tasks import FILES, data_folder, find_file
 
-def _read(folder: str | None, *names: str) -> str:
-    """Text of the first file that has one of the names; FileNotFoundError says what was looked for."""
-    root = folder or os.environ.get("MOESVD_TASK_DATA")
+
+def _read(folder: str | None, task: str) -> list[str]:
+    """Texts of a task's files; FileNotFoundError says what was looked for."""
+    root = data_folder(folder)
     if not root:
         raise FileNotFoundError("no folder of task data: set MOESVD_TASK_DATA, or give --task-data FOLDER")
-    for name in names:
-        parent, _, file = name.rpartition("/")
-        for path in sorted(Path(root).rglob(f"{file}*")):
-            if path.name in (file, file + ".gz") and path.parent.name in (parent, parent or path.parent.name):
-                raw = path.read_bytes()
-                return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-    raise FileNotFoundError(f"{root}: has none of {', '.join(names)} (or .gz) in it")
+    found = [find_file(root, names) for names in FILES[task]]
+    return [(gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes()).decode() for p in found]
 
 
-def _lines(folder, *names) -> list[dict]:
-    return [json.loads(line) for line in _read(folder, *names).splitlines() if line.strip()]
+def _lines(folder: str | None, task: str) -> list[dict]:
+    return [json.loads(line) for line in _read(folder, task)[0].splitlines() if line.strip()]
 
 
 def _questions(rows: list[dict]) -> Dataset:
@@ -45,40 +40,37 @@ def _questions(rows: list[dict]) -> Dataset:
 
 
 def openbookqa(data=None, **_) -> dict:
-    return {"test": _questions(_lines(data, "openbookqa/test.jsonl"))}
+    return {"test": _questions(_lines(data, "openbookqa"))}
 
 
 def arc_easy(data=None, **_) -> dict:
-    return {"test": _questions(_lines(data, "ARC-Easy-Test.jsonl"))}
+    return {"test": _questions(_lines(data, "arc_easy"))}
 
 
 def arc_challenge(data=None, **_) -> dict:
-    return {"test": _questions(_lines(data, "ARC-Challenge-Test.jsonl"))}
+    return {"test": _questions(_lines(data, "arc_challenge"))}
 
 
 def winogrande(data=None, **_) -> dict:
-    return {"validation": Dataset.from_list(_lines(data, "winogrande/dev.jsonl"))}
+    return {"validation": Dataset.from_list(_lines(data, "winogrande"))}
 
 
 def piqa(data=None, **_) -> dict:
-    rows = _lines(data, "piqa/valid.jsonl")
-    labels = [int(line) for line in _read(data, "piqa/valid-labels.lst").split()]
+    questions, answers = _read(data, "piqa")
+    rows = [json.loads(line) for line in questions.splitlines() if line.strip()]
+    labels = [int(line) for line in answers.split()]
     if len(rows) != len(labels):
         raise ValueError(f"piqa: {len(rows)} questions and {len(labels)} labels")
     return {"validation": Dataset.from_list([row | {"label": label} for row, label in zip(rows, labels)])}
 
 
 def mathqa(data=None, **_) -> dict:
-    return {"test": Dataset.from_list(json.loads(_read(data, "mathqa/test.json")))}
+    return {"test": Dataset.from_list(json.loads(*_read(data, "mathqa")))}
 
 
 def hellaswag(data=None, **_) -> dict:
     """The published layout, or one that was cleaned before and whose context is one piece."""
-    return {
-        "validation": Dataset.from_list(
-            [_split(row) for row in _lines(data, "hellaswag_val.jsonl", "hellaswag/val.jsonl")]
-        )
-    }
+    return {"validation": Dataset.from_list([_split(row) for row in _lines(data, "hellaswag")])}
 
 
 def _split(row: dict) -> dict:
@@ -93,7 +85,7 @@ def wikitext(data=None, **_) -> dict:
     """Articles of WikiText-2, split where the published document-level version splits: at their titles."""
     pages: list[str] = []
     lines: list[str] = []
-    for line in _read(data, "wiki.test.raw").split("\n"):
+    for line in _read(data, "wikitext")[0].split("\n"):
         title = line.replace("= = =", "===").replace("= =", "==").strip()
         if title.startswith("= ") and title.endswith(" ="):
             pages.append("\n".join(lines))

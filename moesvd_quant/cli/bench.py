@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from ..model.named import resolve_device, resolve_model
-from .common import Device, Json, Model, Out, Overrides, app, progress_bars, whole_numbers
+from .common import (
+    Device,
+    Json,
+    Model,
+    Out,
+    Overrides,
+    TaskData,
+    TaskLimit,
+    TaskNames,
+    app,
+    progress_bars,
+    tasks_of,
+    whole_numbers,
+)
 
 
 @app.command()
@@ -22,6 +35,9 @@ def bench(
     samples: Annotated[
         str | None, typer.Option(help="Repeat with these numbers of calibration windows, by commas.")
     ] = None,
+    tasks: TaskNames = None,
+    task_data: TaskData = None,
+    limit: TaskLimit = None,
     out: Out = Path("bench"),
     device: Device = "auto",
     as_json: Json = False,
@@ -34,12 +50,13 @@ def bench(
     sync_threads()
     names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
     texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
+    asked = tasks_of(tasks, task_data, limit)
     with progress_bars(as_json) as report:
         if seeds or samples:
             from ..comparison.sweep import sweep
             from ..evaluation.inputs import EvalSpec
 
-            wanted = EvalSpec(texts, length=length)
+            wanted = EvalSpec(texts, ("gptq",), length, None, None, *asked)
             records, found = sweep(
                 folder,
                 names,
@@ -52,7 +69,7 @@ def bench(
                 report,
             )
         else:
-            records, found = compare(folder, names, out, texts, length, overrides, where, report)
+            records, found = compare(folder, names, out, texts, length, overrides, where, report, (), asked)
     _print_comparison(records, found, out, as_json)
 
 
@@ -93,10 +110,13 @@ def demo(out: Out = Path("demo-out"), as_json: Json = False) -> None:
 
 def _print_comparison(records: list[dict], compared, out: Path, as_json: bool) -> None:
     from ..evaluation.table import render
+    from ..evaluation.task_table import task_table
 
     if as_json:
         print(json.dumps(records))
         return
     print(render(compared), end="")
-    written = " ".join(str(path) for path in sorted([*out.glob("table*.*"), *out.glob("*.png")]))
+    if (tasks := task_table(records)).rows and "sweep" not in records[-1]:
+        print(render(tasks), end="")
+    written = " ".join(str(path) for path in sorted([*out.glob("ta[bs]*.*"), *out.glob("*.png")]))
     print(f"checkpoints: {out}/*/0*-*\ntable and plot: {written}")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import UsageError
+from ..recipe.tasks import Tasks
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -25,12 +26,22 @@ Recipe = Annotated[
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example svd.ratio=0.6.")]
 
+TaskNames = Annotated[str | None, typer.Option(help="Tasks of lm-eval, by commas; zero-shot: the paper's seven.")]
+TaskData = Annotated[Path | None, typer.Option(help="Folder of local task files; else from the hub.")]
+TaskLimit = Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")]
+
 
 def _recipe_names() -> list[str]:
     """For shells that complete words."""
     from ..recipe.shipped import shipped
 
     return [name for name, _ in shipped()]
+
+
+def tasks_of(names: str | None, data: Path | None, limit: int | None) -> Tasks:
+    """What the three options above ask for; names by commas."""
+    asked = tuple(name.strip() for name in names.split(",")) if names else ()
+    return Tasks(asked, None if data is None else str(data), limit)
 
 
 @contextmanager
@@ -60,8 +71,11 @@ def print_table(records: list[dict], form: str) -> None:
     from ..evaluation.paper_tables import table8
     from ..evaluation.record import doubts
     from ..evaluation.table import render
+    from ..evaluation.task_table import task_table
 
     print(render(table8(records), form), end="")
+    if (tasks := task_table(records)).rows:
+        print(render(tasks, form), end="")
     for doubt in doubts(records):
         print(doubt, file=sys.stderr)
 

@@ -9,7 +9,18 @@ import typer
 
 from ..errors import UsageError
 from ..model.named import resolve_device, resolve_model
-from .common import Device, Json, app, print_table, progress_bars, whole_numbers
+from .common import (
+    Device,
+    Json,
+    TaskData,
+    TaskLimit,
+    TaskNames,
+    app,
+    print_table,
+    progress_bars,
+    tasks_of,
+    whole_numbers,
+)
 from .models import record_places
 
 
@@ -22,11 +33,9 @@ def evaluate_verb(
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="One layer in memory; default: where it does not fit.")
     ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, by commas; zero-shot: the paper's seven.")
-    ] = None,
-    task_data: Annotated[Path | None, typer.Option(help="Folder of local task files; else from the hub.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,
+    tasks: TaskNames = None,
+    task_data: TaskData = None,
+    limit: TaskLimit = None,
     batch: Annotated[int | None, typer.Option(help="Windows, or requests of tasks, at a time.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the records; default: beside weights.")] = None,
     peak: Annotated[bool, typer.Option(help="Also measure peak memory in a fresh process.")] = False,
@@ -40,9 +49,9 @@ def evaluate_verb(
     from ..recipe.texts import named_texts
 
     texts = named_texts(text or ([] if tasks else ["wikitext2"]))
-    named = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
-    data = None if task_data is None else str(task_data)
-    wanted = EvalSpec(texts, tuple(protocol or ["gptq"]), length, batch, stream, named, data, limit, peak)
+    wanted = EvalSpec(
+        texts, tuple(protocol or ["gptq"]), length, batch, stream, *tasks_of(tasks, task_data, limit), peak=peak
+    )
     records = []
     models = {str(folder): resolve_model(str(folder)) for folder in folders}
     places = {given: place / RECORD for given, place in record_places(models, out).items()}
@@ -60,12 +69,7 @@ def evaluate_verb(
     if as_json:
         print(json.dumps(records))
         return
-    from ..evaluation.paper_tables import table2
-    from ..evaluation.table import render
-
     print_table(records, "terminal")
-    if named:
-        print(render(table2(records)), end="")
     for record in records:
         for name, figures in record["perplexity"].items():
             if figures.get("interval"):
@@ -75,7 +79,7 @@ def evaluate_verb(
 
 @app.command()
 def table(
-    number: Annotated[str, typer.Argument(help="Table of the paper: 2, 8, 8-printed, 11, 12 or 12-paired.")],
+    number: Annotated[str, typer.Argument(help="Table of the paper: 2, 8, 8-printed, 11, 12 or 12-paired; or tasks.")],
     folders: Annotated[list[Path], typer.Argument(help="Folders with eval.json, or of runs.")],
     form: Annotated[str, typer.Option("--format", help="terminal, markdown, csv, json or latex.")] = "terminal",
     plot: Annotated[Path | None, typer.Option(help="Also draw perplexity against bytes into this PNG.")] = None,

@@ -1,18 +1,20 @@
 """Several recipes on one model, side by side: the only honest way to say that one is better."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..calibration.store import fingerprint
 from ..errors import UsageError
-from ..evaluation.inputs import EvalSpec, protocol_of
+from ..evaluation.inputs import EvalSpec, protocol_of, require_possible
 from ..evaluation.paper_tables import table8
 from ..evaluation.plot import plot_bytes
 from ..evaluation.record import RECORD, answers, evaluate, write
 from ..evaluation.table import Table, save
+from ..evaluation.task_table import task_table
 from ..memory.files import read_json
 from ..recipe.load import load_recipe
 from ..recipe.recipe import Evaluate
+from ..recipe.tasks import NO_TASKS, Tasks
 from ..run.run import Run
 
 Report = Callable[[str, int, int], None]
@@ -28,14 +30,16 @@ def compare(
     device: str = "cpu",
     report: Report = lambda what, done, total: None,
     more: Sequence[dict] = (),
+    tasks: Tasks = NO_TASKS,
 ) -> tuple[list[dict], Table]:
-    """Runs each recipe under OUT/NAME and evaluates its last checkpoint and the original on `texts`.
+    """Runs each recipe under OUT/NAME and evaluates its last checkpoint and the original on `texts` and `tasks`.
 
-    Writes OUT/table8.md, .csv, .json and OUT/perplexity-against-bytes.png. Recipes are loaded before any runs;
-    finished runs and records by the same protocol stay. Returns the records and their table, with the records `more` of
-    what no recipe makes.
+    Writes OUT/table8.md, .csv, .json and OUT/perplexity-against-bytes.png; with tasks OUT/tasks.md and so on. Recipes
+    are loaded before any runs; finished runs and records by the same protocol stay. Returns the records, those of
+    `more` that no recipe makes among them, and their table.
     """
-    measure = EvalSpec(texts, length=length)
+    measure = EvalSpec(texts, length=length, tasks=tasks.names, task_data=tasks.data, limit=tasks.limit)
+    require_possible(measure)
     loaded = [load_recipe(name, [*overrides, "evaluate.perplexity=[]", "keep=last"]) for name in recipes]
     require_distinct(recipes)
     evaluated = Evaluate(perplexity=texts, length=length or "auto")  # a stage that trains refuses these as its text
@@ -50,6 +54,8 @@ def compare(
     table = table8(records)
     save(table, out / "table8")
     plot_bytes(records, out / "perplexity-against-bytes.png")
+    if tasks.names:
+        save(task_table(records), out / "tasks")
     return records, table
 
 
@@ -69,7 +75,9 @@ def require_distinct(recipes: Sequence[str | Path]) -> None:
         seen[name] = given
 
 
-def written(recipes: dict[str, tuple[str, list[str]]], folder: Path, overrides: Sequence[str] = ()) -> dict[str, Path]:
+def written(
+    recipes: Mapping[str, tuple[str | dict, list[str]]], folder: Path, overrides: Sequence[str] = ()
+) -> dict[str, Path]:
     """YAML files of recipes that differ from others by overrides: {name: (recipe, overrides)} -> {name: file}."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: folder / f"{name}.yaml" for name in recipes}

@@ -30,6 +30,42 @@ def level_ranks(costs: Sequence[int], full: Sequence[int], budget: int, step: in
     return _exchange(ranks, costs, full, rest, step)
 
 
+EPSILON = 1e-6  # of the largest importance: what an expert without any counts
+
+
+def importance_ranks(
+    importance: Sequence[float], power: float, costs: Sequence[int], full: Sequence[int], budget: int, step: int = STEP
+) -> list[int]:
+    """Ranks of one layer's items proportional to (I + eps)^power (MoE-I², Yang et al. 2024) and to their full ranks,
+    multiples of `step`, at least one step and at most the full rank; never above `budget`.
+
+    importance: I of each item, at least 0; costs: parameters per unit of its rank. What rounding leaves goes to the
+    most important items, a step each. ValueError where one step for each is more than the budget.
+    """
+    if step * sum(costs) > budget:
+        raise ValueError(f"{budget} parameters are less than rank {step} for each of {len(costs)} matrices")
+    top = max(importance)
+    weights = [(value / top + EPSILON) ** power if top > 0 else 1.0 for value in importance]
+
+    def at(scale: float) -> list[int]:
+        return [min(f, max(step, int(scale * w * f) // step * step)) for w, f in zip(weights, full)]
+
+    def spent(ranks: list[int]) -> int:
+        return sum(cost * rank for cost, rank in zip(costs, ranks))
+
+    low, high = 0.0, 1 / min(weights)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(at(middle)) <= budget else (low, middle)
+    ranks = at(low)
+    rest = budget - spent(ranks)
+    for item in sorted(range(len(costs)), key=lambda i: -weights[i]):
+        if costs[item] * step <= rest and ranks[item] + step <= full[item]:
+            ranks[item] += step
+            rest -= costs[item] * step
+    return ranks
+
+
 def _exchange(ranks, costs, full, rest: int, step: int) -> list[int]:
     """The ranks with up to three steps more or less for each of (at most five) distinct costs, where that spends more
     of `rest`; the fewest steps among equals."""

@@ -3,11 +3,12 @@
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator
 
 from ..errors import MoesvdError
 from .budget import parse_budget
 from .stage import Stage
+from .tasks import Tasks, data_folder, require_files, require_known
 from .texts import named_texts
 
 
@@ -33,6 +34,16 @@ class Evaluate(_Part):
         default_factory=list, description="texts: known names, or name: source"
     )
     length: Literal["auto"] | Annotated[int, Field(ge=16)] = Field("auto", description="tokens per window")
+    tasks: str | list[str] = Field(
+        default_factory=list, description="tasks of lm-eval, without examples; zero-shot: the paper's seven"
+    )
+    task_data: str | None = Field(
+        None, validate_default=True, description="folder of local task files; else lm-eval loads from the hub"
+    )
+    limit: Annotated[int, Field(gt=0)] | None = Field(None, description="only so many documents of each task")
+
+    def wanted_tasks(self) -> Tasks:
+        return Tasks(tuple([self.tasks] if isinstance(self.tasks, str) else self.tasks), self.task_data, self.limit)
 
     def texts(self) -> dict[str, str]:
         """{name: source}; a list names known texts or files."""
@@ -44,6 +55,27 @@ class Evaluate(_Part):
     def _distinct(cls, value):
         if isinstance(value, list):
             named_texts(value)
+        return value
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, value):
+        require_known([value] if isinstance(value, str) else value)
+        return value
+
+    @field_validator("task_data", "limit")
+    @classmethod
+    def _of_tasks(cls, value, info: ValidationInfo):
+        if "tasks" not in info.data:  # which is wrong, and said
+            return value
+        tasks = info.data["tasks"]
+        if value is not None and not tasks:
+            raise ValueError("only with tasks")
+        if info.field_name == "task_data":
+            try:
+                require_files([tasks] if isinstance(tasks, str) else tasks, data_folder(value))
+            except FileNotFoundError as error:
+                raise ValueError(str(error)) from error
         return value
 
 

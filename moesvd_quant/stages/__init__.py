@@ -7,12 +7,14 @@ from .gptq import Gptq
 from .lora import Lora
 from .merge import Merge
 from .prune import Prune
+from .slim import Slim
 from .sparsify import Sparsify
 from .svd import Svd
 
 register(Drop)
 register(Prune)
 register(Merge)
+register(Slim)
 register(Sparsify)
 register(Svd)
 register(D2)

@@ -1,16 +1,18 @@
-"""Ranks of the published factorizations per expert: one share for all, OWL's shares of layers, or ASVD's search."""
+"""Ranks of the published factorizations per expert: one share for all, OWL's shares of layers, ASVD's search, or
+MoE-I²'s importance of experts."""
 
 import torch
 
 from ..calibration.truncation import truncation_losses
 from ..decompose.baselines import asvd
-from ..decompose.ranks import STEP
+from ..decompose.ranks import STEP, importance_ranks
 from ..decompose.sparsity import owl_shares
 from ..decompose.truncation import RATIOS, SAMPLES, rank_of, search_truncation
 from ..planning.by_bytes import NotReachable
 from ..planning.context import Context, reached
 from ..planning.knapsack import DENSE
 from ..planning.parts import parts_by_rank
+from .importance import importance_of
 from .paper import own_ranks, require_ranks
 from .paper_layers import mean_inputs
 from .svd import Svd
@@ -24,6 +26,8 @@ def plan_own(context: Context, survey: dict[str, dict], budget: int, options: Sv
         ranks = _searched(context, survey, budget, options)
     elif options.ranks == "owl":
         ranks = _by_outliers(survey, budget)
+    elif options.ranks == "importance":
+        ranks = _by_importance(context, survey, budget, options)
     else:  # one share of the full rank for every matrix: what SVD-LLM does, and ASVD without its search
         ranks = own_ranks(survey, _items(survey), budget)
     require_ranks(ranks)
@@ -55,6 +59,24 @@ def _by_outliers(survey: dict[str, dict], budget: int) -> Ranks:
     ranks: Ranks = {}
     for (path, entry), size, share in zip(survey.items(), sizes, shares):
         ranks |= own_ranks(survey, [(path, name) for name in entry["shapes"]], int(share * size))
+    return ranks
+
+
+def _by_importance(context: Context, survey: dict[str, dict], budget: int, options: Svd) -> Ranks:
+    """In each layer by the importance of its experts; all layers keep the same share."""
+    importance = importance_of(context, list(survey))
+    ranks: Ranks = {}
+    whole = sum(map(_size, survey.values()))
+    for path, entry in survey.items():
+        items = [(name, shape) for name, shape in entry["shapes"].items() for _ in importance[path]]
+        weights = importance[path] * len(entry["shapes"])
+        costs, full = [sum(shape) for _, shape in items], [min(shape) for _, shape in items]
+        try:
+            found = importance_ranks(weights, options.power, costs, full, budget * _size(entry) // whole)
+        except ValueError as error:
+            raise NotReachable(f"{path}: svd.ranks: importance: {error}; lower the ratio") from error
+        for (name, _), rank in zip(items, found):
+            ranks.setdefault((path, name), []).append(rank)
     return ranks
 
 

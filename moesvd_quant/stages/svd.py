@@ -36,10 +36,14 @@ class Svd(Stage):
     ratio_of: Literal["experts", "model"] = Field(
         "experts", description="what ratio is a share of: routed-expert parameters, or all parameters, as papers count"
     )
-    ranks: Literal["uniform", "owl", "strs"] = Field(
+    ranks: Literal["uniform", "owl", "strs", "importance"] = Field(
         "uniform",
         description="svd_llm, asvd, fwsvd, plain: uniform: the same share of the rank for every matrix; owl: more in "
-        "layers with many outliers (OWL); strs, of asvd: by the loss that each truncation alone causes (ASVD)",
+        "layers with many outliers (OWL); strs, of asvd: by the loss that each truncation alone causes (ASVD); "
+        "importance: in each layer by what its output loses without the expert (MoE-I\u00b2)",
+    )
+    power: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="ranks: importance: ranks are proportional to this power of an expert's importance"
     )
     update: bool = Field(
         False,
@@ -99,6 +103,7 @@ class Svd(Stage):
             "error_aware": (self.method == "global", "method: global"),
             "ranks": (self.method in LABELS and self.method != "global", "method: svd_llm, asvd, fwsvd or plain"),
             "alpha": (self.method == "asvd", "method: asvd"),
+            "power": (self.ranks == "importance", "ranks: importance"),
         }
         own = {
             "select": (scored, "layers left out"),

@@ -12,7 +12,7 @@ from ..decompose.sensitivity import sampling_frequency
 from ..decompose.sharing import SHARINGS, share_in_groups
 from ..decompose.whitening import balance, refit_left, whitened_svd
 from ..model.experts import expert_count, find_experts, shapes_of
-from ..model.remaining import is_gone
+from ..model.remaining import is_gone, is_whole, members_of, sources_of
 from ..planning.allocation import plan_budget, plan_ratio
 from ..planning.by_bytes import require_one_unknown, spend
 from ..planning.choices import row_scale
@@ -43,7 +43,7 @@ def plan(context: Context, options: Svd) -> Plan:
     if options.error_aware:
         require_originals(context.parent)
     if options.method != "global":
-        _require_all(context, options.method)
+        _require_all(context, options)
     if options.method == "global":
         if options.ratio is None:
             return plan_budget(context, ranks=True)
@@ -71,13 +71,16 @@ def plan(context: Context, options: Svd) -> Plan:
     return Plan(layout, decisions, {"kept in 16 bit": kept} if kept else {})
 
 
-def _require_all(context: Context, method: str) -> None:
-    """Before any walk: StageError where experts were left out or merged: the published methods know of neither."""
+def _require_all(context: Context, options: Svd) -> None:
+    """Before any walk: StageError where experts were merged, or left out for a method that asks statistics of all."""
+    alone = options.method in ("plain", "svd_llm") and options.ranks in ("uniform", "importance") and not options.update
     for layer, name in zip(context.parent.layers, context.parent.layer_names):
         for path, experts in find_experts(layer):
-            if isinstance(experts, FactorizedExperts):
+            whole = is_whole(experts) and all(len(group) == 1 for group in sources_of(experts))
+            if isinstance(experts, FactorizedExperts) and not (alone and whole):
                 raise StageError(
-                    f"{name}.{path}: some experts were left out or merged; svd.method {method} takes all: use global"
+                    f"{name}.{path}: some experts were left out or merged; svd.method {options.method} takes all: use "
+                    "global"
                 )
 
 
@@ -98,7 +101,11 @@ def _survey(context: Context, options: Svd) -> tuple[dict[str, dict], dict[str, 
 
 
 def _surveyed(context: Context, options: Svd) -> tuple[dict[str, dict], dict[str, str]]:
-    found = dict(context.each_layer(partial(_survey_layer, options), context.surveyed))
+    if options.method == "moe_svd" or options.ranks == "owl":
+        found = dict(context.each_layer(partial(_survey_layer, options), context.surveyed))
+    else:  # no weight is asked for: the input checkpoint may not be made yet
+        layers, statistics = context.parent.layers, context.statistics.layers(context.progress)
+        found = {i: _survey_layer(options, context, i, layers[i], own) for i, own in enumerate(statistics)}
     survey = {path: entry for index in sorted(found) for path, entry in found[index].items()}
     unreached = {path: UNREACHED for path, entry in survey.items() if entry is None}
     survey = {path: entry for path, entry in survey.items() if entry is not None}
@@ -117,7 +124,7 @@ def _survey_layer(options: Svd, context: Context, index: int, layer, statistics:
             found[full] = None
             continue
         entry: dict = {"layer": index, "shapes": shapes_of(experts), "experts": expert_count(experts)}
-        entry["weak"] = weak_experts(statistics, path)
+        entry["weak"] = weak_experts(statistics, path, members_of(experts))
         if options.method == "moe_svd":
             entry |= survey_layer(experts, statistics, path, context.statistics.windows.numel(), options)
         if options.ranks == "owl":

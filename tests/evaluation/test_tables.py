@@ -8,7 +8,7 @@ import pytest
 from moesvd_quant.evaluation.changes import changes
 from moesvd_quant.evaluation.paper_tables import TABLES, table2, table11, table12
 from moesvd_quant.evaluation.table import render
-from moesvd_quant.evaluation.zero_shot import SEVEN
+from moesvd_quant.recipe.tasks import SEVEN
 
 
 def record(name, size, ppl, ratio=0.0, **more):

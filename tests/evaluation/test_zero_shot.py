@@ -13,8 +13,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import AutoTokenizer
 
-from moesvd_quant import load
-from moesvd_quant.evaluation.zero_shot import FOLDER, LOCAL, SEVEN, TaskError, task_names, zero_shot
+from moesvd_quant import compress, load
+from moesvd_quant.evaluation.report import write_report
+from moesvd_quant.evaluation.task_table import task_table
+from moesvd_quant.evaluation.zero_shot import FOLDER, LOCAL, TaskError, zero_shot
+from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.recipe.recipe import RecipeError
+from moesvd_quant.recipe.tasks import SEVEN, task_names
 
 PROMPTS = ("output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results")
 
@@ -122,6 +127,54 @@ def test_what_cannot_be_asked_is_said(make_model, tmp_path):
         zero_shot(model, tokenizer, ["openbook"], str(tmp_path))
     with pytest.raises(TaskError, match=r"has none of piqa/valid.jsonl"):
         zero_shot(model, tokenizer, ["piqa"], str(tmp_path))
+
+
+def test_a_recipe_measures_tasks_of_the_original_and_of_every_checkpoint(make_model, data, tmp_path, text):
+    """And again costs nothing: what was measured is read."""
+    calibration = {"dataset": str(text), "samples": 24, "length": 64}
+    evaluate = {"tasks": ["piqa", "arc_easy"], "task_data": str(data)}
+    recipe = {"calibration": calibration, "stages": [{"gptq": {"bits": 4}}], "evaluate": evaluate}
+    model = make_model("mixtral")
+    made = compress(model, recipe, tmp_path / "out", device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for one, folder in zip(made.evaluation, (model, made.folder), strict=True):
+        alone = zero_shot(load(folder).float(), tokenizer, ["piqa", "arc_easy"], str(data))["tasks"]
+        assert one.accuracy == {name: alone[name]["acc"] for name in ("piqa", "arc_easy")}
+    (_, *cells), _ = task_table([one.record for one in made.evaluation]).rows
+    share, n = made.evaluation[0].accuracy["piqa"], 3
+    by_hand = (share * (1 - share) / (n - 1)) ** 0.5  # of a sample of zeros and ones
+    assert cells[0] == f"{100 * share:.1f} ± {100 * by_hand:.1f}"
+    write_report(tmp_path / "out", tmp_path / "report.html")
+    assert cells[0] in (tmp_path / "report.html").read_text()
+    file = made.folder / "eval.json"
+    before = file.stat().st_mtime_ns
+    compress(model, recipe, tmp_path / "out", device="cpu")
+    assert file.stat().st_mtime_ns == before
+    limited = recipe | {"evaluate": evaluate | {"limit": 1}}
+    compress(model, limited, tmp_path / "out", device="cpu")
+    assert json.loads(file.read_text())["zero_shot"]["tasks"]["piqa"]["n"] == 1
+
+
+@pytest.mark.parametrize(
+    "lines,message",
+    [
+        ("evaluate:\n  tasks: openbook", "mine.yaml:3: evaluate.tasks: openbook: no task of lm-eval"),
+        ("evaluate:\n  tasks: [piqa]\n  task_data: DATA/arc", r"mine.yaml:4: evaluate.task_data: .*none of piqa/valid"),
+        ("evaluate:\n  task_data: DATA", "mine.yaml:3: evaluate.task_data: only with tasks"),
+        ("evaluate: {limit: 3}", "mine.yaml:2: evaluate.limit: only with tasks"),
+    ],
+)
+def test_a_recipe_says_which_line_asks_for_what_there_is_not(data, tmp_path, lines, message):
+    file = tmp_path / "mine.yaml"
+    file.write_text("stages: [{svd: {ratio: 0.4}}]\n" + lines.replace("DATA", str(data)))
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(file)
+
+
+def test_an_override_that_asks_for_a_file_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOESVD_TASK_DATA", str(tmp_path))  # the folder that holds where none is given
+    with pytest.raises(RecipeError, match=r"has none of openbookqa/test.jsonl"):
+        load_recipe("svd", ["evaluate.tasks=zero-shot"])
 
 
 @pytest.mark.slow

@@ -137,6 +137,6 @@ def test_a_budget_after_pruning_is_met_and_resumes_to_the_same_bits(make_model, 
 
 
 def test_published_factorizations_take_all_experts(make_model, tmp_path, small):
-    stages = "{prune: {ratio: 0.5}}, {svd: {method: svd_llm, ratio: 0.3}}"
-    with pytest.raises(StageError, match=r"experts were left out or merged; svd\.method svd_llm takes all"):
+    stages = "{prune: {ratio: 0.5}}, {svd: {method: asvd, ratio: 0.3}}"
+    with pytest.raises(StageError, match=r"experts were left out or merged; svd\.method asvd takes all"):
         plan_stages(job(make_model("mixtral"), tmp_path, small, stages))
