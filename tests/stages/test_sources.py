@@ -36,7 +36,7 @@ KEPT = {"mixtral": 3, "qwen2_moe": 4, "qwen3_moe": 4, "olmoe": 4, "gpt_oss": 3, 
 class Drop(Stage):
     """Keeps the experts that most tokens were sent to, as many in each group of the router."""
 
-    name: ClassVar[str] = "drop"
+    name: ClassVar[str] = "busiest"
     takes: ClassVar[Form] = Form.ORIGINAL
     leaves: ClassVar[Form] = Form.CHANGED
     keep: list[int]  # of each layer with experts; the last number counts for all that follow
@@ -74,11 +74,11 @@ class Drop(Stage):
 @pytest.fixture(autouse=True)
 def drop():
     yield register(Drop)
-    del STAGES["drop"]
+    del STAGES["busiest"]
 
 
 def run(folder, out, small, keep, more=""):
-    (out / "mine.yaml").write_text(f"stages: [{{drop: {{keep: {keep}}}}}{more}]")
+    (out / "mine.yaml").write_text(f"stages: [{{busiest: {{keep: {keep}}}}}{more}]")
     return Run(load_recipe(out / "mine.yaml", [*small, "evaluate.perplexity=[]"]), folder, out / "out")
 
 
