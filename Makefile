@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow everything down, many times over, where another process wants the core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware docs clean bench-papers
+.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware docs clean bench-papers test-more
 
 venv: .venv/.installed
 
@@ -32,6 +32,10 @@ test: venv
 # Our 4-bit result against GPTQModel's own on the same windows: a change of either that matters shows here.
 test-peer: venv
 	$(BIN)/pytest -m slow tests/test_bars.py -k gptqmodels
+
+# Slow tests worth their minutes on every submission: the wheel in an environment of its own, GPTQModel reading exports, lm-eval's prompts.
+test-more: venv
+	$(BIN)/pytest -n 2 -m slow tests/test_wheel.py tests/test_export.py tests/evaluation/test_zero_shot.py -k "not command_line"
 
 test-slow: venv
 	$(BIN)/pytest -m slow

@@ -60,10 +60,15 @@ def data(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    """It reads thousands of files."""
+    return TaskManager()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", LOCAL)
-def test_prompts_are_those_of_lm_eval(task):
-    manager = TaskManager()
+def test_prompts_are_those_of_lm_eval(manager, task):
     theirs = load_yaml(manager.task_index[task].yaml_path)
     ours = load_yaml(FOLDER / f"{task}_local.yaml")
     for key in PROMPTS:

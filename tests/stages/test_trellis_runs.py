@@ -76,6 +76,7 @@ def test_limits_keep_a_budget_to_formats(make_model, tmp_path, small):
         make(tmp_path, folder, [*small, "limits.widths=[5]"], FIT)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_interrupted_resumed_and_in_workers_the_files_are_the_same(make_model, tmp_path, small, monkeypatch):
     folder = make_model("mixtral", torch.bfloat16)
     one_rate = "stages: [{gptq: {format: trellis, bits: 1.5}}]"
