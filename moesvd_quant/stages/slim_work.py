@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..calibration.metric import shrink, unknown
+from ..calibration.metric import blend, unknown
 from ..checkpoint.layout import dense_part, layout_of
 from ..decompose.channels import channel_losses, refit_down
 from ..decompose.pruning import kept_channels, kept_counts
@@ -63,7 +63,7 @@ def run_layer(context: Context, options: Slim, index: int, layer, statistics: di
     for path, native in list(find_experts(layer)):
         full = f"{context.parent.layer_names[index]}.{path}"
         sources = members_of(native)
-        metric = shrink if reached(statistics, path) else unknown
+        metric = blend if reached(statistics, path) else unknown
         grams = expert_grams(statistics, path, context.device, metric, sources)["down"]
         made = factorized(native, plan.layout.experts[full], (), getattr(native, "sources", None))
         errors: list[float] = []
