@@ -5,8 +5,8 @@
 (make bench-compress; a quarter of an hour on a core that nothing else uses).
 
 Random models of two layers in bfloat16: eight experts of which a token takes two (as Mixtral's), and 16 of which it
-takes four (as Qwen3's). Each recipe begins without statistics. Time per weight hardly depends on the number of experts or
-layers, but for the walk, which costs by the token. Prints Markdown; exit code 1 where a whole is above its bar.
+takes four (as Qwen3's). Each recipe begins without statistics. Time per weight hardly depends on the number of experts
+or layers, but for the walk, which costs by the token. Prints Markdown; exit code 1 where a whole is above its bar.
 """
 
 import argparse

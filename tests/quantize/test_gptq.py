@@ -5,10 +5,10 @@ import torch
 
 from moesvd_quant.decompose.whitening import whitened_error
 from moesvd_quant.export.gptq_format import to_standard
-from moesvd_quant.quantize.codec import QuantizeError
-from moesvd_quant.quantize.feedback import HessianFactor
 from moesvd_quant.quantize import gptq as feedback
 from moesvd_quant.quantize import grid as grids
+from moesvd_quant.quantize.codec import QuantizeError
+from moesvd_quant.quantize.feedback import HessianFactor
 from moesvd_quant.quantize.gptq import gptq
 from moesvd_quant.quantize.rounding import resolve_group_size, round_to_nearest
 from moesvd_quant.runtime.grids import Grid
