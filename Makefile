@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow everything down, many times over, where another process wants the core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware docs clean bench-papers test-more
+.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware docs clean bench-papers test-more bench-compress
 
 venv: .venv/.installed
 
@@ -56,11 +56,11 @@ bench-quality: venv
 
 # Two synthetic models of 6 GB, each with and without a limit: needs 50 GB of disk and hours. Goes on where it was.
 bench-scale: venv
-	MOESVD_THREADS=1 $(BIN)/python -m moesvd_quant.evaluation.benchmarks.scale --folder bench-scale
+	PYTHONPATH=tests MOESVD_THREADS=1 $(BIN)/python -m moesvd_quant.evaluation.benchmarks.scale --folder bench-scale
 
 # One worker and two, in processes and on Ray: minutes, and two cores that nothing else uses.
 bench-workers: venv
-	MOESVD_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m moesvd_quant.evaluation.benchmarks.workers --folder bench-workers
+	PYTHONPATH=tests MOESVD_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m moesvd_quant.evaluation.benchmarks.workers --folder bench-workers
 
 # Bytes, memory and operations of published models, from their shapes: a minute.
 bench-hardware: venv
@@ -105,6 +105,10 @@ bench-loading: venv
 # `fit` on models that are hard to compress, beside all else in its bytes. STRESS: options, for example --only top-1
 bench-stress: venv
 	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.stress $(STRESS)
+
+# Seconds per million weights that compression takes, by what it does: one thread, minutes. COMPRESS="--shapes coarse --recipes gptq3"
+bench-compress: venv
+	PYTHONPATH=tests MOESVD_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m moesvd_quant.evaluation.benchmarks.compress $(COMPRESS)
 
 # FORECAST: options of evaluation/benchmarks/forecast.py, for example --model DIR
 bench-forecast: venv

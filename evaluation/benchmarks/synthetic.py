@@ -36,8 +36,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def synthetic(folder: Path, architecture: str, layers: int, **more) -> Path:
-    """Writes a float32 model of `layers` layers with a byte tokenizer; `more` goes to the config."""
+def synthetic(folder: Path, architecture: str, layers: int, dtype=torch.float32, **more) -> Path:
+    """Writes a model of `layers` layers with a byte tokenizer; `more` goes to the config."""
     name, options = SHAPES[architecture]
     make = getattr(transformers, name)
     torch.manual_seed(0)
@@ -52,7 +52,8 @@ def synthetic(folder: Path, architecture: str, layers: int, **more) -> Path:
     total = 0
     for layer in [*range(layers), None]:
         wanted = {k: s for k, s in shapes.items() if (".layers.0." in k) == (layer is not None)}
-        tensors = {k.replace(".layers.0.", f".layers.{layer}."): _random(k, shape) for k, shape in wanted.items()}
+        made = {k.replace(".layers.0.", f".layers.{layer}."): _random(k, shape) for k, shape in wanted.items()}
+        tensors = {k: tensor.to(dtype) for k, tensor in made.items()}
         file_name = f"model-{'outer' if layer is None else layer}.safetensors"
         save_file(tensors, folder / file_name, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file_name)
@@ -61,6 +62,7 @@ def synthetic(folder: Path, architecture: str, layers: int, **more) -> Path:
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
     config = json.loads((folder / "one" / "config.json").read_text()) | {"num_hidden_layers": layers}
+    config["dtype"] = str(dtype).removeprefix("torch.")
     for path in (folder / "one").iterdir():
         path.unlink()
     (folder / "one").rmdir()

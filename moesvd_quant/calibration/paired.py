@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ..decompose.whitening import energy
+from ..decompose.whitening import energy, precise
 from ..memory.files import TensorFile
 from ..memory.lazy import LazySequence
 from ..memory.limits import Batches
@@ -21,6 +21,7 @@ from ..model.experts import dense_weight, expert_count, find_experts, intermedia
 from ..runtime.native_call import Routed
 from ..runtime.routers import Sources
 from .cache import walk_folder
+from .products import add_product
 from .store import Statistics
 
 Pairs = Callable[[], Iterator[tuple[Routed, torch.Tensor]]]
@@ -30,25 +31,30 @@ RIDGE = 0.01
 
 
 def corrected(weight: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    """W' (out, in) float64 that gives W x for the compressed input z of the same token:
-    argmin sum |W x - W' z|^2 + r |W - W'|^2 = (W C + r W) (G + r I)^-1, r = RIDGE times the mean diagonal of G. W where
-    every z is zero: gate and up of all experts may be gone.
+    """W' (out, in) that gives W x for the compressed input z of the same token, in the best of the inputs' precisions:
+    argmin sum |W x - W' z|^2 + r |W - W'|^2 = (W C + r W) (G + r I)^-1 = W + W (C - G) (G + r I)^-1, r = RIDGE times
+    the mean diagonal of G. Of the last form a small part alone is subject to rounding. W where every z is zero: gate
+    and up of all experts may be gone.
 
     weight (out, in); gram G = sum z z^T, cross C = sum x z^T, both (in, in).
     """
-    gram, cross, weight = gram.double(), cross.double(), weight.double()
+    weight, gram, cross = precise(weight, gram, cross)
     if not gram.count_nonzero():
         return weight
-    held = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + held, weight @ (cross + held), left=False)
+    held = gram.clone()
+    held.diagonal().add_(RIDGE * gram.diagonal().mean())
+    root, failed = torch.linalg.cholesky_ex(held)
+    if failed:  # sums in float32 of inputs that hardly differ
+        root = torch.linalg.cholesky(held.double()).to(held)
+    return weight + torch.cholesky_solve((weight @ (cross - gram)).T, root).T
 
 
 @torch.no_grad()
 def output_error(weight, approximation, original, gram, cross) -> float:
     """sum |W x - V z|^2 / sum |W x|^2 by the Gram matrices of x and z and their cross sum; 0 where W gives nothing."""
-    weight, approximation = weight.double(), approximation.double()
+    weight, approximation, cross = precise(weight, approximation, cross)
     whole, given = energy(weight, original), energy(approximation, gram)
-    common = float(((weight @ cross.double()) * approximation).sum())
+    common = float(((weight @ cross) * approximation).sum(dtype=torch.float64))
     return max(0.0, whole - 2 * common + given) / whole if whole > 0 else 0.0
 
 
@@ -90,7 +96,7 @@ class PairedExperts:
         return self._sums(self._inner, inner)
 
     def targets(self, name: str, sums: Sums) -> LazySequence:
-        """Corrected weights by expert; each is helped by as many of its layer's inputs as it has features."""
+        """Corrected weights, float32, by expert; each is helped by as many of its layer's inputs as it has features."""
         share, weights = sums.gram.shape[-1] / self.tokens.sum(), self.weights(name)
         pooled = Sums(*(total.sum(0) * share for total in sums))
 
@@ -122,8 +128,8 @@ class PairedExperts:
                 if expert in group:
                     token = routed.token[rows]
                     x, z = (value.float() for value in of(expert, routed.x[token], other[token]))
-                    gram[expert - group.start].addmm_(z.T, z)
-                    cross[expert - group.start].addmm_(x.T, z)
+                    add_product(gram[expert - group.start], z, z)
+                    add_product(cross[expert - group.start], x, z)
         return gram, cross
 
 

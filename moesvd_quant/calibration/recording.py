@@ -11,6 +11,7 @@ from ..memory.files import TensorFile
 from ..memory.limits import Memory
 from ..model.experts import expert_count, find_experts, find_linears, shapes_of
 from ..model.stream import StreamedModel
+from .products import add_product
 from .statistics import LayerRecorder
 
 BATCH_TOKENS = 2048  # part of the result: sums run batch by batch, of at most so many tokens or one window
@@ -84,7 +85,8 @@ def head_gram(streamed: StreamedModel) -> torch.Tensor:
     total: torch.Tensor | None = None
     for hidden, batch in zip(streamed.hidden, streamed.batches):
         flat = streamed.head_input(hidden, batch).flatten(0, -2).float()
-        total = flat.T @ flat if total is None else total.addmm_(flat.T, flat)
+        total = flat.new_zeros(flat.shape[1], flat.shape[1]) if total is None else total
+        add_product(total, flat, flat)
     assert total is not None
     return total.cpu()
 

@@ -24,6 +24,7 @@ from ..model.experts import (
 )
 from ..model.folder import ModelError
 from ..runtime.native_call import Routed
+from .products import add_product
 
 # Magnitudes of activations are counted in bins of 1/16 octave, so that the outlier share of any threshold
 # can be read later without a second walk.
@@ -61,12 +62,6 @@ class LayerRecorder:
         for recorder in self.experts.values():
             recorder.detach()
 
-    def _add(self, name: str, value: torch.Tensor) -> None:
-        if name in self.sums:
-            self.sums[name] += value
-        else:
-            self.sums[name] = value
-
     def _linear(self, path: str, x: torch.Tensor) -> None:
         if path in self.aliases:
             return
@@ -75,8 +70,11 @@ class LayerRecorder:
             return
         self._last = (path, x)
         flat = x.reshape(-1, x.shape[-1]).float()
-        self._add(path + "/gram", flat.T @ flat)
-        self._add(path + "/tokens", torch.tensor(len(flat)))
+        if path + "/gram" not in self.sums:
+            self.sums[path + "/gram"] = flat.new_zeros(flat.shape[1], flat.shape[1])
+            self.sums[path + "/tokens"] = torch.tensor(0)
+        add_product(self.sums[path + "/gram"], flat, flat)
+        self.sums[path + "/tokens"] += len(flat)
 
 
 class ExpertsRecorder:
@@ -174,8 +172,8 @@ class ExpertsRecorder:
     def _observe(self, expert: int, x: torch.Tensor, inner: torch.Tensor) -> None:
         at, sums, x, inner = expert - self.group.start, self.sums, x.float(), inner.float()
         sums["tokens"][at] += len(x)
-        sums["gram_in"][at].addmm_(x.T, x)
-        sums["gram_mid"][at].addmm_(inner.T, inner)
+        add_product(sums["gram_in"][at], x, x)
+        add_product(sums["gram_mid"][at], inner, inner)
         sums["abs_in"][at] += x.abs().sum(0)
         for part in inner.abs().split(PART):
             sums["abs_mid"][at] += part.sum(0)

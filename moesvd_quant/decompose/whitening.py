@@ -29,7 +29,7 @@ def _triangular_root(gram: torch.Tensor) -> torch.Tensor | None:
     return None
 
 
-def _precise(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def precise(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """All in the best of their precisions, at least float32. Gram matrices are sums in float32: products in float64
     would not be more exact, and are up to 64 times as slow on a GPU."""
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
@@ -68,7 +68,7 @@ def whitened_spectrum(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
     weight (out, in), gram (in, in). The sum of the first r is the energy a rank-r factorization keeps.
     """
-    inner, _, _ = _inner(*_precise(weight, gram))
+    inner, _, _ = _inner(*precise(weight, gram))
     return torch.linalg.eigvalsh(inner).flip(0).clamp(min=0).double()
 
 
@@ -79,7 +79,7 @@ def whitened_directions(
     and U_r^T weight (rank, in), both in the best of the inputs' precisions, by one eigendecomposition of the smaller
     side.
     """
-    weight, gram = _precise(weight, gram)
+    weight, gram = precise(weight, gram)
     inner, root, triangular = _inner(weight, gram)
     values, vectors = torch.linalg.eigh(inner)
     values, vectors = values.flip(0).clamp(min=0).double(), vectors.flip(1)[:, :rank]
@@ -121,27 +121,34 @@ def left_sums(
     weights: Sequence[torch.Tensor], grams: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of `refit_left`: sum_e W_e G_e R_e^T (out, rank), and the Gram matrix of what the left factor is given,
-    sum_e R_e G_e R_e^T (rank, rank), float64."""
+    sum_e R_e G_e R_e^T (rank, rank), in the best of the inputs' precisions."""
     cross: torch.Tensor | float = 0.0
     inner: torch.Tensor | float = 0.0
     for weight, gram, right in zip(weights, grams, rights):
-        projected = gram.double() @ right.double().T
-        cross, inner = cross + weight.double() @ projected, inner + right.double() @ projected
+        weight, gram, right = precise(weight, gram, right)
+        projected = gram @ right.T
+        cross, inner = cross + weight @ projected, inner + right @ projected
     return cross, inner
 
 
 def solved_left(cross: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-    """`refit_left` from its `left_sums`."""
-    return cross @ torch.linalg.pinv(inner, hermitian=True, rtol=1e-12)
+    """`refit_left` from its `left_sums`; directions of `inner` that are nothing but rounding are left out."""
+    noise = 1e-12 if inner.dtype == torch.float64 else 1e-6
+    cross, inner = cross.double(), inner.double()
+    root, failed = torch.linalg.cholesky_ex(inner)
+    left_over = root.diagonal().square() / inner.diagonal()  # of an input's variance, given those before it
+    if not failed and float(left_over.min()) > 1e3 * noise:
+        return torch.cholesky_solve(cross.T, root).T
+    return cross @ torch.linalg.pinv(inner, hermitian=True, rtol=noise)
 
 
 def refit_right(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, held: float) -> torch.Tensor:
-    """The right factor (rank, in) float64 that is best beside a given left one (out, rank), under any Gram matrix.
+    """The right factor (rank, in) that is best beside a given left one (out, rank), under any Gram matrix.
 
     (L^T L + h I)^-1 (L^T W + h R), h = held times the mean diagonal of L^T L: held to the present right factor R
     (rank, in) as far as the left one may yet change by `held` of its energy.
     """
-    weight, left, right = weight.double(), left.double(), right.double()
+    weight, left, right = precise(weight, left, right)
     inner = left.T @ left
     weight = left.T @ weight + held * inner.diagonal().mean() * right
     inner.diagonal().add_(held * inner.diagonal().mean())
@@ -150,14 +157,21 @@ def refit_right(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, h
 
 @torch.no_grad()
 def energy(matrix: torch.Tensor, gram: torch.Tensor) -> float:
-    """tr(A G A^T), what a matrix A (out, in) puts out for inputs with Gram matrix gram (in, in)."""
-    matrix, gram = _precise(matrix, gram)
-    return float(((matrix @ gram) * matrix).sum(dtype=torch.float64))
+    """tr(A G A^T), what a matrix A (out, in) puts out for inputs with Gram matrix gram (in, in), symmetric: one half of
+    its blocks beside the diagonal is read and counted twice."""
+    matrix, gram = precise(matrix, gram)
+    size, total = max(128, len(gram) // 8), 0.0
+    for first in range(0, len(gram), size):
+        here = slice(first, first + size)
+        put_out = matrix[:, here] @ gram[here, here]
+        put_out = torch.addmm(put_out, matrix[:, :first], gram[:first, here], alpha=2)
+        total += float((put_out * matrix[:, here]).sum(dtype=torch.float64))
+    return total
 
 
 @torch.no_grad()
 def whitened_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor) -> float:
     """`energy` of weight - approximation relative to that of weight, 0 where that has none."""
-    weight, approximation = _precise(weight, approximation)
+    weight, approximation = precise(weight, approximation)
     whole = energy(weight, gram)
     return energy(weight - approximation, gram) / whole if whole > 0 else 0.0

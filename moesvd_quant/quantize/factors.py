@@ -134,7 +134,7 @@ class _Together(NamedTuple):
         return lefts, rights
 
     def _opened(self, packed: list[PackedMatrix], rows: Sequence[int]) -> LazySequence:
-        return LazySequence(len(rows), lambda at: packed[rows[at]].dense().to(self.turn))
+        return LazySequence(len(rows), lambda at: packed[rows[at]].dense(torch.float32))
 
     def _lefts(self, rights: list[PackedMatrix]) -> list[PackedMatrix]:
         made = []

@@ -28,8 +28,8 @@ class HessianFactor(NamedTuple):
         inputs follow each other in the order. QuantizeError where the damped matrix is not positive definite."""
         order, root, _ = _root(gram, damp, together)
         diagonal = root.diagonal()
-        upper = (root / diagonal).flip(0, 1).float()
-        return cls(order.flip(0), upper, _placed(diagonal, order))
+        variance = _placed(diagonal, order)
+        return cls(order.flip(0), root.div_(diagonal.clone()).flip(0, 1).float(), variance)
 
     @classmethod
     def in_place(cls, gram: torch.Tensor, damp: float) -> "HessianFactor":
@@ -64,12 +64,28 @@ def _root(gram: torch.Tensor, damp: float, together: int = 1) -> tuple[torch.Ten
         raise QuantizeError("the Gram matrix of the inputs is zero or not finite")
     order = _least_active_first(gram.diagonal(), together)
     for dtype in (torch.promote_types(gram.dtype, torch.float32), torch.float64):
-        hessian = gram[order][:, order].to(dtype) / mean.to(dtype)
+        hessian = gram[order][:, order].to(dtype).div_(mean.to(dtype))
         hessian.diagonal().add_(damp)
-        root, failed = torch.linalg.cholesky_ex(hessian)
-        if not failed:
-            return order, root, mean
+        if cholesky_in_place(hessian):
+            return order, hessian, mean
     raise QuantizeError(f"the Gram matrix of the inputs with damp {damp} is not positive definite; give a larger damp")
+
+
+def cholesky_in_place(matrix: torch.Tensor, size: int = 256) -> bool:
+    """Puts the lower Cholesky factor of a symmetric matrix (n, n) in its place, by blocks of `size` columns: twice as
+    fast as LAPACK's of n = 2048, since nearly all of it is products. Whether the matrix is positive definite."""
+    for first in range(0, len(matrix), size):
+        here, below = slice(first, first + size), slice(first + size, None)
+        done = matrix[first:, :first]
+        matrix[first:, here].addmm_(done, done[:size].T, alpha=-1)
+        root, failed = torch.linalg.cholesky_ex(matrix[here, here])
+        if failed:
+            return False
+        matrix[here, here] = root
+        if first + size < len(matrix):
+            matrix[below, here] = torch.linalg.solve_triangular(root.T, matrix[below, here], upper=True, left=False)
+            matrix[here, below] = 0
+    return True
 
 
 def _placed(diagonal: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

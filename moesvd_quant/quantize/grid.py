@@ -7,9 +7,11 @@ two zeros next to the ideal one. GPTQ's implementations search for the least |er
 round the scale to one that can be stored; that loses 4 to 5 % more (docs/results/choices.md).
 """
 
+import numpy as np
 import torch
 
 from ..runtime.grids import SCALES, STEPS, Grid, scale_levels
+from .threads import on_threads, parts_of
 
 OCTAVES = 2.5  # how far a range is clipped at most: to a sixth
 AT_ONCE = 8  # scales that are tried before the rows that are done are left out
@@ -67,6 +69,8 @@ def best_grid(
     zeros = ideal[None] if form.sym else torch.stack([ideal.floor(), ideal.ceil().clamp(max=top)])
     first = ((base / exact / range_margin(form.bits)).log2() * STEPS).floor().int()
     table, column_weight = SCALES.to(group.device) * base, column_weight.to(group)
+    if not group.is_cuda:
+        return _on_cpu(group, column_weight, first, zeros, table, top)
     found = torch.stack([torch.full_like(low, torch.inf), torch.zeros_like(low), torch.zeros_like(low)])
     rows = torch.arange(len(low), device=group.device)  # whose best scale may yet be a smaller one
     for level in range(0, int(OCTAVES * STEPS), AT_ONCE):
@@ -78,6 +82,21 @@ def best_grid(
         if not len(rows):
             break
     _, scale, zero = found
+    return scale, zero
+
+
+def _on_cpu(group, column_weight, first, zeros, table, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loop of `best_grid`, compiled."""
+    from .gptq_numba import best_grids
+
+    scale, zero = torch.empty(2, group.shape[1])
+    given = [tensor.contiguous().numpy() for tensor in (group, column_weight, first, zeros, table)]
+    settings = np.float32(top), int(OCTAVES * STEPS), AT_ONCE
+
+    def search(_, rows: range) -> None:
+        best_grids(*given, *settings, rows.start, rows.stop, scale.numpy(), zero.numpy())
+
+    on_threads(search, parts_of(group.shape[1], torch.get_num_threads()))
     return scale, zero
 
 

@@ -7,9 +7,10 @@ import torch
 
 from ..runtime.trellis import Trellis
 from ..runtime.trellis_code import VALUES
-from ..runtime.turning import turn
+from ..runtime.turning import block_of, signs, turn
 from .codec import Codec, PackedMatrix, QuantizeError
 from .feedback import HessianFactor
+from .threads import on_threads, parts_of
 from .viterbi import Encoder
 
 TOGETHER = 4  # neighbouring inputs that stay together in the order of quantization: they may share a ring
@@ -53,22 +54,21 @@ class TrellisCodec(Codec):
 
     def inputs(self, gram: torch.Tensor, form) -> HessianFactor:
         if form.columns:
-            gram = turn(turn(gram.double()).T)
+            gram = _turned(_turned(gram).T)
         return HessianFactor.of(gram, self.options.damp, TOGETHER)
 
     @torch.no_grad()
     def pack(self, weight, inputs, form) -> PackedMatrix:
         rows, columns = weight.shape
-        turned = weight.double()
-        turned = turn(turned) if form.columns else turned
-        turned = turn(turned.T) if form.rows else turned.T  # (columns, rows)
-        spread = turned.square().mean().sqrt()
+        turned = _turned(weight) if form.columns else weight.float()
+        turned = _turned(turned.T) if form.rows else turned.T  # (columns, rows)
+        spread = turned.square().mean(dtype=torch.float64).sqrt()
         if not torch.isfinite(spread):
             raise QuantizeError("the matrix has values that are not finite")
         code = CODES[form.rate]
         # A matrix of zeros has any scale.
         scale = (spread * inflation(inputs, code.error) * code.spread * UNIT).float().clamp(min=1e-30)
-        codes = self._encoder(form.rate).encode((turned / scale).float(), inputs)
+        codes = self._encoder(form.rate).encode(turned / scale, inputs)
         tensors = {"codes": codes.to(weight.device), "scale": scale.reshape(1).view(torch.int32)}
         return PackedMatrix(tensors, form, (rows, columns))
 
@@ -76,6 +76,24 @@ class TrellisCodec(Codec):
         if rate not in self._encoders:
             self._encoders[rate] = Encoder(rate, torch.get_num_threads())
         return self._encoders[rate]
+
+
+def _turned(x: torch.Tensor) -> torch.Tensor:
+    """`turn` of x (rows, n), in float32."""
+    if x.is_cuda:
+        return turn(x.float())
+    from ..runtime.hadamard_numba import mix_last
+
+    made, block = torch.empty(x.shape).copy_(x), block_of(x.shape[-1])
+    scale = np.full(len(made), block**-0.5, np.float32)
+    given = block, signs(x.shape[-1], x.device).numpy(), True
+
+    def mix(_, rows: range) -> None:
+        here = slice(rows.start, rows.stop)
+        mix_last(made.numpy()[here], *given, scale[here])
+
+    on_threads(mix, parts_of(len(made), torch.get_num_threads()))
+    return made
 
 
 def inflation(inputs: HessianFactor, error: float) -> float:

@@ -12,9 +12,9 @@ import torch
 
 from ..runtime.trellis_code import RING, VALUES, WINDOW, column_bounds, joint_columns, padded
 from .feedback import HessianFactor
+from .threads import on_threads, parts_of
 
 BLOCK = 128  # inputs whose errors are passed on one by one; those of whole blocks before them in one product
-MANY_ROWS = 1024  # from which on rings of a column are worth a thread each
 STATES = 2**WINDOW
 
 
@@ -52,18 +52,19 @@ class Encoder:
 
     def _columns(self, wanted, passed_on, rest, edges) -> tuple[torch.Tensor, torch.Tensor]:
         """(errors, codes) of a block of columns; see `viterbi_numba.encode_columns`."""
-        from numba import config, set_num_threads
-
         from .viterbi_numba import encode_columns
 
-        set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))
         rows = rest.shape[1]
         length, joint = padded(rows), joint_columns(rows)
-        bounds = column_bounds(rows) if joint == 1 else np.array([0, joint * length])
-        threads = len(self._cost) if rows >= MANY_ROWS else 1
         lost = np.empty((len(rest), rows), np.float32)
         codes = np.empty((len(rest), int(length * self.rate) // 8), np.uint8)
         given = [tensor.cpu().contiguous().numpy() for tensor in (wanted, passed_on, rest)]
-        table = int(2 * self.rate), self._values, self._arranged, self._cost[:threads], self._best[:threads]
-        encode_columns(*given, edges - edges[0], joint, bounds, *table, lost, codes)
+
+        def encode(thread: int, bounds: np.ndarray) -> None:
+            table = int(2 * self.rate), self._values, self._arranged, self._cost[thread], self._best[thread]
+            encode_columns(*given, edges - edges[0], joint, bounds, *table, lost, codes)
+
+        # Rows know nothing of each other: each thread has its own rings of all columns.
+        bounds = column_bounds(rows) if joint == 1 else np.array([0, joint * length])
+        on_threads(encode, [bounds[part.start : part.stop + 1] for part in parts_of(len(bounds) - 1, len(self._cost))])
         return torch.from_numpy(lost).to(rest), torch.from_numpy(codes)

@@ -3,9 +3,10 @@
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from ..runtime.trellis_code import WINDOW
+from .viterbi_lanes import step_of
 
 f32, i64, u8 = np.float32, np.int64, np.uint8
 OPTIONS: Any = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
@@ -19,22 +20,6 @@ OVERLAP = 64  # bits around the ends of a ring after which how they meet is know
 
 # The cost of state s after a step of k bits is at [s & (2**k - 1)][s >> k]: all innermost loops are then over
 # neighbours.
-def least_of(k_before, k):
-    """Least cost of the states that lead to each group of 2**k states."""
-    low, count, size, group = 2**k_before, 2**k, STATES >> (k_before + k), STATES >> k_before
-
-    @njit(**FAST)
-    def least(cost, best):
-        for q in range(size):
-            for b in range(low):
-                found = cost[b * group + q]
-                for p in range(1, count):
-                    found = min(found, cost[b * group + p * size + q])
-                best[q * low + b] = found
-
-    return least
-
-
 def added(k):
     """Cost of each state: that of its group, and its own error."""
     count, group = 2**k, STATES >> k
@@ -49,27 +34,28 @@ def added(k):
     return add
 
 
-l11, l12, l21, l22, l23 = least_of(1, 1), least_of(1, 2), least_of(2, 1), least_of(2, 2), least_of(2, 3)
-l32, l33, l34, l43, l44 = least_of(3, 2), least_of(3, 3), least_of(3, 4), least_of(4, 3), least_of(4, 4)
+s11, s12, s21, s22, s23 = step_of(1, 1), step_of(1, 2), step_of(2, 1), step_of(2, 2), step_of(2, 3)
+s32, s33, s34, s43, s44 = step_of(3, 2), step_of(3, 3), step_of(3, 4), step_of(4, 3), step_of(4, 4)
 add1, add2, add3, add4 = added(1), added(2), added(3), added(4)
 
 
 @njit(**OPTIONS)
-def least(before, k, cost, best):
+def step(before, k, best, arranged, target, found):
+    """See `viterbi_lanes.step_of`; addresses, and a weight."""
     if before == 1:
-        l11(cost, best) if k == 1 else l12(cost, best)
+        s11(best, arranged, target, found) if k == 1 else s12(best, arranged, target, found)
     elif before == 2:
         if k == 2:
-            l22(cost, best)
+            s22(best, arranged, target, found)
         else:
-            l21(cost, best) if k == 1 else l23(cost, best)
+            s21(best, arranged, target, found) if k == 1 else s23(best, arranged, target, found)
     elif before == 3:
         if k == 3:
-            l33(cost, best)
+            s33(best, arranged, target, found)
         else:
-            l32(cost, best) if k == 2 else l34(cost, best)
+            s32(best, arranged, target, found) if k == 2 else s34(best, arranged, target, found)
     else:
-        l44(cost, best) if k == 4 else l43(cost, best)
+        s44(best, arranged, target, found) if k == 4 else s43(best, arranged, target, found)
 
 
 @njit(**OPTIONS)
@@ -85,6 +71,25 @@ def add(k, target, arranged, best, cost):
 
 
 @njit(**OPTIONS)
+def lowest_state(cost, k, meet, opening):
+    """The first state of least cost, after a step of k bits; of those whose `opening` low bits are `meet`, unless that
+    is -1."""
+    state, lowest = 0, FAR * f32(2)
+    if meet >= 0:
+        for high in range(STATES >> opening):
+            end = (high << opening) | meet
+            found = cost[(end & ((1 << k) - 1)) * (STATES >> k) + (end >> k)]
+            if found < lowest:
+                state, lowest = end, found
+        return state
+    for at in range(STATES):
+        lowest = min(lowest, cost[at])
+    while cost[(state & ((1 << k) - 1)) * (STATES >> k) + (state >> k)] != lowest:
+        state += 1
+    return state
+
+
+@njit(**OPTIONS)
 def search(targets, moves, first, count, meet, values, arranged, cost, best, path):
     """The best `count` states from place `first` of a ring on, in `path`. meet: the bits that the state before the
     first one hands on, which the last one has to hand on as well; -1: any."""
@@ -93,18 +98,13 @@ def search(targets, moves, first, count, meet, values, arranged, cost, best, pat
     best[0, : STATES >> k] = f32(0) if meet < 0 else FAR
     if meet >= 0:
         best[0, meet] = f32(0)
-    add(k, targets[first % length], arranged, best[0], cost)
+    tables, rows = arranged.ctypes.data, best.ctypes.data
     for i in range(1, count):
-        at = (first + i) % length
-        least(k, moves[at], cost, best[i])
-        k = moves[at]
-        add(k, targets[at], arranged, best[i], cost)
-    state, lowest, opening = 0, FAR * f32(2), WINDOW - moves[first % length]
-    for end in range(STATES):
-        if meet < 0 or end & ((1 << opening) - 1) == meet:
-            found = cost[(end & ((1 << k) - 1)) * (STATES >> k) + (end >> k)]
-            if found < lowest:
-                state, lowest = end, found
+        before, k = k, moves[(first + i) % length]
+        table, row = tables + (before - 1) * arranged.strides[0], rows + (i - 1) * best.strides[0]
+        step(before, k, row, table, targets[(first + i - 1) % length], row + best.strides[0])
+    add(k, targets[(first + count - 1) % length], arranged, best[count - 1], cost)
+    state = lowest_state(cost, k, meet, WINDOW - moves[first % length])
     for i in range(count - 1, 0, -1):
         path[i] = state
         # Which state led here is not kept: the costs of those that can are made again.
@@ -144,26 +144,6 @@ def encode_ring(x, twice, values, arranged, cost, best, chosen, codes):
             codes[(place >> 3) + 1] |= u8(word >> 8)
 
 
-@njit(**OPTIONS)
-def one_after_the_other(x, bounds, twice, values, arranged, cost, best, chosen, codes):
-    """The rings x[bounds[i] : bounds[i + 1]]."""
-    for ring in range(len(bounds) - 1):
-        start, stop = bounds[ring], bounds[ring + 1]
-        own = codes[start * twice // 16 : stop * twice // 16]
-        encode_ring(x[start:stop], twice, values, arranged, cost[0], best[0], chosen[start:stop], own)
-
-
-@njit(parallel=True, **OPTIONS)
-def side_by_side(x, bounds, twice, values, arranged, cost, best, chosen, codes):
-    """The same, with a thread for each row of `cost` and `best`."""
-    threads, rings = len(cost), len(bounds) - 1
-    for thread in prange(threads):
-        for ring in range(thread, rings, threads):
-            start, stop = bounds[ring], bounds[ring + 1]
-            own = codes[start * twice // 16 : stop * twice // 16]
-            encode_ring(x[start:stop], twice, values, arranged, cost[thread], best[thread], chosen[start:stop], own)
-
-
 @njit(cache=True, **OPTIONS)
 def encode_columns(wanted, passed_on, rest, edges, joint, bounds, twice, values, arranged, cost, best, lost, codes):
     """Columns in the order of quantization, those between two edges in one ring or several together.
@@ -171,29 +151,30 @@ def encode_columns(wanted, passed_on, rest, edges, joint, bounds, twice, values,
     wanted (columns, rows) float32: what is to be coded, with the errors of all earlier columns but these; passed_on
     (columns, columns): the share of the error of column i that column j > i takes up; rest (columns, rows): the columns
     themselves. Sets lost (columns, rows), their errors, and codes uint8 (columns, bytes). joint: columns between two
-    edges, but for the last of the matrix; bounds: of their rings.
+    edges, but for the last of the matrix; bounds: of those of their rings that are to be coded.
     """
-    rows = rest.shape[1]
-    length = bounds[-1] // joint
+    rows, first, last = rest.shape[1], bounds[0], bounds[-1]
+    length = (last - first) // joint  # of a column's part
+    until = min(first + length, rows)
     size = length * twice // 16
-    x, chosen, bits = np.empty(bounds[-1], f32), np.empty(bounds[-1], f32), np.empty(joint * size, u8)
+    x, chosen, bits = np.empty(last - first, f32), np.empty(last - first, f32), np.empty(joint * size, u8)
     for e in range(len(edges) - 1):
         start, stop = edges[e], edges[e + 1]
         for c in range(start, stop):
             own = x[(c - start) * length : (c - start + 1) * length]
             for r in range(length):
-                own[r] = wanted[c, r] if r < rows else f32(0)
+                own[r] = wanted[c, first + r] if first + r < rows else f32(0)
             for i in range(start):
                 share = passed_on[i, c]
-                for r in range(rows):
-                    own[r] += share * lost[i, r]
-        end = (stop - start) * length
-        here = bounds if stop - start == joint else np.array([0, end])
-        if len(cost) > 1 and len(here) > 2:
-            side_by_side(x[:end], here, twice, values, arranged, cost, best, chosen, bits)
-        else:
-            one_after_the_other(x[:end], here, twice, values, arranged, cost, best, chosen, bits)
+                for r in range(until - first):
+                    own[r] += share * lost[i, first + r]
+        here = bounds if stop - start == joint else np.array([0, (stop - start) * length])
+        for ring in range(len(here) - 1):
+            begin, end = here[ring] - first, here[ring + 1] - first
+            own = bits[begin * twice // 16 : end * twice // 16]
+            encode_ring(x[begin:end], twice, values, arranged, cost, best, chosen[begin:end], own)
         for c in range(start, stop):
-            for r in range(rows):
-                lost[c, r] = rest[c, r] - chosen[(c - start) * length + r]
-            codes[c] = bits[(c - start) * size : (c - start + 1) * size]
+            for r in range(until - first):
+                lost[c, first + r] = rest[c, first + r] - chosen[(c - start) * length + r]
+            place = first * twice // 16
+            codes[c, place : place + size] = bits[(c - start) * size : (c - start + 1) * size]

@@ -19,7 +19,7 @@ class Exact:
     def __init__(self, matrix):
         self.matrix = matrix
 
-    def dense(self):
+    def dense(self, dtype=None):
         return self.matrix
 
 

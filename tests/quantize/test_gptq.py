@@ -5,6 +5,8 @@ import torch
 
 from moesvd_quant.decompose.whitening import whitened_error
 from moesvd_quant.export.gptq_format import to_standard
+from moesvd_quant.quantize import gptq as feedback
+from moesvd_quant.quantize import grid as grids
 from moesvd_quant.quantize.codec import QuantizeError
 from moesvd_quant.quantize.feedback import HessianFactor
 from moesvd_quant.quantize.gptq import gptq
@@ -191,3 +193,37 @@ def test_the_standard_form_gives_the_same_outputs_in_gptqmodel(bits):
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
     got, expected = module(x.half()).float(), x.half().float() @ packed.dense(torch.float32).T
     assert torch.allclose(got, expected, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("sym", [False, True])
+def test_what_is_compiled_rounds_as_what_runs_on_gpus(sym):
+    """The feedback in a block, and the search for grids, against the same written with torch."""
+    weight, gram = problem(out=150, columns=96)
+    form, inputs = Grid(3, 32, sym), HessianFactor.of(gram, 0.05)
+    base, rest = grids.largest_scale(weight, form), weight.T[inputs.order].contiguous()
+    torch.manual_seed(0)
+    scale, zero = 0.2 + torch.rand(3, 150), torch.randint(0, 8, (3, 150)).float()
+    group, wanted = inputs.order // 32, rest + 0.1 * torch.randn(rest.shape)
+    made = []
+    for round_block in (feedback._round_block, feedback._round_block_on_gpu):
+        lost, codes = torch.empty_like(rest), torch.empty_like(rest, dtype=torch.uint8)
+        round_block(wanted, inputs.upper, rest, scale, zero, group, 7, lost, codes)
+        made.append((lost, codes))
+    assert (made[0][1] != made[1][1]).float().mean() < 1e-3  # a tie may fall to either side
+    assert (made[0][0] - made[1][0]).abs().median() < 1e-6
+    columns, matter = weight.T[:32].contiguous(), inputs.conditional_variance[:32]
+    mine = grids.best_grid(columns, matter, base, form)
+    again = grids.best_grid(columns[:, 7:8].contiguous(), matter, base, form)
+    assert all(torch.equal(one[7:8], two) for one, two in zip(mine, again))  # rows know nothing of each other
+
+
+def test_threads_change_no_bit():
+    weight, gram = problem(out=1100, columns=128)
+    inputs, before, made = HessianFactor.of(gram, 0.05), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            made.append(gptq(weight, inputs, Grid(3, 64, False)).tensors)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(made[0][kind], other[kind]) for other in made[1:] for kind in made[0])
