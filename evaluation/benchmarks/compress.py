@@ -161,7 +161,7 @@ def measured() -> Iterator[Clock]:
 
 def compress(folder: Path, recipe: str, out: Path, windows: int, length: int) -> Clock:
     """Runs a recipe of RECIPES on a model, without evaluation."""
-    from moesvd_quant.recipe.recipe import load_recipe
+    from moesvd_quant.recipe.load import load_recipe
     from moesvd_quant.run.run import Run
 
     name, overrides = RECIPES[recipe]
@@ -217,7 +217,7 @@ def main() -> int:
     import torch
 
     from moesvd_quant.evaluation.benchmarks.synthetic import synthetic
-    from moesvd_quant.run.run import sync_threads
+    from moesvd_quant.run.threads import sync_threads
 
     sync_threads()
     figures: dict[tuple[str, str], dict[str, Seconds]] = {}

@@ -7,10 +7,9 @@ import torch
 
 from ..runtime.trellis import Trellis
 from ..runtime.trellis_code import VALUES
-from ..runtime.turning import block_of, signs, turn
+from ..runtime.turning import block_of, turn, turn_rows
 from .codec import Codec, PackedMatrix, QuantizeError
 from .feedback import HessianFactor
-from .threads import on_threads, parts_of
 from .viterbi import Encoder
 
 TOGETHER = 4  # neighbouring inputs that stay together in the order of quantization: they may share a ring
@@ -82,17 +81,9 @@ def _turned(x: torch.Tensor) -> torch.Tensor:
     """`turn` of x (rows, n), in float32."""
     if x.is_cuda:
         return turn(x.float())
-    from ..runtime.hadamard_numba import mix_last
-
-    made, block = torch.empty(x.shape).copy_(x), block_of(x.shape[-1])
-    scale = np.full(len(made), block**-0.5, np.float32)
-    given = block, signs(x.shape[-1], x.device).numpy(), True
-
-    def mix(_, rows: range) -> None:
-        here = slice(rows.start, rows.stop)
-        mix_last(made.numpy()[here], *given, scale[here])
-
-    on_threads(mix, parts_of(len(made), torch.get_num_threads()))
+    made = torch.empty(x.shape).copy_(x)
+    turn_rows(made)
+    made *= block_of(x.shape[-1]) ** -0.5
     return made
 
 

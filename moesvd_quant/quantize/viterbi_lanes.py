@@ -4,22 +4,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..runtime.lanes import F32, FLOATS, LANES, add, load, moved, multiply, number, pointer_to, shuffled, spread, store
+from ..runtime.lanes import F32, FLOATS, LANES, add, in_turn, load, moved, multiply, number, pointer_to, spread, store
 from ..runtime.trellis_code import WINDOW
 
 STATES = 2**WINDOW
-
-
-def _in_turn(builder, vectors):
-    """Elements of vectors in turn: a0 b0 ... a1 b1 ..., as many vectors."""
-    if len(vectors) == 1:
-        return vectors
-    evens, odds = (_in_turn(builder, vectors[first::2]) for first in (0, 1))
-    made = []
-    for a, b in zip(evens, odds):
-        for start in (0, LANES // 2):
-            made.append(shuffled(builder, a, b, [start + i // 2 + LANES * (i % 2) for i in range(LANES)]))
-    return made
 
 
 def step_of(before: int, k: int):
@@ -47,7 +35,7 @@ def step_of(before: int, k: int):
                         cost = add(builder, came, multiply(builder, error, error))
                         costs[b] = cost if p == 0 else _lesser(builder, costs[b], cost)
                 first = moved(builder, found, builder.mul(q, number(low)))
-                for at, vector in enumerate(_in_turn(builder, costs)):
+                for at, vector in enumerate(in_turn(builder, costs)):
                     store(builder, vector, moved(builder, first, at * LANES))
             return context.get_dummy_value()
 

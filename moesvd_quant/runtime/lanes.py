@@ -111,6 +111,18 @@ def total(builder, vector):
     return builder.extract_element(vector, ir.Constant(I32, 0))
 
 
+def in_turn(builder, vectors):
+    """Elements of vectors in turn: a0 b0 ... a1 b1 ..., as many vectors."""
+    if len(vectors) == 1:
+        return vectors
+    evens, odds = (in_turn(builder, vectors[first::2]) for first in (0, 1))
+    made = []
+    for a, b in zip(evens, odds):
+        for start in (0, LANES // 2):
+            made.append(shuffled(builder, a, b, [start + i // 2 + LANES * (i % 2) for i in range(LANES)]))
+    return made
+
+
 def words(builder, pointer, size, taken):
     """<16 x i32>: lane l has `taken` bytes (at most 4), the lowest first, from byte l * size on. No byte after the last
     one that is asked for is read."""

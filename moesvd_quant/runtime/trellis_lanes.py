@@ -23,13 +23,13 @@ from .lanes import (
     WORDS,
     add,
     dot,
+    in_turn,
     load,
     moved,
     multiply,
     number,
     pointer_to,
     same,
-    shuffled,
     spread,
     store,
     words,
@@ -102,21 +102,6 @@ def read_ring_half(context, ring, blocks, out, twice):
     return types.void(types.int64, types.int64, types.int64, twice), code
 
 
-def _woven(builder, rows):
-    """Vectors that have, one after the other, the first element of each row, then the second of each ..."""
-    while len(rows) > 1:
-        half = len(rows) // 2
-        rows = [_in_turn(builder, a, b) for a, b in zip(rows[:half], rows[half:])]
-    return rows[0]
-
-
-def _in_turn(builder, a, b):
-    """Elements of a and b, lists of vectors, in turn."""
-    parts = ([at // 2 + at % 2 * LANES for at in range(start, start + LANES)] for start in (0, LANES))
-    low, high = parts
-    return [shuffled(builder, *pair, picked) for pair in zip(a, b) for picked in (low, high)]
-
-
 @intrinsic(prefer_literal=True)
 def in_order(context, planes, blocks, less, out, each, half):
     """out (blocks * LANES * each,) float32: planes (blocks, each, LANES), float32 or (`half`) bfloat16, less a float32,
@@ -135,9 +120,9 @@ def in_order(context, planes, blocks, less, out, each, half):
                 values = [builder.bitcast(builder.shl(one, same(16)), FLOATS) for one in halves]
             else:
                 values = [load(builder, one, FLOATS) for one in found]
-            lessened = [[builder.fsub(one, spread(builder, less), flags=FAST)] for one in values]
+            lessened = [builder.fsub(one, spread(builder, less), flags=FAST) for one in values]
             place = moved(builder, pointer_to(builder, out, F32), start)
-            for i, vector in enumerate(_woven(builder, lessened)):
+            for i, vector in enumerate(in_turn(builder, lessened)):
                 store(builder, vector, moved(builder, place, i * LANES))
         return context.get_dummy_value()
 
