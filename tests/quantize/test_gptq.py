@@ -197,7 +197,7 @@ def test_the_standard_form_gives_the_same_outputs_in_gptqmodel(bits):
 
 @pytest.mark.parametrize("sym", [False, True])
 def test_what_is_compiled_rounds_as_what_runs_on_gpus(sym):
-    """The feedback in a block, and the search for grids, against the same written with torch."""
+    """The feedback in a block against the same written with torch; and a row's grid is the same without the others."""
     weight, gram = problem(out=150, columns=96)
     form, inputs = Grid(3, 32, sym), HessianFactor.of(gram, 0.05)
     base, rest = grids.largest_scale(weight, form), weight.T[inputs.order].contiguous()
