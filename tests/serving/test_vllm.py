@@ -41,8 +41,7 @@ def base_model(architecture: str, folder: Path) -> Path:
     """A tiny model whose heads have the 32 elements that vLLM's attention on a CPU takes at least."""
     config = tiny_config(architecture)
     config.num_attention_heads = config.num_key_value_heads = config.hidden_size // 32
-    if "head_dim" in config.to_dict():
-        config.head_dim = 32
+    config.head_dim = 32  # vLLM reads it of GLM-4.5, whose config has it, and not its class
     torch.manual_seed(0)
     model = native_class(type(config))._from_config(config).eval()
     enlarge(model)

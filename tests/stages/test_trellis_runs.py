@@ -113,7 +113,8 @@ def test_factors_shared_factors_bases_and_deltas(make_model, tmp_path, small, be
 
 
 def test_the_scales_of_a_trellis_can_be_trained(make_model, tmp_path, small):
-    lora = "{lora: {train: scales, objective: distill, steps: 6, batch: 4, validation: 4, validate_every: 2, lr: 0.005}}"
+    steps = "steps: 6, batch: 4, validation: 4, validate_every: 2, lr: 0.005"
+    lora = f"{{lora: {{train: scales, objective: distill, {steps}}}}}"
     text = f"stages: [{{gptq: {{format: trellis, bits: 1}}}}, {lora}]"
     first, second = make(tmp_path, make_model("mixtral"), small, text).run()
     assert json.loads((second / "healing.json").read_text())["healed"]
