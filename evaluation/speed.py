@@ -55,8 +55,8 @@ def run_speed(
     folders: Sequence[Path], ratios: Sequence[float], batches: Sequence[int], lengths: Sequence[int], tokens: int,
     repeats: int, device: str, report: Report,
 ) -> dict:  # fmt: skip
-    """`measure` of the folders, and of the first one with uniform factors and random weights at each ratio; writes
-    speed.json beside the weights of each folder that has some. ValueError where two models have one name."""
+    """`measure` of the folders, and of the first one with uniform factors and random weights at each ratio. ValueError
+    where two models have one name."""
     models: dict[str, nn.Module] = {}
     for folder in folders:
         name = _name(folder)
@@ -66,13 +66,15 @@ def run_speed(
     for ratio in ratios:
         layout, dtype = uniform_layout(folders[0], ratio), _dtype(models[_name(folders[0])])
         models[f"uniform{round(100 * ratio)}"] = open_model(folders[0], device, layout, dtype)
-    result = measure(models, batches, lengths, tokens, repeats, report)
-    for folder in folders:
-        if any(folder.glob("*.safetensors")):
-            mine = [cell for cell in result["cells"] if cell["model"] == _name(folder)]
-            found = {"fingerprint": fingerprint(folder), "machine": result["machine"], "cells": mine}
-            write_json(folder / SPEED, found)
-    return result
+    return measure(models, batches, lengths, tokens, repeats, report)
+
+
+def write_speed(result: dict, folder: Path) -> None:
+    """speed.json beside the weights of a folder, where it has some: its part of what was measured."""
+    if any(folder.glob("*.safetensors")):
+        mine = [cell for cell in result["cells"] if cell["model"] == _name(folder)]
+        found = {"fingerprint": fingerprint(folder), "machine": result["machine"], "cells": mine}
+        write_json(folder / SPEED, found)
 
 
 def _name(folder: Path) -> str:

@@ -124,7 +124,7 @@ def speed(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Prefill and decode tokens per second, models alternating; writes speed.json beside weights."""
+    """Prefill and decode tokens per second, models alternating; writes speed.json beside weights, of folders."""
     if tp is not None:
         from ..evaluation import tensor_parallel
         from ..evaluation.table import render
@@ -134,7 +134,7 @@ def speed(
         counted = tensor_parallel.tensor_parallel_table(models, ratio or [], whole_numbers(batch), tp, link)
         print(render(counted, "json" if as_json else "terminal"), end="")
         return
-    from ..evaluation.speed import run_speed
+    from ..evaluation.speed import run_speed, write_speed
     from ..evaluation.speed_table import speed_table
     from ..evaluation.table import render
     from ..run.threads import sync_threads
@@ -152,6 +152,8 @@ def speed(
             resolve_device(device),
             report,
         )
+    for place in record_places(dict(zip(map(str, folders), found)), None).values():
+        write_speed(result, place)
     print(json.dumps(result) if as_json else render(speed_table(result)), end="")
     if plot:
         from ..evaluation.plot import plot_speed

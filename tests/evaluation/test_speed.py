@@ -6,17 +6,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, JetMoeConfig
+from typer.testing import CliRunner
 
 from moesvd_quant.calibration.store import fingerprint
 from moesvd_quant.checkpoint.layout import dense_part, factor_part
+from moesvd_quant.cli import app
 from moesvd_quant.evaluation.flops import flops_per_token
 from moesvd_quant.evaluation.plot import plot_speed
 from moesvd_quant.evaluation.random_model import open_model, uniform_layout
 from moesvd_quant.evaluation.record import collect
 from moesvd_quant.evaluation.roofline import bytes_touched
-from moesvd_quant.evaluation.speed import measure, run_speed
+from moesvd_quant.evaluation.speed import measure, run_speed, write_speed
 from moesvd_quant.evaluation.speed_table import speed_table
 from moesvd_quant.model.experts import expert_count, find_experts, shapes_of
+from moesvd_quant.model.named import resolve_model
 from moesvd_quant.runtime.factorized_experts import FactorizedExperts
 from moesvd_quant.runtime.parts import DensePart
 from tiny import tiny_model
@@ -117,6 +120,7 @@ def test_a_config_is_enough_and_models_take_turns(config, tmp_path):
     assert len(speed_table(result).rows) == 6 and "GFLOP/s" in speed_table(result).title
     plot_speed(result, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 10_000
+    write_speed(result, config)
     assert not (config / "speed.json").exists()  # there are no weights to say anything of
 
 
@@ -131,7 +135,7 @@ def test_uniform_factors_hold_what_the_ratio_leaves(config, ratio):
 
 def test_speed_of_folders_is_kept_beside_their_weights(make_model, tmp_path):
     folder = make_model("mixtral")
-    run_speed([folder], [], [1], [4], 2, 1, "cpu", lambda *_: None)
+    write_speed(run_speed([folder], [], [1], [4], 2, 1, "cpu", lambda *_: None), folder)
     assert json.loads((folder / "speed.json").read_text())["cells"][0]["model"] == "original"
     record = {"fingerprint": fingerprint(folder), "name": "original", "perplexity": {}}
     for own, shown in ((record, True), (record | {"fingerprint": "of other weights"}, False)):
@@ -141,6 +145,13 @@ def test_speed_of_folders_is_kept_beside_their_weights(make_model, tmp_path):
     (folder / "speed.json").unlink()
     with pytest.raises(ValueError, match="is called 'original' like another"):
         run_speed([folder, folder], [], [1], [4], 2, 1, "cpu", lambda *_: None)
+
+
+def test_nothing_is_written_into_the_embedded_model():
+    given = ["speed", "reference", "--batch", "1", "--length", "4", "--tokens", "2", "--repeats", "1", "--json"]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    assert not (resolve_model("reference") / "speed.json").exists()
 
 
 @pytest.mark.slow
