@@ -1,7 +1,9 @@
 """Products with trellis codes, by kernels, against dense matrices in float64."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,3 +155,15 @@ def test_what_does_not_fit_together_is_taken_part_by_part():
     for described in (apart, mixed):
         assert not chains_of(projection(2, described), "gate_up", x)
     assert not chains_of(projection(6, parts_of), "gate_up", x.requires_grad_())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_processors_without_wide_vectors_get_the_same(tmp_path):
+    """numba compiles for a CPU with AVX2 alone: without the instruction that sums bytes, and with vectors in halves."""
+    kind = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
+    given = os.environ | kind | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    tests = [str(Path(__file__).with_name(f"test_{kind}_kernels.py")) for kind in ("grid", "trellis")]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "dense_matrices", *tests]
+    done = subprocess.run(command, capture_output=True, text=True, env=given, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and "100%" in done.stdout, done.stdout[-3000:]
