@@ -21,7 +21,6 @@ from ..model.experts import dense_weight, expert_count, find_experts, intermedia
 from ..runtime.native_call import Routed
 from ..runtime.routers import Sources
 from .cache import walk_folder
-from .products import add_product
 from .store import Statistics
 
 Pairs = Callable[[], Iterator[tuple[Routed, torch.Tensor]]]
@@ -128,8 +127,8 @@ class PairedExperts:
                 if expert in group:
                     token = routed.token[rows]
                     x, z = (value.float() for value in of(expert, routed.x[token], other[token]))
-                    add_product(gram[expert - group.start], z, z)
-                    add_product(cross[expert - group.start], x, z)
+                    gram[expert - group.start].addmm_(z.T, z)
+                    cross[expert - group.start].addmm_(x.T, z)
         return gram, cross
 
 

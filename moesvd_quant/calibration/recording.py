@@ -11,7 +11,6 @@ from ..memory.files import TensorFile
 from ..memory.limits import Memory
 from ..model.experts import expert_count, find_experts, find_linears, shapes_of
 from ..model.stream import StreamedModel
-from .products import add_product
 from .statistics import LayerRecorder
 
 BATCH_TOKENS = 2048  # part of the result: sums run batch by batch, of at most so many tokens or one window
@@ -86,7 +85,7 @@ def head_gram(streamed: StreamedModel) -> torch.Tensor:
     for hidden, batch in zip(streamed.hidden, streamed.batches):
         flat = streamed.head_input(hidden, batch).flatten(0, -2).float()
         total = flat.new_zeros(flat.shape[1], flat.shape[1]) if total is None else total
-        add_product(total, flat, flat)
+        total.addmm_(flat.T, flat)
     assert total is not None
     return total.cpu()
 

@@ -24,7 +24,6 @@ from ..model.experts import (
 )
 from ..model.folder import ModelError
 from ..runtime.native_call import Routed
-from .products import add_product
 
 # Magnitudes of activations are counted in bins of 1/16 octave, so that the outlier share of any threshold
 # can be read later without a second walk.
@@ -73,7 +72,7 @@ class LayerRecorder:
         if path + "/gram" not in self.sums:
             self.sums[path + "/gram"] = flat.new_zeros(flat.shape[1], flat.shape[1])
             self.sums[path + "/tokens"] = torch.tensor(0)
-        add_product(self.sums[path + "/gram"], flat, flat)
+        self.sums[path + "/gram"].addmm_(flat.T, flat)
         self.sums[path + "/tokens"] += len(flat)
 
 
@@ -172,8 +171,8 @@ class ExpertsRecorder:
     def _observe(self, expert: int, x: torch.Tensor, inner: torch.Tensor) -> None:
         at, sums, x, inner = expert - self.group.start, self.sums, x.float(), inner.float()
         sums["tokens"][at] += len(x)
-        add_product(sums["gram_in"][at], x, x)
-        add_product(sums["gram_mid"][at], inner, inner)
+        sums["gram_in"][at].addmm_(x.T, x)
+        sums["gram_mid"][at].addmm_(inner.T, inner)
         sums["abs_in"][at] += x.abs().sum(0)
         for part in inner.abs().split(PART):
             sums["abs_mid"][at] += part.sum(0)

@@ -26,7 +26,7 @@ from .effect import measure_effects
 from .fisher import fisher_bases, fisher_inputs
 from .recording import BATCH_TOKENS, experts_at_once, head_gram, pass_on, record_layer, recorded_bytes, windows_at_once
 
-WALK_VERSION = 6
+WALK_VERSION = 5
 EFFECT_BATCH = 8  # windows
 FISHER_SEQUENCES = 1024  # of the calibration windows, as in D2-MoE
 # What is kept of the Fisher information: one base (out, in) merged by it, or its sums (E, in) for each input.

@@ -72,10 +72,8 @@ def test_inputs_are_those_of_the_compressed_model(make_model, tmp_path, small):
         rows = [(one[1] == expert).any(1) for one in seen[0]]
         x, z = (torch.cat([call[0][row] for call, row in zip(calls, rows)]) for calls in seen)
         assert int(pair.tokens[expert]) == len(x)
-        for found, other in zip(pair.gate_up, (z, x)):  # of inputs that may be rounded to bfloat16
-            wanted = other.T @ z
-            assert bool(((found[expert] - wanted).abs() <= 2.0**-7 * (other.abs().T @ z.abs()) + 1e-2).all())
-            assert float((found[expert] - wanted).norm() / wanted.norm()) < 3e-3
+        torch.testing.assert_close(pair.gate_up[0][expert], z.T @ z, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(pair.gate_up[1][expert], x.T @ z, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("recipe,stage", [("gptq2", "gptq"), ("svd", "svd")])

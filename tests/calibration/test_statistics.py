@@ -5,7 +5,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moesvd_quant.calibration.metric import DIAGONAL, FREQUENCY, OWN, POOLED, Grams, blend, coverage, shrink
-from moesvd_quant.calibration.products import add_product
 from moesvd_quant.calibration.recording import linear_gram
 from moesvd_quant.calibration.statistics import LayerRecorder, outlier_share
 from moesvd_quant.model.experts import find_experts, split_projections
@@ -67,9 +66,7 @@ def test_gram_matrices_are_sums_over_each_experts_tokens(make_model):
         for name, value in (("gram_in", x), ("gram_mid", inner)):
             expected = value.T @ value
             got = statistics[1][f"mlp.experts/{name}"][expert].double()
-            # Inputs may be rounded to bfloat16, to 2**-9 of themselves; each product of two of them to twice that.
-            assert bool(((got - expected).abs() <= 2.0**-7 * (value.abs().T @ value.abs())).all())
-            assert float((got - expected).norm() / expected.norm()) < 2e-3
+            assert torch.allclose(got, expected, atol=1e-4 * float(expected.abs().max()))
         share = (inner.abs() > 2 * inner.abs().mean()).double().mean()
         got = outlier_share(statistics[1]["mlp.experts/magnitudes"], statistics[1]["mlp.experts/magnitude_sum"], 2.0)
         assert float(got[expert]) == pytest.approx(float(share), rel=0.03)
@@ -131,17 +128,3 @@ def test_an_expert_without_tokens_is_judged_like_its_layer():
     metric = Grams(gram, torch.tensor([600, 0]), blend)
     assert torch.allclose(metric[1] / metric[1].trace(), torch.eye(3) / 3)
     assert 0 < metric[1].trace() < metric[0].trace()
-
-
-def test_sums_are_exact_but_for_inputs_in_bfloat16():
-    """Of inputs that have no more bits, a sum is exact to float32; and it is positive whatever they are."""
-    x, z = torch.randn(2, 300, 96, generator=torch.Generator().manual_seed(0))
-    total = torch.ones(96, 96)
-    add_product(total, x.bfloat16().float(), z.bfloat16().float())
-    exact = 1 + x.bfloat16().double().T @ z.bfloat16().double()
-    assert torch.allclose(total.double(), exact, rtol=1e-5, atol=1e-4)
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    few = torch.zeros(96, 96)
-    add_product(few, x[:90], x[:90])
-    assert torch.equal(few, few.T) and float(torch.linalg.eigvalsh(few.double()).min()) > -1e-4
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
