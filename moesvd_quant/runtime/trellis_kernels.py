@@ -13,7 +13,7 @@ from .numba_here import LANES, dtype_of_products
 from .spans import MANY, Span, few_and_many
 from .trellis_code import blocks_of, column_bounds, groups_of, joint_columns, padded, ring_bounds
 
-TILE = 2**22  # bytes of values that are made at a time, where a matrix has many tokens
+TILE = 2**23  # bytes of values that are made at a time, where a matrix has many tokens
 
 
 def read_all(codes: torch.Tensor, rate: float, bounds: np.ndarray) -> torch.Tensor:

@@ -22,6 +22,7 @@ from .trellis_lanes import BIAS, WRAP, in_order, read_ring, read_ring_half
 
 f32 = np.float32
 EACH_TIME = 64  # rings of a stream that a thread takes at a time
+COLUMNS = 32  # of a matrix
 OPTIONS: Any = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 
 
@@ -57,14 +58,15 @@ def tile(twice: int):
         wide, step = blocks * each * LANES, blocks * LANES * size + WRAP
         room = np.zeros((high - low) * step, np.uint8)
         rings = room.ctypes.data
-        j = take(given)
-        while j < columns:
-            for r in range(low, high):
-                begin, end = bounds[r] * twice // 16, bounds[r + 1] * twice // 16
-                copy_ring(codes + j * column_bytes + begin, end - begin, rings + (r - low) * step)
-            for r in range(high - low):
-                read_ring_half(rings + r * step, blocks, n[3] + 2 * (j * (high - low) + r) * wide, twice)
-            j = take(given)
+        item = take(given)
+        while item * COLUMNS < columns:
+            for j in range(item * COLUMNS, min(columns, (item + 1) * COLUMNS)):
+                for r in range(low, high):
+                    begin, end = bounds[r] * twice // 16, bounds[r + 1] * twice // 16
+                    copy_ring(codes + j * column_bytes + begin, end - begin, rings + (r - low) * step)
+                for r in range(high - low):
+                    read_ring_half(rings + r * step, blocks, n[3] + 2 * (j * (high - low) + r) * wide, twice)
+            item = take(given)
 
     return read_tile
 
