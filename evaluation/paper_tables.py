@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 
 from ..recipe.tasks import SEVEN
 from .table import Table
+from .task_table import tasks_in
 
 
 def table8(records: list[dict]) -> Table:
@@ -42,11 +43,11 @@ def table2(records: list[dict]) -> Table:
     """The paper's Table 2: what was removed, tokens per second, perplexities, the seven tasks and their mean."""
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
     words = [text for text in texts if any("lm_eval" in r["perplexity"].get(text, {}) for r in records)]
-    more = [t for t in dict.fromkeys(t for r in records for t in _tasks(r)) if t not in SEVEN]
+    more = [t for t in dict.fromkeys(t for r in records for t in tasks_in(r)) if t not in SEVEN]
     rows: list[list[str | float]] = []
     originals = {r.get("base_model"): r for r in records if r["name"] == "original"}
     for record in _by_size(records):
-        figures, tasks = record["perplexity"], _tasks(record)
+        figures, tasks = record["perplexity"], tasks_in(record)
         accuracies = [tasks[task]["acc"] for task in SEVEN if task in tasks]
         rows.append([
             f"{100 * record['accounting']['model_ratio']:.0f}%",
@@ -100,12 +101,12 @@ def table12(records: list[dict]) -> Table:
         groups.setdefault(key, []).append(record)
     alike = Counter((method, samples) for method, samples, *_ in groups)
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
-    tasks = [task for task in SEVEN if any(task in _tasks(r) for r in records)]
+    tasks = [task for task in SEVEN if any(task in tasks_in(r) for r in records)]
     rows: list[list[str | float]] = []
     for (method, samples, _, recipe), members in groups.items():
         label = f"{method} ({recipe})" if alike[method, samples] > 1 else method
         measured = [_spread([r["perplexity"][t]["ppl"] for r in members if t in r["perplexity"]]) for t in texts]
-        measured += [_with_error([_tasks(r)[t] for r in members if t in _tasks(r)]) for t in tasks]
+        measured += [_with_error([tasks_in(r)[t] for r in members if t in tasks_in(r)]) for t in tasks]
         rows.append([label, samples, len(members), *measured])
     columns = ["method", "calibration windows", "runs", *texts, *[SEVEN[task] for task in tasks]]
     error = "; se: standard error over documents, by lm-eval, which is what the paper's \u00b1 has the size of"
@@ -118,10 +119,6 @@ TABLES = {"2": table2, "8": table8, "11": table11, "12": table12}
 
 def _by_size(records: list[dict]) -> list[dict]:
     return sorted(records, key=lambda r: (-r["memory"]["disk_bytes"], r["name"]))
-
-
-def _tasks(record: dict) -> dict:
-    return record.get("zero_shot", {}).get("tasks", {})
 
 
 def _main(figures: dict) -> float | None:

@@ -6,7 +6,7 @@ from ..errors import UsageError
 from ..recipe.tasks import SEVEN
 from .perplexity import relative_change
 from .table import Table
-from .task_table import task_table
+from .task_table import task_table, tasks_in
 
 COLUMNS = ("GPTQ (4bit)", "GPTQ (3bit)", "MoE-SVD (4bit)", "MoE-SVD (3bit)")
 
@@ -67,14 +67,14 @@ def table12_paired(records: list[dict]) -> Table:
     """
     originals = {model_of(record): record for record in records if record["name"] == "original"}
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
-    tasks = [task for task in SEVEN if any(task in _tasks(r) for r in records)]
+    tasks = [task for task in SEVEN if any(task in tasks_in(r) for r in records)]
     rows: list[list[str | float]] = []
     for record in records:
         original = originals.get(model_of(record))
         if original is None or original is record:
             continue
         changes = [_change(record["perplexity"].get(t, {}), original["perplexity"].get(t, {})) for t in texts]
-        tests = [_test(_tasks(record).get(t, {}), _tasks(original).get(t, {})) for t in tasks]
+        tests = [_test(tasks_in(record).get(t, {}), tasks_in(original).get(t, {})) for t in tasks]
         rows.append([model_of(record), record["name"], *changes, *tests])
     if not rows:
         raise UsageError("no record has the original of its model beside it; evaluate that as well")
@@ -87,10 +87,6 @@ def model_of(record: dict) -> str:
     if "base_model" not in record:
         raise UsageError(f"{record['name']}: its record does not name its model; delete it and evaluate again")
     return record["base_model"]
-
-
-def _tasks(record: dict) -> dict:
-    return record.get("zero_shot", {}).get("tasks", {})
 
 
 def _change(own: dict, base: dict) -> str:

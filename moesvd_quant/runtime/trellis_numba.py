@@ -64,8 +64,8 @@ def few(twice: int):
             high = min(rings, low + per)
             while start < stop:
                 some = min(stop - start, AT_ONCE)
-                lanes = 1 if some == 1 else 2 if some == 2 else AT_ONCE
-                gathered(x, start, start + some, inputs[: (columns + TOGETHER) * lanes].reshape(-1, lanes))
+                room_for = 1 if some == 1 else 2 if some == 2 else AT_ONCE
+                gathered(x, start, start + some, inputs[: (columns + TOGETHER) * room_for].reshape(-1, room_for))
                 total[:some] = f32(0)
                 for first in range(0, columns, TOGETHER):
                     for j in range(min(TOGETHER, columns - first)):
@@ -73,13 +73,13 @@ def few(twice: int):
                         for r in range(low, high):
                             begin, end = bounds[r] * twice // 16, bounds[r + 1] * twice // 16
                             copy_ring(column + begin, end - begin, ring + (j * per + r - low) * step)
-                    at = given_x + 4 * first * lanes
+                    at = given_x + 4 * first * room_for
                     for r in range(low, high):
                         blocks, own = blocks_of(bounds[r + 1] - bounds[r], each), ring + (r - low) * step
                         place = sum_of + 4 * (r - low) * wide
-                        if lanes == 1:
+                        if room_for == 1:
                             add_rings(own, per * step, blocks, at, place, next_token, TOGETHER, 1, twice)
-                        elif lanes == 2:
+                        elif room_for == 2:
                             add_rings(own, per * step, blocks, at, place, next_token, TOGETHER, 2, twice)
                         else:
                             add_rings(own, per * step, blocks, at, place, next_token, TOGETHER, AT_ONCE, twice)

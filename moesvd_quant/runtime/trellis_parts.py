@@ -29,17 +29,15 @@ def project(chains: list[list[Link]], x: torch.Tensor, token: torch.Tensor, size
     if chains[0][0].form.columns:
         turn_rows(given)
     given, y = given[token], torch.zeros(len(token), chains[0][-1].shape[0])
-    scale = np.zeros(len(token), np.float32)
+    scale, experts = np.zeros(len(token), np.float32), spans_of(sizes)
     steps: list[list[Job]] = [[] for _ in range(max(map(len, chains)))]
     for chain in chains:
-        own = [span for span in spans_of(sizes) if chain[0].rows[span[0]] >= 0]
+        own = [span for span in experts if chain[0].rows[span[0]] >= 0]
         if not own:
             continue
-        h = given
+        h, scales = given, [link.form.scales(link.stored, link.shape) for link in chain]
         for expert, start, stop in own:
-            scale[start:stop] = np.prod(
-                [link.form.scales(link.stored, link.shape)[link.rows[expert]] for link in chain]
-            )
+            scale[start:stop] = np.prod([each[link.rows[expert]] for each, link in zip(scales, chain)])
         for link, jobs in zip(chain, steps):
             out = y if link is chain[-1] else torch.empty(len(token), link.shape[0])
             spans = [(link.rows[expert], start, stop) for expert, start, stop in own]

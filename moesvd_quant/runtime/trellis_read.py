@@ -106,7 +106,7 @@ def ordered(twice: int, half: int):
     """Work: sets what belongs to the rings low ... high of y (tokens, rows) float32, whose rows are `step` numbers
     apart, to the products with a `tile`, (tokens, rings, blocks, planes, lanes), bfloat16 where `half`, else float32.
     Takes the addresses of the products, bounds and y, and the sizes below."""
-    each = groups_of(twice)[0]
+    each = groups_of(twice).each
 
     @work
     def order(given):
