@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow everything down, many times over, where another process wants the core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware docs clean bench-papers test-more bench-compress
+.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware docs clean bench-papers test-more test-transformers bench-compress
 
 venv: .venv/.installed
 
@@ -36,6 +36,21 @@ test-peer: venv
 # Slow tests worth their minutes on every submission: the wheel in an environment of its own, GPTQModel reading exports, lm-eval's prompts.
 test-more: venv
 	$(BIN)/pytest -n 2 -m slow tests/test_wheel.py tests/test_export.py tests/evaluation/test_zero_shot.py -k "not command_line"
+
+# What we need of transformers, on the lowest version that pyproject allows and on the newest that was tried. Each has its own packages
+# and finds all others in .venv.
+TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml).0 5.24.0
+
+.venv-transformers/%/.installed: .venv/.installed
+	$(PYTHON) -m venv .venv-transformers/$*
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+	  $$(.venv-transformers/$*/bin/python -c "import site; print(site.getsitepackages()[0])")/rest.pth
+	.venv-transformers/$*/bin/pip install -q transformers==$*
+	touch $@
+
+test-transformers: $(TRANSFORMERS:%=.venv-transformers/%/.installed)
+	for version in $(TRANSFORMERS); do .venv-transformers/$$version/bin/python -m pytest -q -m "not slow" tests/model/test_hf_internals.py \
+	  tests/model/test_architectures.py tests/model/test_sources.py tests/model/test_loading.py || exit 1; done
 
 test-slow: venv
 	$(BIN)/pytest -m slow
