@@ -47,11 +47,12 @@ class Statistics:
 
     def __init__(
         self, folder, model_digest, windows, device="cpu", cap_bytes=None, root=None, memory=None, shape=None,
-        shared=False,
+        shared=False, balanced=False,
     ):  # fmt: skip
         """windows may be a function, called when they are needed; `shape` is theirs then. shared: whether shared
-        experts count as experts."""
+        experts count as experts; balanced: whether inner channels are balanced (`model/balance.py`)."""
         self.folder, self.device, self._make, self.shared = Path(folder), device, windows, shared
+        self.balanced = balanced
         self.shape = tuple(shape or windows.shape)
         self.memory, self.model_digest = memory or Memory(), model_digest
         self.dtype = precision_on(device)
@@ -68,12 +69,12 @@ class Statistics:
         """A worker reads the same store."""
         return Statistics, (
             self.folder, self.model_digest, self.windows, self.device, self.cap_bytes, self.store, self.memory, None,
-            self.shared,
+            self.shared, self.balanced,
         )  # fmt: skip
 
     def model(self, folder: Path | None = None) -> StreamedModel:
         """The model that they are of, or another one, in the precision of the walk."""
-        return StreamedModel(folder or self.folder, self.dtype, self.device, self.shared)
+        return StreamedModel(folder or self.folder, self.dtype, self.device, self.shared, balanced=self.balanced)
 
     @cached_property
     def windows(self) -> torch.Tensor:
@@ -89,7 +90,7 @@ class Statistics:
             "walk": [WALK_VERSION, BATCH_TOKENS, str(self.dtype), torch.__version__, transformers.__version__],
             "device": torch.device(self.device).type,
             "threads": torch.get_num_threads(),
-        } | ({"shared": True} if self.shared else {})
+        } | {name: True for name in ("shared", "balanced") if getattr(self, name)}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     @property

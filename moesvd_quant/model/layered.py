@@ -9,6 +9,8 @@ from torch import nn
 
 from ..errors import ModelError
 from ..memory.allocator import malloc_trim
+from ..runtime.factorized_experts import FactorizedExperts
+from .balance import balance, move
 from .dtypes import keep_float32, set_dtypes
 from .experts import mark_shared_experts
 from .headers import StoredTensor
@@ -43,17 +45,25 @@ class LayeredModel:
     dtype: of the weights in memory: one of torch's; `auto` as transformers loads the folder, in the model's own dtype
     but for what its class keeps in float32; None keeps every tensor as it is on disk. Packed tensors stay integers.
     shared: whether shared experts count as experts. leave_out: whether its checkpoints are without the tensors that the
-    model's class does not use.
+    model's class does not use. balanced: whether inner channels of native experts are balanced when a layer is loaded
+    (`model/balance.py`); not those of a model in float16, which has too few exponents.
     """
 
     def __init__(
-        self, folder: str | Path, dtype: Precision = None, device="cpu", shared: bool = False, leave_out: bool = False
+        self,
+        folder: str | Path,
+        dtype: Precision = None,
+        device="cpu",
+        shared: bool = False,
+        leave_out: bool = False,
+        balanced: bool = False,
     ):
         opened = open_folder(folder)
         self.precision, self.stored_dtype = dtype, opened.dtype
         self.opened: Opened | None = opened
         self.dtype = dtype if isinstance(dtype, torch.dtype) else opened.dtype
         self._describe(Path(folder), opened.empty_model(self.dtype), device, shared, leave_out)
+        self.balanced = balanced
         if dtype is None:
             set_dtypes(self.model, opened.census.dtypes)
         else:
@@ -62,7 +72,7 @@ class LayeredModel:
 
     def __reduce__(self):
         """A worker opens the folder itself."""
-        return type(self), (self.folder, self.precision, self.device, self.shared, self.leave_out)
+        return type(self), (self.folder, self.precision, self.device, self.shared, self.leave_out, self.balanced)
 
     @classmethod
     def described(cls, model: nn.Module, folder: Path, device="cpu", like: "LayeredModel | None" = None) -> Self:
@@ -82,6 +92,8 @@ class LayeredModel:
             for layer in self.layers:
                 mark_shared_experts(layer)
         self.layer_names = [f"{self.layers_path}.{i}" for i in range(len(self.layers))]
+        self.balanced = False
+        self.moved: dict[str, torch.Tensor] = {}  # by path in the loaded layer, see `balance`
 
     def source_bytes(self) -> int | None:
         """Bytes of all tensors on disk, those that the model's class does not use included; None for none."""
@@ -138,9 +150,18 @@ class LayeredModel:
 
     def load_layer(self, index: int) -> nn.Module:
         self.load(self.layer_names[index] + ".")
+        if self.balanced and self.stored_dtype != torch.float16:
+            self.moved = balance(self.layers[index])
         if index + 1 < len(self.layer_names):
             self.files.read_ahead(self.layer_names[index + 1] + ".")
         return self.layers[index]
+
+    def restore_native(self, index: int) -> None:
+        """Moves the channels back of those experts of a loaded layer that are still native."""
+        for path, exponents in self.moved.items():
+            if not isinstance(experts := self.layers[index].get_submodule(path), FactorizedExperts):
+                move(experts, -exponents)
+        self.moved = {}
 
     def drop_layer(self, index: int) -> None:
         self.drop(self.layer_names[index])

@@ -108,6 +108,11 @@ class Recipe(_Part):
     experts: Literal["routed", "all"] = Field(
         "routed", description="what is compressed as experts; all: shared experts as well, which every token passes"
     )
+    balance: bool = Field(
+        False,
+        description="channels between up and down that are large in one and small in the other are made alike first, "
+        "by powers of two: nothing that the model computes changes",
+    )
     unused_tensors: Literal["keep", "leave_out"] = Field(
         "keep",
         description="tensors that transformers does not use, such as layers for multi-token prediction",

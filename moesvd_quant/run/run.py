@@ -60,7 +60,7 @@ class Run:
     def opened(self, folder: Path) -> StreamedModel:
         """A model folder as the recipe takes it."""
         leave_out = self.recipe.unused_tensors == "leave_out"
-        return StreamedModel(folder, None, self.device, self.recipe.experts == "all", leave_out)
+        return StreamedModel(folder, None, self.device, self.recipe.experts == "all", leave_out, self.recipe.balance)
 
     def _statistics(self, memory: Memory) -> Statistics:
         from ..calibration.windows import length_of, must_write, windows_of
@@ -78,7 +78,7 @@ class Run:
 
         later = must_write(wanted, self.model, self.model_digest, length, seed, self.device)
         windows, shape = make_if_it_fits if later else make(), (wanted.samples, length)
-        more = {"memory": memory, "shape": shape, "shared": self.meta.shared}
+        more = {"memory": memory, "shape": shape, "shared": self.meta.shared, "balanced": self.recipe.balance}
         return Statistics(self.model, self.model_digest, windows, self.device, **more)
 
     @property

@@ -144,6 +144,7 @@ def make_layer(folder: Path, plan: Plan, context: Context, index: int, layer, st
     parent = context.parent
     name = parent.layer_names[index]
     report = context.stage.run_layer(context, index, layer, statistics, plan)
+    parent.restore_native(index)
     own = {path: parts for path, parts in plan.layout.experts.items() if path.startswith(name + ".")}
     layout = {path: projections_to(projections) for path, projections in own.items()}
     seen = verify.outputs(parent.model, verify.targets(plan.layout, name + "."))
