@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow everything down, many times over, where another process wants the core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware docs clean bench-papers test-more test-transformers bench-compress
+.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware bench-gpu docs clean bench-papers test-more test-transformers bench-compress
 
 venv: .venv/.installed
 
@@ -125,6 +125,10 @@ bench-stress: venv
 bench-compress: venv
 	PYTHONPATH=tests MOESVD_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m moesvd_quant.evaluation.benchmarks.compress $(COMPRESS)
 
+# All that only a GPU can show, in at most nine minutes. GPU="--device cpu --small" rehearses it.
+bench-gpu: venv
+	PYTHONPATH=tests $(BIN)/python -m moesvd_quant.evaluation.benchmarks.gpu $(GPU)
+
 # FORECAST: options of evaluation/benchmarks/forecast.py, for example --model DIR
 bench-forecast: venv
 	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.forecast --text $(LM)/wikitext-2-raw/wiki.test.raw.gz --calibration $(CALIBRATE) $(FORECAST)
@@ -141,4 +145,4 @@ bench-ablations: venv
 	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.ablations $(ABLATIONS)
 
 clean:
-	rm -rf site demo-out quality-out budget-out forecast-out stress-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl papers-out
+	rm -rf site demo-out quality-out budget-out forecast-out stress-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl papers-out gpu-out

@@ -159,7 +159,7 @@ def measured() -> Iterator[Clock]:
             setattr(owner, name, value)
 
 
-def compress(folder: Path, recipe: str, out: Path, windows: int, length: int) -> Clock:
+def compress(folder: Path, recipe: str, out: Path, windows: int, length: int, device: str = "cpu") -> Clock:
     """Runs a recipe of RECIPES on a model, without evaluation."""
     from moesvd_quant.recipe.load import load_recipe
     from moesvd_quant.run.run import Run
@@ -169,7 +169,7 @@ def compress(folder: Path, recipe: str, out: Path, windows: int, length: int) ->
     # The walks in which a model writes its own text cost by the token, as evaluation does.
     loaded = load_recipe(name, [*overrides, *text, "calibration.self_written=0", "evaluate.perplexity=[]"])
     with measured() as clock:
-        Run(loaded, folder, out).run()
+        Run(loaded, folder, out, device).run()
         clock.total()
     return clock
 
