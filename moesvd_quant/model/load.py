@@ -1,6 +1,8 @@
 """Opening a model folder, and nothing but what it says."""
 
 import copy
+import logging
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ..runtime.modeling_moesvd import MoesvdConfig
+from ..runtime.stored import Stored
 from .folder import ModelError, class_for
 from .hf_internals import no_loading_bars
 from .opened import open_folder
@@ -44,6 +47,8 @@ def load(path: str | Path, dtype: Literal["auto"] | torch.dtype = "auto", device
     for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found := info[name]:
             raise ModelError(f"{folder}: {name.replace('_', ' ')}: {sorted(map(str, found))[:5]}")
+    for name in without_kernel(model):
+        _say_slow(name, torch.device(device).type)
     return model.eval() if placement.get("device_map") else model.to(device).eval()
 
 
@@ -56,3 +61,28 @@ def _load_dequantized(folder: Path, dtype, device: str):
     if (folder / "generation_config.json").is_file():
         streamed.model.generation_config = GenerationConfig.from_pretrained(folder)
     return streamed.model
+
+
+def without_kernel(model) -> list[str]:
+    """The packed formats of a loaded model that are dequantized for each product, because no kernel on this machine
+    multiplies with them as they are stored."""
+    slow = set()
+    for module in model.modules():
+        for name, form in module.formats.items() if isinstance(module, Stored) else ():
+            stored = module.bank_tensors(name)
+            device = next(iter(stored.values())).device
+            x = torch.empty(1, module.bank_shapes[name][1], dtype=model.dtype, device=device)
+            waits = device.type == "meta"  # on disk until it is its turn
+            if form.packed and not waits and not form.has_kernel(stored, x):
+                slow.add(form.name)
+    return sorted(slow)
+
+
+@cache
+def _say_slow(form: str, device: str) -> None:
+    logging.getLogger(__name__).warning(
+        "no kernel on this machine (%s) for weights stored as %s: each product first makes the whole matrix, which is "
+        "slow",
+        device,
+        form,
+    )

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_imports
 
 import moesvd_quant
+from expert_runs import job
 from moesvd_quant.model.folder import ModelError
+from moesvd_quant.model.load import _say_slow, without_kernel
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
@@ -95,3 +97,18 @@ def test_what_a_checkpoint_ships_demands_no_more_than_it_needs():
     """transformers refuses a checkpoint where anything is missing that its files import outside of `try`."""
     demanded = {name for file in modeling_moesvd.SHIPPED for name in get_imports(HOME / file)}
     assert demanded - set(sys.stdlib_module_names) == {"torch", "transformers", "numpy", "huggingface_hub"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "slow"),
+    [("{sparsify: {method: wanda, pattern: '2:4'}}", ["sparse"]), ("{gptq: {bits: 3, group_size: 32}}", [])],
+    ids=["sparse", "gptq"],
+)
+def test_formats_without_a_kernel_are_named_once(stages, slow, make_model, tmp_path, small, caplog):
+    [made] = job(make_model("mixtral"), tmp_path, small, stages).run()
+    _say_slow.cache_clear()
+    assert without_kernel(moesvd_quant.load(made)) == without_kernel(moesvd_quant.load(made)) == slow
+    said = [
+        record.getMessage() for record in caplog.records if "no kernel on this machine (cpu)" in record.getMessage()
+    ]
+    assert len(said) == len(slow) and all("stored as sparse" in message for message in said)
