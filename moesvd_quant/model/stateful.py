@@ -61,7 +61,7 @@ class Forward:
         found: dict[int, torch.Tensor] = {}  # several frames hold the same
         frame = self._frame
         while frame is not None:
-            found |= {id(tensor): tensor for tensor in _tensors(frame.f_locals)}
+            found |= {id(tensor): tensor for tensor in _tensors(dict(frame.f_locals))}  # from Python 3.13 on, a proxy
             frame = frame.f_back
         given = {id(tensor) for tensor in self.given()}
         return [tensor for key, tensor in found.items() if key not in given]

@@ -1,6 +1,7 @@
 """The layer walk against the whole model in memory; damaged files are found."""
 
 import shutil
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moesvd_quant.model.folder import ModelError
+from moesvd_quant.model.stateful import Forward
 from moesvd_quant.model.stream import StreamedModel
 from tiny import ARCHITECTURES
 
@@ -72,3 +74,12 @@ def test_pickle_is_not_read(make_model, tmp_path):
 def test_no_model_at_all(tmp_path):
     with pytest.raises(ModelError, match=r"no config\.json"):
         StreamedModel(tmp_path)
+
+
+def test_what_suspended_frames_hold_is_found_whatever_python_calls_their_variables():
+    """From Python 3.13 on, `frame.f_locals` is no dictionary."""
+    held, below = torch.zeros(2), torch.ones(3)
+    forward = Forward(None, WINDOWS)
+    frame = SimpleNamespace(f_locals=MappingProxyType({"held": [held]}), f_back=None)
+    forward._frame = SimpleNamespace(f_locals=MappingProxyType({"below": below, "number": 1}), f_back=frame)
+    assert [id(tensor) for tensor in forward.beside()] == [id(below), id(held)]
