@@ -1,4 +1,5 @@
-"""What mkdocs makes beside the written pages: the README as the first one, the reference of recipes and commands."""
+"""What mkdocs makes beside the written pages: the README as the first one, the notebook, the reference of recipes and
+commands."""
 
 import json
 import re
@@ -16,6 +17,7 @@ PARTS = {"Calibration": "calibration", "Evaluate": "evaluate", "Limits": "limits
 def on_files(files, config):
     made = {page: _on_site((ROOT / source).read_text()) for page, source in BORROWED.items()}
     made |= {"reference/recipe.md": recipe_page(), "reference/commands.md": commands_page()}
+    made["notebook.md"] = notebook_page(json.loads((ROOT / "docs/notebook.ipynb").read_text()))
     made["reference/recipe.schema.json"] = json.dumps(_schema(), indent=1)
     for path, content in made.items():
         files.append(File.generated(config, path, content=content))
@@ -80,6 +82,23 @@ def _meaning(about: dict) -> str:
     choices = [str(value) for part in [about, *about.get("anyOf", [])] for value in part.get("enum", [])]
     named = f" (one of {', '.join(choices)})" if choices else ""
     return (about["description"] + named).replace("|", "\\|")
+
+
+def notebook_page(notebook: dict) -> str:
+    """Cells of a notebook as they are stored, with what they printed, showed and drew."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += [_shown(output) for output in cell.get("outputs", [])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _shown(output: dict) -> str:
+    data = output.get("data", {"text/plain": output.get("text", "")})
+    if "image/png" in data:
+        return f"![What the cell draws](data:image/png;base64,{''.join(data['image/png']).strip()})"
+    return f"```text\n{''.join(data['text/plain']).rstrip()}\n```"
 
 
 def commands_page() -> str:

@@ -1,6 +1,7 @@
 """Models beside their original: divergence of their predictions, and what they write."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +12,7 @@ from ..errors import UsageError
 from ..model.stream import Precision, StreamedModel, precision_on
 from .difference import Difference, difference
 from .inputs import EvalSpec, read_text
+from .kinds import KINDS, kinds
 from .table import Table
 
 BATCH_TOKENS = 2048  # at a time: logits of a large vocabulary are much larger than hidden states
@@ -37,14 +39,12 @@ def compare(
     FLOOR stands for the original in its own dtype where that is not what is computed in: less than this no
     16-bit model of its kind can be told apart. UsageError for models whose tokenizers differ.
     """
-    from ..model.carried import tokenizer_digest
     from ..model.opened import open_folder
     from ..model.tokenizer import load_tokenizer
 
     opened, precision = open_folder(original), precision_on(device)
     for name, folder in others.items():
-        if tokenizer_digest(folder) != tokenizer_digest(original):
-            raise UsageError(f"{name}: has another tokenizer than {original}; only models of one can be compared")
+        require_same_tokenizer(name, folder, original)
     tokenizer = load_tokenizer(original)
     texts = {name: read_text(source, wanted, tokenizer, opened.config) for name, source in wanted.texts.items()}
     models: dict[str, tuple[Path, Precision]] = {name: (folder, precision) for name, folder in others.items()}
@@ -55,15 +55,39 @@ def compare(
         windows = read.windows
         assert windows is not None
         found[text] = {}
-        first, batch = StreamedModel(original, precision, device), max(1, BATCH_TOKENS // windows.shape[1])
-        with TemporaryDirectory() as scratch:  # hidden states of two models may not fit in memory
-            for _ in first.walk(windows, batch, Path(scratch)):
-                pass
+        first, of = StreamedModel(original, precision, device), kinds(windows, tokenizer)
+        with walked(first, windows) as scratch:
             for name, (folder, dtype) in models.items():
                 say = lambda done, total, name=name, text=text: report(f"{name} on {text}", done, total)  # noqa: E731
-                other = StreamedModel(folder, dtype, device).logits(windows, batch, Path(scratch))
-                found[text][name] = difference(first.predictions(), other, windows, say)
+                other = StreamedModel(folder, dtype, device).logits(windows, batch_of(windows), scratch)
+                found[text][name] = difference(first.predictions(), other, windows, of, say)
     return found
+
+
+@contextmanager
+def walked(model: StreamedModel, windows: torch.Tensor) -> Iterator[Path]:
+    """Takes windows (n, length) through the layers of a model. Within it, the model's `predictions` can be asked for.
+
+    Hidden states are on the disk, in a folder that goes away: (n, length, width) in the model's precision. Predictions,
+    which are vocabulary / width times larger, are made of them batch by batch and never kept.
+    """
+    with TemporaryDirectory() as scratch:  # those of two models may not fit in memory
+        for _ in model.walk(windows, batch_of(windows), Path(scratch)):
+            pass
+        yield Path(scratch)
+
+
+def batch_of(windows: torch.Tensor) -> int:
+    """Windows at a time."""
+    return max(1, BATCH_TOKENS // windows.shape[1])
+
+
+def require_same_tokenizer(name: str, folder: Path, original: Path) -> None:
+    """UsageError where the tokens of two models are not the same."""
+    from ..model.carried import tokenizer_digest
+
+    if tokenizer_digest(folder) != tokenizer_digest(original):
+        raise UsageError(f"{name}: has another tokenizer than {original}; only models of one can be compared")
 
 
 def difference_table(differences: dict[str, Difference]) -> Table:
@@ -71,10 +95,33 @@ def difference_table(differences: dict[str, Difference]) -> Table:
     columns = ["model", "mean", "median", "99 %", "99.9 %", "same top token %", "perplexity %", "95 % interval"]
     rows: list[list[str | float]] = []
     for name, one in differences.items():
-        divergences = [float(f"{1000 * value:.3g}") for value in (one.mean, one.median, one.high99, one.high999)]
+        divergences = [_thousandths(value) for value in (one.mean, one.median, one.high99, one.high999)]
         change, low, high = (100 * one.change[key] for key in ("change", "low", "high"))
         rows.append([name, *divergences, round(100 * one.top1, 2), f"{change:+.2f}", f"{low:+.2f} to {high:+.2f}"])
     return Table("", columns, rows)
+
+
+def kind_table(differences: dict[str, Difference]) -> Table:
+    """Mean divergence by the kind of the predicted token, in thousandths of a nat; a row per model, and one of how
+    frequent each kind is."""
+    one = next(iter(differences.values()))
+    known = [kind for kind in KINDS if kind in one.by_kind]
+    shares: list[str | float] = ["share of tokens %"]
+    shares += [f"{100 * one.by_kind[kind].tokens / one.tokens:.1f}" for kind in known]
+    rows = [shares]
+    rows += [[name, *(_thousandths(d.by_kind[kind].mean) for kind in known)] for name, d in differences.items()]
+    return Table("", ["by kind of token", *known], rows)
+
+
+def position_table(differences: dict[str, Difference]) -> Table:
+    """Mean divergence in each quarter of the windows, in thousandths of a nat; a row per model."""
+    columns = ["by place in a window", *(f"{name} quarter" for name in ("first", "second", "third", "last"))]
+    rows: list[list[str | float]] = [[name, *map(_thousandths, one.by_position)] for name, one in differences.items()]
+    return Table("", columns[: len(rows[0])], rows)
+
+
+def _thousandths(value: float) -> float:
+    return float(f"{1000 * value:.3g}")
 
 
 @torch.no_grad()

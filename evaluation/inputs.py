@@ -30,6 +30,7 @@ class EvalSpec:
     task_data: str | None = None  # folder of local files; None: lm-eval loads from the hub
     limit: int | None = None  # documents per task
     peak: bool = False  # memory at the peak of loading and generating, in a fresh process
+    original: Path | None = None  # folder of the model that predictions are compared with, window by window
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,23 @@ from collections import Counter
 from statistics import fmean, stdev
 
 from ..recipe.tasks import SEVEN
+from .difference_columns import (
+    compared_texts,
+    difference_cells,
+    difference_heads,
+    difference_means,
+    same_tokens,
+)
 from .table import Table
 from .task_table import tasks_in
 
 
 def table8(records: list[dict]) -> Table:
     """Methods as rows, largest first, those of each model together: bytes on disk, after load and at the peak
-    (where measured), bits per original expert weight, what was removed, perplexity on each text."""
+    (where measured), bits per original expert weight, what was removed, perplexity on each text, and how predictions
+    differ from the original's (`difference_columns`)."""
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
+    compared = compared_texts(records)
     lengths = sorted({r["protocol"]["length"] for r in records})
     models = len({record.get("base_model") for record in records}) > 1
     peaks = any("peak_rss_bytes" in r["memory"] for r in records)
@@ -30,18 +39,23 @@ def table8(records: list[dict]) -> Table:
             round(100 * account["expert_ratio"], 1),
             round(100 * account["model_ratio"], 1),
             *["-" if value is None else float(f"{value:.5g}") for value in figures],
+            *difference_cells(record, compared),
         ])  # fmt: skip
     columns = [
         *(["model"] if models else []), "method", "disk MB", "loaded MB", *(["peak MB"] if peaks else []),
         "bits per expert weight", "experts removed %", "model removed %", *texts,
+        *difference_heads(compared),
     ]  # fmt: skip
     windows = ", ".join(map(str, lengths))
-    return Table(f"Memory and perplexity (windows of {windows} tokens)", columns, rows)
+    note = "; divergence from the original in nats per token" if compared else ""
+    return Table(f"Memory and perplexity (windows of {windows} tokens){note}", columns, rows)
 
 
 def table2(records: list[dict]) -> Table:
-    """The paper's Table 2: what was removed, tokens per second, perplexities, the seven tasks and their mean."""
+    """The paper's Table 2: what was removed, tokens per second, perplexities, the seven tasks and their mean; then
+    other tasks, and differences from the original."""
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
+    compared = compared_texts(records)
     words = [text for text in texts if any("lm_eval" in r["perplexity"].get(text, {}) for r in records)]
     more = [t for t in dict.fromkeys(t for r in records for t in tasks_in(r)) if t not in SEVEN]
     rows: list[list[str | float]] = []
@@ -58,11 +72,12 @@ def table2(records: list[dict]) -> Table:
             *[_figure(tasks[task]["acc"]) if task in tasks else "-" for task in SEVEN],
             _figure(fmean(accuracies)) if len(accuracies) == len(SEVEN) else "-",
             *[_figure(_main(tasks[task])) if task in tasks else "-" for task in more],
+            *difference_cells(record, compared),
         ])  # fmt: skip
     columns = [
         "Ratio", "Method", "Runtime", *[f"{text} \u2193" for text in texts],
         *[f"{text} (words) \u2193" for text in words],
-        *SEVEN.values(), "Average \u2191", *more,
+        *SEVEN.values(), "Average \u2191", *more, *difference_heads(compared),
     ]  # fmt: skip
     limits = {r["zero_shot"]["protocol"]["limit"] for r in records if "zero_shot" in r} - {None}
     note = f"; tasks: the first {', '.join(map(str, sorted(limits)))} documents of each" if limits else ""
@@ -83,6 +98,9 @@ def table11(records: list[dict]) -> Table:
         ["FLOPs/token", *[f"{r['flops']['total']:.3g}" for r in ordered]],
         ["Runtime", *[_runtime(r) for r in ordered]],
     ]
+    compared = compared_texts(records)
+    cells = [difference_cells(record, compared) for record in ordered]
+    rows += [[head, *found] for head, *found in zip(difference_heads(compared), *cells)]
     contexts = sorted({r["flops"]["context"] for r in ordered})
     title = f"FLOPs: of a sequence of {', '.join(map(str, contexts))} tokens; Runtime: tokens per second when decoding"
     return Table(title, ["", *[r["name"] for r in ordered]], rows)
@@ -102,13 +120,16 @@ def table12(records: list[dict]) -> Table:
     alike = Counter((method, samples) for method, samples, *_ in groups)
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
     tasks = [task for task in SEVEN if any(task in tasks_in(r) for r in records)]
+    compared = compared_texts(records)
     rows: list[list[str | float]] = []
     for (method, samples, _, recipe), members in groups.items():
         label = f"{method} ({recipe})" if alike[method, samples] > 1 else method
         measured = [_spread([r["perplexity"][t]["ppl"] for r in members if t in r["perplexity"]]) for t in texts]
         measured += [_with_error([tasks_in(r)[t] for r in members if t in tasks_in(r)]) for t in tasks]
+        measured += [_spread(of(members, text)) for text in compared for of in (difference_means, same_tokens)]
         rows.append([label, samples, len(members), *measured])
-    columns = ["method", "calibration windows", "runs", *texts, *[SEVEN[task] for task in tasks]]
+    heads = [*texts, *[SEVEN[task] for task in tasks], *difference_heads(compared)]
+    columns = ["method", "calibration windows", "runs", *heads]
     error = "; se: standard error over documents, by lm-eval, which is what the paper's \u00b1 has the size of"
     title = f"Mean \u00b1 standard deviation over seeds (smallest to largest){error if tasks else ''}"
     return Table(title, columns, rows)

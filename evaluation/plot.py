@@ -2,7 +2,10 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+
+from .difference_columns import compared_texts, difference_of
 
 
 def family(name: str) -> str:
@@ -12,8 +15,13 @@ def family(name: str) -> str:
 
 def plot_bytes(records: list[dict], file: Path) -> None:
     """The figure of `figure_bytes` as PNG."""
-    figure = figure_bytes(records)
-    _save(figure, file)
+    _save(figure_bytes(records), file)
+
+
+def plot_divergence(records: list[dict], file: Path) -> None:
+    """The figure of `figure_divergence` as PNG, where some record has a divergence."""
+    if compared_texts(records):
+        _save(figure_divergence(records), file)
 
 
 def _save(figure, file: Path) -> None:
@@ -26,13 +34,25 @@ def _save(figure, file: Path) -> None:
 
 def figure_bytes(records: list[dict]):
     """A panel per text: perplexity against MB on disk, both logarithmic; a colour and a line per family."""
+    texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
+    return _against_bytes(records, texts, "perplexity", lambda r, text: r["perplexity"].get(text, {}).get("ppl"))
+
+
+def figure_divergence(records: list[dict]):
+    """The same of the divergence from the original, which has none itself; for records of which some has one."""
+    made = [record for record in records if any(difference_of(record, text) for text in record["perplexity"])]
+    named = "divergence from the original, nats per token"
+    return _against_bytes(made, compared_texts(made), named, lambda r, text: difference_of(r, text).get("mean"))
+
+
+def _against_bytes(records: list[dict], texts: list[str], named: str, value: Callable[[dict, str], float | None]):
+    """value(record, text): what is drawn; nothing where it is None."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
     families = sorted(
         {family(r["name"]) for r in records}, key=lambda f: (f != "original", not f.startswith("gptq"), f)
     )
@@ -42,9 +62,9 @@ def figure_bytes(records: list[dict]):
     for axis, text in zip(axes.flat, texts):
         for index, kind in enumerate(families):
             points = sorted(
-                (r["memory"]["disk_bytes"] / 1e6, r["perplexity"][text]["ppl"])
+                (r["memory"]["disk_bytes"] / 1e6, found)
                 for r in records
-                if family(r["name"]) == kind and "ppl" in r["perplexity"].get(text, {})
+                if family(r["name"]) == kind and (found := value(r, text)) is not None
             )
             style = (
                 dict(marker="*", markersize=13) if kind == "original" else dict(marker="o" if "svd" in kind else "s")
@@ -58,7 +78,7 @@ def figure_bytes(records: list[dict]):
             axes_of.set_minor_formatter(NullFormatter())
         axis.set_title(text)
         axis.set_xlabel("MB on disk")
-        axis.set_ylabel("perplexity")
+        axis.set_ylabel(named)
         axis.grid(alpha=0.25)
     for axis in list(axes.flat)[len(texts) :]:
         axis.axis("off")

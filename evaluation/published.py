@@ -4,6 +4,7 @@ import re
 
 from ..errors import UsageError
 from ..recipe.tasks import SEVEN
+from .difference_columns import compared_texts, difference_cells, difference_heads
 from .perplexity import relative_change
 from .table import Table
 from .task_table import task_table, tasks_in
@@ -12,8 +13,9 @@ COLUMNS = ("GPTQ (4bit)", "GPTQ (3bit)", "MoE-SVD (4bit)", "MoE-SVD (3bit)")
 
 
 def table8_as_printed(records: list[dict]) -> Table:
-    """MoE-SVD's Table 8: a block of rows for each model, memory when loaded and perplexity on each text; a column for
-    each method. UsageError where two records of a model are of one column, or none is of any."""
+    """MoE-SVD's Table 8: a block of rows for each model, memory when loaded, perplexity on each text and, where it was
+    measured, the difference from the original; a column for each method. UsageError where two records of a model are of
+    one column, or none is of any."""
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
     models: dict[str, dict[str, dict]] = {}
     for record in records:
@@ -34,6 +36,9 @@ def table8_as_printed(records: list[dict]) -> Table:
         rows.append(["Memory (GB)", *[_cell(found.get(c), _gigabytes) for c in COLUMNS]])
         for text in texts:
             rows.append([f"Perplexity, {text}", *[_cell(found.get(c), _perplexity(text)) for c in COLUMNS]])
+        for text in compared_texts(list(found.values())):
+            cells = [difference_cells(found[c], [text]) if c in found else ["-", "-"] for c in COLUMNS]
+            rows += [[head, *values] for head, *values in zip(difference_heads([text]), *cells)]
     left = len(records) - sum(map(len, models.values()))
     note = f"; {left} records of other methods are in table 8" if left else ""
     return Table(f"MoE-SVD's Table 8: memory when loaded, perplexity{note}", ["", *["" for _ in COLUMNS]], rows)
@@ -63,11 +68,13 @@ def table12_paired(records: list[dict]) -> Table:
     """What Table 12 asks: is a difference to the original more than luck? A row for each record that has an original.
 
     Texts: change of perplexity with its 95 % interval by a paired bootstrap over windows. Tasks: difference of
-    accuracy, and p of McNemar's exact test on the documents that one of both answers and the other does not.
+    accuracy, and p of McNemar's exact test on the documents that one of both answers and the other does not. Then the
+    divergence of predictions, which needs no test: it is zero for the original alone.
     """
     originals = {model_of(record): record for record in records if record["name"] == "original"}
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
     tasks = [task for task in SEVEN if any(task in tasks_in(r) for r in records)]
+    compared = compared_texts(records)
     rows: list[list[str | float]] = []
     for record in records:
         original = originals.get(model_of(record))
@@ -75,11 +82,12 @@ def table12_paired(records: list[dict]) -> Table:
             continue
         changes = [_change(record["perplexity"].get(t, {}), original["perplexity"].get(t, {})) for t in texts]
         tests = [_test(tasks_in(record).get(t, {}), tasks_in(original).get(t, {})) for t in tasks]
-        rows.append([model_of(record), record["name"], *changes, *tests])
+        rows.append([model_of(record), record["name"], *changes, *tests, *difference_cells(record, compared)])
     if not rows:
         raise UsageError("no record has the original of its model beside it; evaluate that as well")
     title = "Differences to the original: perplexity with 95 % interval (paired bootstrap), accuracy with p (McNemar)"
-    return Table(title, ["model", "method", *texts, *[SEVEN[task] for task in tasks]], rows)
+    heads = [*texts, *[SEVEN[task] for task in tasks], *difference_heads(compared)]
+    return Table(title, ["model", "method", *heads], rows)
 
 
 def model_of(record: dict) -> str:

@@ -1,23 +1,21 @@
 """What was measured of one checkpoint, as a JSON record beside it."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..errors import UsageError
 from ..memory.files import read_json, write_json
-from ..model.stream import Precision
 from ..recipe.tasks import task_names
 from .flops import flops_per_token
-from .inputs import EvalSpec, Text, data_digest, protocol_of, read_text, require_possible, window_length
-from .memory import disk_bytes, fits, loaded_bytes, peak_bytes
-from .perplexity import Logits, document_perplexity, in_memory, perplexity, too_long
+from .inputs import EvalSpec, data_digest, protocol_of, read_text, require_possible, window_length
+from .memory import disk_bytes, loaded_bytes, peak_bytes
+from .opening import Measured, Report, open_model
+from .perplexity import too_long
+from .text_figures import is_compared, original_of, text_figures
 
 RECORD, SPEED = "eval.json", "speed.json"
-Report = Callable[[str, int, int], None]  # what, done, total
 
 
 def evaluate(
@@ -29,8 +27,10 @@ def evaluate(
 ) -> dict:
     """Record of a model folder. Weights are computed with in float32 on CPU and in their own dtype elsewhere.
 
-    Texts are read before the model is. UsageError for an unknown protocol, and for tasks on a model that has to stream;
-    TextError for a text that cannot be measured on.
+    Texts are read before the model is. Where an original is given, each text has a `difference` from it beside its
+    perplexity (`difference.Difference`, and the original's fingerprint), but for the original itself. UsageError for
+    an unknown protocol, for an original with another tokenizer, and for tasks on a model that has to stream; TextError
+    for a text that cannot be measured on.
     """
     from ..calibration.store import fingerprint
     from ..checkpoint.finish import origin_of
@@ -41,7 +41,8 @@ def evaluate(
     folder = Path(folder)
     config, tokenizer = open_folder(folder).config, load_tokenizer(folder)
     texts = {name: read_text(source, wanted, tokenizer, config) for name, source in wanted.texts.items()}
-    opened = _open(folder, wanted, device, progress)
+    original = original_of(folder, wanted)
+    opened = open_model(folder, wanted, device, progress)
     memory = {
         "disk": disk_bytes(folder),
         "disk_bytes": disk_bytes(folder)["total"],
@@ -58,7 +59,7 @@ def evaluate(
         "folder": str(folder.resolve()),
         "fingerprint": fingerprint(folder),
         "protocol": protocol_of(folder, wanted, device),
-        "perplexity": {name: _perplexity(opened.logits, text, wanted, name, progress) for name, text in texts.items()},
+        "perplexity": text_figures(opened.logits, texts, wanted, original, tokenizer, device, progress),
         "memory": memory,
         "accounting": about["accounting"],
         "flops": flops_per_token(opened.described, length) | {"context": length},
@@ -66,64 +67,6 @@ def evaluate(
     if wanted.tasks:
         record["zero_shot"] = _zero_shot(opened.model, tokenizer, wanted)
     return record
-
-
-@dataclass(frozen=True)
-class _Opened:
-    logits: Logits
-    model: torch.nn.Module | None  # None where it streams
-    described: torch.nn.Module  # the modules, on the meta device where it streams
-    stored_dtype: torch.dtype  # of most weights on disk
-
-
-def _open(folder: Path, wanted: EvalSpec, device: str, progress: Report) -> _Opened:
-    import moesvd_quant
-
-    from ..model.opened import open_folder
-    from ..model.stream import precision_on
-
-    dtype, stored = precision_on(device), open_folder(folder).dtype
-    if _streams(folder, wanted, device):
-        require_room(folder, wanted, device)
-        made = streamed(folder, dtype, device, progress)
-        return _Opened(made.logits, None, made.model, stored)
-    model = moesvd_quant.load(folder, dtype or "auto").to(device)
-    return _Opened(in_memory(model), model, model, stored)
-
-
-def _streams(folder: Path, wanted: EvalSpec, device: str) -> bool:
-    return wanted.stream if wanted.stream is not None else not fits(folder, device)
-
-
-def require_room(folder: Path, wanted: EvalSpec, device: str) -> None:
-    """UsageError for tasks on a model that has to stream."""
-    if wanted.tasks and _streams(folder, wanted, device):
-        raise UsageError(f"{folder}: tasks need the whole model in memory; perplexity alone can stream")
-
-
-def streamed(folder: Path, dtype: Precision, device: str, progress: Report | None = None):
-    """A StreamedModel that reports each layer it reads."""
-    from ..model.stream import StreamedModel
-
-    class Reporting(StreamedModel):
-        def load_layer(self, index: int):
-            if progress:
-                progress("layers", index, len(self.layer_names))
-            return super().load_layer(index)
-
-    return Reporting(folder, dtype, device)
-
-
-def _perplexity(logits: Logits, text: Text, wanted: EvalSpec, name: str, progress: Report) -> dict:
-    measured: dict = {}
-    say = lambda done, total: progress(f"perplexity on {name}", done, total)  # noqa: E731
-    if text.windows is not None:
-        measured |= perplexity(logits, text.windows, wanted.batch_size, say).to_dict()
-    if text.rolling is not None:
-        measured["lm_eval"] = document_perplexity(
-            logits, text.documents, text.rolling, text.context, wanted.batch_size, say
-        )
-    return measured
 
 
 def _zero_shot(model, tokenizer, wanted: EvalSpec) -> dict:
@@ -134,7 +77,7 @@ def _zero_shot(model, tokenizer, wanted: EvalSpec) -> dict:
     return found | {"data": data_digest(wanted.task_data)}
 
 
-def _about(folder: Path, opened: _Opened) -> dict:
+def _about(folder: Path, opened: Measured) -> dict:
     manifest = folder / "moesvd.json"
     if manifest.is_file():
         content = read_json(manifest)
@@ -165,7 +108,10 @@ ALIKE = ("length", "dtype", "tokenizer", "computed")  # of two protocols, beside
 
 def answers(record: dict, source: str | None, protocol: dict, wanted: EvalSpec) -> bool:
     """Whether a record has all that is wanted, measured on the weights with fingerprint `source` by this protocol."""
+    from ..calibration.store import fingerprint
+
     had, zero_shot = record["protocol"], record.get("zero_shot", {})
+    asked = wanted.original if wanted.original and fingerprint(wanted.original) != source else None
     return (
         record["fingerprint"] == source
         and all(had.get(key) == protocol[key] for key in ALIKE)
@@ -175,6 +121,7 @@ def answers(record: dict, source: str | None, protocol: dict, wanted: EvalSpec) 
         and (not wanted.tasks or zero_shot.get("data") == data_digest(wanted.task_data))
         and set(task_names(wanted.tasks)) <= set(zero_shot.get("tasks", {}))
         and (not wanted.peak or "peak_rss_bytes" in record["memory"])
+        and (asked is None or all(is_compared(record["perplexity"].get(name, {}), asked) for name in wanted.texts))
     )
 
 

@@ -6,10 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.density import expert_bits
+from .difference_columns import compared_texts
 from .memory import KINDS, disk_bytes
 from .page import svg
-from .plot import figure_bytes
+from .plot import figure_bytes, figure_divergence
 from .report_stage import PROJECTIONS, Stage, mean_error
+
+DIVERGENCE = (
+    "How far predictions are from the original's (Kullback-Leibler divergence, mean over tokens). Lower left is better."
+)
 
 
 def figures(stages: list[Stage], records: list[dict]):
@@ -17,6 +22,8 @@ def figures(stages: list[Stage], records: list[dict]):
     if any(record["perplexity"] for record in records):
         draw = lambda: figure_bytes([r for r in records if r["perplexity"]])  # noqa: E731
         yield "Perplexity against bytes", "Lower left is better.", svg(draw)
+    if compared_texts(records):
+        yield "Divergence against bytes", DIVERGENCE, svg(lambda: figure_divergence(records))
     last = stages[-1]
     yield (
         "What is left of every expert",

@@ -5,10 +5,12 @@ from pathlib import Path
 from ..memory.files import read_json
 from ..runtime.modeling_moesvd import MANIFEST
 from .changes import changes
+from .difference_columns import compared_texts
 from .page import svg, write_page
 from .paper_tables import table8
-from .plot import figure_bytes
+from .plot import figure_bytes, figure_divergence
 from .record import RECORD, collect
+from .report_figures import DIVERGENCE
 from .table import Table
 from .task_table import task_table
 
@@ -26,7 +28,9 @@ def write_runs(folder: Path, runs: dict[str, list[Path]], file: Path) -> None:
     """runs: of `runs_in`."""
     records = _records(folder)
     drawn = [record for record in records if record["perplexity"]]
-    picture = lambda: figure_bytes(drawn)  # noqa: E731
+    pictures = [("Perplexity against bytes", "Lower left is better.", figure_bytes)] if drawn else []
+    if compared_texts(records):
+        pictures.append(("Divergence against bytes", DIVERGENCE, figure_divergence))
     write_page(
         "runs.html.jinja",
         file,
@@ -35,7 +39,7 @@ def write_runs(folder: Path, runs: dict[str, list[Path]], file: Path) -> None:
         measured=table8(records) if records else None,
         changes=changes(records),
         tasks=task_table(records),
-        figures=[("Perplexity against bytes", "Lower left is better.", svg(picture))] if drawn else [],
+        figures=[(title, note, svg(lambda draw=draw: draw(drawn))) for title, note, draw in pictures],
         recipes=[(name, read_json(paths[-1] / MANIFEST)["recipe"]) for name, paths in runs.items()],
     )
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..errors import UsageError
 
@@ -56,24 +57,38 @@ def _latex(table: Table) -> str:
 
 
 def _terminal(table: Table) -> str:
+    """Where a line is too long, heads wrap between words and columns stand closer; where that is not enough, the table
+    goes on below itself with its first column again. Cells are never cut."""
+    cells = [[column, *(str(row[index]) for row in table.rows)] for index, column in enumerate(table.columns)]
+    widths, room, apart = [max(map(len, column)) for column in cells], shutil.get_terminal_size().columns, 2
+    if sum(widths) + apart * (len(widths) - 1) > room:
+        widths, apart = [max(map(len, [*head.split(), *values, ""])) for head, *values in cells], 1
+    blocks, used = [[0]], widths[0]
+    for index, width in list(enumerate(widths))[1:]:
+        if used + apart + width > room and len(blocks[-1]) > 1:
+            blocks, used = [*blocks, [0]], widths[0]
+        blocks[-1].append(index)
+        used += apart + width
+    return "\n".join(
+        _block(table, block, widths, apart, room, table.title if block is blocks[0] else "") for block in blocks
+    )
+
+
+def _block(table: Table, columns: list[int], widths: list[int], apart: int, room: int, title: str) -> str:
     import rich.box
     import rich.table
     from rich.console import Console
 
-    # Where a line is too long heads wrap between words, and columns stand closer; cells are never cut.
-    cells = [[column, *(str(row[index]) for row in table.rows)] for index, column in enumerate(table.columns)]
-    widths, room = [max(map(len, column)) for column in cells], shutil.get_terminal_size().columns
-    apart = 2
-    if sum(widths) + 2 * (len(widths) - 1) > room:
-        widths, apart = [max(map(len, [*head.split(), *values, ""])) for head, *values in cells], 1
     shown = rich.table.Table(
-        title=table.title or None, box=rich.box.SIMPLE_HEAD, padding=(0, apart - 1, 0, 0), show_edge=False,
-        pad_edge=False,
+        title=title or None, box=rich.box.SIMPLE_HEAD, padding=(0, apart - 1, 0, 0), show_edge=False, pad_edge=False,
+        title_justify="left",
     )  # fmt: skip
-    for index, (column, width) in enumerate(zip(table.columns, widths)):
-        shown.add_column(column, justify="right" if index else "left", width=width, vertical="bottom")
+    for index in columns:
+        justify: Literal["left", "right"] = "right" if index else "left"
+        shown.add_column(table.columns[index], justify=justify, width=widths[index], vertical="bottom")
     for row in table.rows:
-        shown.add_row(*map(str, row))
-    console = Console(width=max(room, sum(widths) + apart * len(widths)), file=io.StringIO())
+        shown.add_row(*(str(row[index]) for index in columns))
+    wide = sum(widths[index] for index in columns) + apart * len(columns)
+    console = Console(width=max(room, wide), file=io.StringIO())
     console.print(shown)
     return console.file.getvalue()  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,13 +23,17 @@ def _quiet(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a model. perplexity: by text. accuracy: by task. record: all of it, as eval.json has it."""
+    """What was measured of a model. perplexity: by text. divergence: of its predictions from the original's, by text,
+    mean in nats per token; agreement: share of tokens at which both find the same token likeliest; both empty where no
+    original was given. accuracy: by task. record: all of it, as eval.json has it."""
 
     name: str
     folder: Path
     disk_bytes: int
     resident_bytes: int
     perplexity: dict[str, float]
+    divergence: dict[str, float]
+    agreement: dict[str, float]
     accuracy: dict[str, float]
     record: dict
 
@@ -77,12 +81,13 @@ class Compressed:
         return self.checkpoints[-1]
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """A row per evaluated model: name, bytes, perplexity on each text."""
+        """A row per evaluated model, of `frame`."""
         return frame(self.evaluation)
 
 
 def frame(evaluations: Sequence[Evaluation]) -> "pandas.DataFrame":
-    """A row per evaluation."""
+    """A row per evaluation: name, bytes, perplexity on each text ("demo"), how predictions differ from the original's
+    ("demo: divergence", "demo: agreement"), accuracy of each task."""
     import pandas
 
     rows = [
@@ -91,6 +96,8 @@ def frame(evaluations: Sequence[Evaluation]) -> "pandas.DataFrame":
             "disk_bytes": one.disk_bytes,
             "resident_bytes": one.resident_bytes,
             **one.perplexity,
+            **{f"{text}: divergence": value for text, value in one.divergence.items()},
+            **{f"{text}: agreement": value for text, value in one.agreement.items()},
             **one.accuracy,
         }
         for one in evaluations
@@ -172,15 +179,18 @@ def plan(
 
 
 def evaluate(
-    model: str | Path, texts: Sequence[str] | Mapping[str, str], *, length: int | None = None, device: str = "auto",
-    report: Report = _quiet,
+    model: str | Path, texts: Sequence[str] | Mapping[str, str], *, original: str | Path | None = None,
+    length: int | None = None, device: str = "auto", report: Report = _quiet,
 ) -> Evaluation:  # fmt: skip
-    """Perplexity of a model on texts (known names, files, or {name: source}), and its bytes."""
+    """Perplexity of a model on texts (known names, files, or {name: source}), and its bytes.
+
+    original: the model that it was made of; how predictions differ from its is measured as well."""
     from .evaluation.inputs import EvalSpec
     from .evaluation.record import evaluate as measure
     from .model.named import resolve_device, resolve_model
 
-    wanted = EvalSpec(_named(texts), length=length)
+    source = None if original is None else resolve_model(str(original))
+    wanted = EvalSpec(_named(texts), length=length, original=source)
     return _evaluation(measure(resolve_model(str(model)), wanted, resolve_device(device), None, report))
 
 
@@ -215,7 +225,7 @@ def _require_evaluation(job: "Run") -> None:
     UsageError for tasks on a model that does not fit."""
     from .calibration.rows import TextError
     from .evaluation.inputs import read_text, spec_of
-    from .evaluation.record import require_room
+    from .evaluation.opening import require_room
     from .model.tokenizer import load_tokenizer
 
     asked, wanted = job.recipe.evaluate, spec_of(job.recipe.evaluate)
@@ -236,7 +246,7 @@ def _evaluated(job: "Run", folders: list[Path], report: Report) -> list[Evaluati
     from .comparison.bench import cached_evaluate
     from .evaluation.inputs import spec_of
 
-    wanted, found = spec_of(job.recipe.evaluate), []
+    wanted, found = replace(spec_of(job.recipe.evaluate), original=job.model), []
     if not wanted.texts and not wanted.tasks:
         return []
     for source, folder in [(job.model, job.out / "00-original"), *((f, f) for f in folders)]:
@@ -259,8 +269,14 @@ def _write_costs(folders: list[Path], found: list[Evaluation]) -> None:
 
 def _evaluation(record: dict) -> Evaluation:
     figures = {name: one["ppl"] for name, one in record["perplexity"].items() if "ppl" in one}
+    differences = {name: one["difference"] for name, one in record["perplexity"].items() if "difference" in one}
+    divergence = {name: one["mean"] for name, one in differences.items()}
+    agreement = {name: one["top1"] for name, one in differences.items()}
     tasks = record.get("zero_shot", {}).get("tasks", {})
     correct = {name: one["acc"] for name, one in tasks.items() if "acc" in one}
     memory = record["memory"]
     folder = Path(record["folder"])
-    return Evaluation(record["name"], folder, memory["disk_bytes"], memory["resident_bytes"], figures, correct, record)
+    return Evaluation(
+        record["name"], folder, memory["disk_bytes"], memory["resident_bytes"], figures, divergence, agreement, correct,
+        record,
+    )  # fmt: skip

@@ -25,3 +25,5 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "moesvd compare" in (site / "reference/commands/index.html").read_text()
     assert "RecipeError for all that is wrong" in (site / "reference/python/index.html").read_text()
     assert "Beside other tools" in (site / "index.html").read_text()
+    notebook = (site / "notebook/index.html").read_text()
+    assert "gptq2: mean" in notebook and "data:image/png;base64," in notebook  # what cells print and draw

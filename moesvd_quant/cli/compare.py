@@ -25,7 +25,7 @@ def compare(
 ) -> None:
     """How models differ from their original: divergence of predictions, share of equal ones, what they write."""
     from ..evaluation.compare import compare as measure
-    from ..evaluation.compare import difference_table, write_beside
+    from ..evaluation.compare import difference_table, kind_table, position_table, write_beside
     from ..evaluation.inputs import EvalSpec
     from ..recipe.texts import named_texts
     from ..run.threads import sync_threads
@@ -44,7 +44,8 @@ def compare(
 
     for at, differences in found.items():
         print(f"{at}: divergence from the original, in thousandths of a nat per token")
-        print(render(difference_table(differences)), end="")
+        for table in (difference_table, kind_table, position_table):
+            print(render(table(differences)))
     for given, beside in zip(prompt or [], written):
         print(f"\n{given!r} (>> before the first token that differs)")
         for one in beside:

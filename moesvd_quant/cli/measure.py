@@ -29,6 +29,9 @@ def evaluate_verb(
     folders: Annotated[list[Path], typer.Argument(help="Model folders, ours or any.")],
     text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
     protocol: Annotated[list[str] | None, typer.Option(help="gptq (default), lm-eval; repeat it.")] = None,
+    original: Annotated[
+        str | None, typer.Option(help="Model that they were made of: also say how predictions differ from its.")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="One layer in memory; default: where it does not fit.")
@@ -50,8 +53,9 @@ def evaluate_verb(
 
     texts = named_texts(text or ([] if tasks else ["wikitext2"]))
     wanted = EvalSpec(
-        texts, tuple(protocol or ["gptq"]), length, batch, stream, *tasks_of(tasks, task_data, limit), peak=peak
-    )
+        texts, tuple(protocol or ["gptq"]), length, batch, stream, *tasks_of(tasks, task_data, limit), peak=peak,
+        original=None if original is None else resolve_model(original),
+    )  # fmt: skip
     records = []
     models = {str(folder): resolve_model(str(folder)) for folder in folders}
     places = {given: place / RECORD for given, place in record_places(models, out).items()}

@@ -7,7 +7,7 @@ from ..calibration.store import fingerprint
 from ..errors import UsageError
 from ..evaluation.inputs import EvalSpec, protocol_of, require_possible
 from ..evaluation.paper_tables import table8
-from ..evaluation.plot import plot_bytes
+from ..evaluation.plot import plot_bytes, plot_divergence
 from ..evaluation.record import RECORD, answers, evaluate, write
 from ..evaluation.table import Table, save
 from ..evaluation.task_table import task_table
@@ -34,11 +34,11 @@ def compare(
 ) -> tuple[list[dict], Table]:
     """Runs each recipe under OUT/NAME and evaluates its last checkpoint and the original on `texts` and `tasks`.
 
-    Writes OUT/table8.md, .csv, .json and OUT/perplexity-against-bytes.png; with tasks OUT/tasks.md and so on. Recipes
-    are loaded before any runs; finished runs and records by the same protocol stay. Returns the records, those of
-    `more` that no recipe makes among them, and their table.
+    Writes OUT/table8.md, .csv, .json, OUT/perplexity-against-bytes.png and OUT/divergence-against-bytes.png; with tasks
+    OUT/tasks.md and so on. Recipes are loaded before any runs; finished runs and records by the same protocol stay.
+    Returns the records, those of `more` that no recipe makes among them, and their table.
     """
-    measure = EvalSpec(texts, length=length, tasks=tasks.names, task_data=tasks.data, limit=tasks.limit)
+    measure = EvalSpec(texts, length=length, tasks=tasks.names, task_data=tasks.data, limit=tasks.limit, original=model)
     require_possible(measure)
     loaded = [load_recipe(name, [*overrides, "evaluate.perplexity=[]", "keep=last"]) for name in recipes]
     require_distinct(recipes)
@@ -54,6 +54,7 @@ def compare(
     table = table8(records)
     save(table, out / "table8")
     plot_bytes(records, out / "perplexity-against-bytes.png")
+    plot_divergence(records, out / "divergence-against-bytes.png")
     if tasks.names:
         save(task_table(records), out / "tasks")
     return records, table

@@ -11,6 +11,7 @@ from ..errors import UsageError
 from ..evaluation.inputs import EvalSpec, protocol_of
 from ..evaluation.record import RECORD, answers, evaluate, write
 from ..evaluation.table import Table
+from ..evaluation.text_figures import is_compared
 from ..memory.files import read_json
 from ..model.carried import carry_files
 from ..model.experts import find_experts, find_linears, weight_parameters
@@ -43,7 +44,7 @@ def front(
     recipes = {f"{PRESETS[preset]}@{budget}": (PRESETS[preset], [f"budget={budget}"]) for budget in budgets}
     recipes |= {name: (name, []) for name in BASELINES}
     files = written(recipes, out / "recipes", overrides)
-    nf4 = nf4_record(model, out / "nf4", EvalSpec(texts, length=length), device)
+    nf4 = nf4_record(model, out / "nf4", EvalSpec(texts, length=length, original=model), device)
     return compare(model, [str(file) for file in files.values()], out, texts, length, (), device, report, [nf4])
 
 
@@ -55,7 +56,8 @@ def nf4_record(model: Path, out: Path, wanted: EvalSpec, device: str = "cpu") ->
     if file.is_file():
         found = read_json(file)
         of_source = found | {"fingerprint": found.get("source_fingerprint")}
-        if answers(of_source, source, protocol_of(model, wanted, device), wanted):
+        compared = all(is_compared(figures, model) for figures in found["perplexity"].values())
+        if compared and answers(of_source, source, protocol_of(model, wanted, device), wanted):
             return found
     made = load(model)
     layers = made.get_submodule(StreamedModel(model).layers_path)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..evaluation.inputs import EvalSpec
@@ -46,6 +47,7 @@ def sweep(
                     "keep=last",
                 ]
                 runs.append((load_recipe(name, given), out / f"{folder_of(name)}-samples{count}-seed{seed}"))
+    wanted = replace(wanted, original=model)
     records = [cached_evaluate(model, out / "00-original", wanted, device)]
     for done, (recipe, folder) in enumerate(runs):
         report("runs", done, len(runs))

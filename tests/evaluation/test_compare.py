@@ -54,6 +54,10 @@ def test_divergence_is_that_of_transformers_on_logits(pair, text):
     assert one.change["low"] < one.change["change"] < one.change["high"]
     parts = [float(part.mean()) for part in each.tensor_split(4, dim=1)]
     assert one.by_position == pytest.approx(parts, abs=1e-5)
+    here = windows[:, 1:] == load_tokenizer(original)(" ").input_ids[-1]  # tokens are bytes, and words are apart by one
+    assert one.by_kind["white space"].tokens == int(here.sum()) > 0
+    assert abs(one.by_kind["white space"].mean - float(each[here].mean())) < 1e-5
+    assert sum(of.tokens for of in one.by_kind.values()) == one.tokens
 
 
 def test_a_model_beside_itself_and_beside_its_own_dtype(make_model, text):
@@ -70,14 +74,15 @@ def test_what_is_broken_is_named():
     bad = good.clone()
     bad[1, 2, 3] = torch.nan
     with pytest.raises(UsageError, match="window 1: logits are not finite"):
-        difference([good], [bad], windows)
+        difference([good], [bad], windows, torch.zeros(2, 3, dtype=torch.long))
 
 
 def test_padded_vocabularies_are_compared_where_both_know_tokens():
     windows = torch.randint(0, 5, (2, 4), generator=torch.Generator().manual_seed(0))
     logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
     padded = torch.cat([logits, torch.full((2, 4, 3), -20.0)], -1)
-    assert difference([logits], [padded[:1], padded[1:]], windows).mean == 0
+    of = torch.zeros(2, 3, dtype=torch.long)
+    assert difference([logits], [padded[:1], padded[1:]], windows, of).mean == 0
 
 
 def test_models_of_other_tokenizers_are_refused(make_model, tmp_path, text):

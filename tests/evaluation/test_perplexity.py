@@ -18,6 +18,7 @@ from moesvd_quant import load
 from moesvd_quant.errors import MoesvdError
 from moesvd_quant.evaluation.inputs import EvalSpec
 from moesvd_quant.evaluation.memory import disk_bytes, peak_bytes, resident_bytes
+from moesvd_quant.evaluation.opening import streamed
 from moesvd_quant.evaluation.paper_tables import table8
 from moesvd_quant.evaluation.perplexity import (
     document_perplexity,
@@ -27,7 +28,7 @@ from moesvd_quant.evaluation.perplexity import (
     rolling_windows,
 )
 from moesvd_quant.evaluation.plot import family, plot_bytes
-from moesvd_quant.evaluation.record import answers, collect, evaluate, streamed, write
+from moesvd_quant.evaluation.record import answers, collect, evaluate, write
 from moesvd_quant.evaluation.table import render
 from tiny import tiny_model
 
