@@ -34,7 +34,7 @@ class LoSparse(Stage):
     )
     dataset: str = Field("calibration", description="text or instruction data; calibration: the recipe's own")
     length: Literal["auto"] | Annotated[int, Field(ge=16)] = Field("auto", description="tokens per window")
-    steps: Annotated[int, Field(ge=4)] = Field(500, description="optimizer steps")
+    steps: Annotated[int, Field(ge=2)] = Field(500, description="optimizer steps")
     batch: Annotated[int, Field(gt=0)] = Field(16, description="windows per step")
     microbatch: Annotated[int, Field(gt=0)] = Field(4, description="windows at once; the rest is accumulated")
     lr: Annotated[float, Field(gt=0)] = Field(9e-5, description="peak of the cosine schedule")
