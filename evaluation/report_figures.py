@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.density import expert_bits
+from ..memory.files import read_json
 from .difference_columns import compared_texts
 from .memory import KINDS, disk_bytes
 from .page import svg
@@ -40,9 +41,29 @@ def figures(stages: list[Stage], records: list[dict]):
         chosen = [stages[0].manifest["decisions"][path].get("decomposed", True) for path in sensitive]
         note = "Sensitivity of each layer (eq. 4 of the paper); the decomposed ones are filled."
         yield "Layer sensitivity", note, svg(lambda: _draw_sensitivity(list(sensitive.values()), chosen))
+    timed = {stage.name: read_json(file) for stage in stages if (file := stage.folder / "run.json").is_file()}
+    if any(len(one.get("layer_seconds", ())) > 1 for one in timed.values()):
+        note = "Of reading the calibration text, where it was not known already, and of each stage, summed over layers."
+        yield "Seconds over layers", note, svg(lambda: draw_seconds(timed))
     for stage in stages:
         for file in sorted(stage.folder.glob("loss*.csv")):
             yield f"Healing of {stage.name}", "Loss over steps.", svg(lambda file=file: _draw_loss(file))
+
+
+def draw_seconds(timed: dict[str, dict]):
+    """Figure of the seconds of the walk and of each stage, from their run.json, over the number of layers (D.4 of the
+    paper)."""
+    figure, axes = _axes(6.4, 3.2)
+    axis = axes[0, 0]
+    lines = [("collection", one.get("walk_layer_seconds", [])) for one in timed.values()]
+    lines += [(name, one.get("layer_seconds", [])) for name, one in timed.items()]
+    for name, seconds in lines:
+        if seconds:
+            axis.plot(range(1, len(seconds) + 1), np.cumsum(seconds), "o-", markersize=3, label=name)
+    axis.set(xlabel="layers", ylabel="seconds", ylim=(0, None))
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    return figure
 
 
 def _axes(width: float, height: float, columns: int = 1):

@@ -33,11 +33,13 @@ PUBLISHED = {
     "SparseGPT 2:4": 4.61,
     "ASVD": 9.44,
     "SVD-LLM": 13.45,
+    "LoSparse": 953.51,
     "MoE-I²": 18.80,
     "MC-SMoE": 1341.36,
     "MoE-SVD": 4.86,
     "MoE-SVD†": 4.31,
 }
+LOW_RANK = 0.05  # LoSparse's share of factors
 SPEED = "speed.json"
 
 
@@ -52,11 +54,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Training:
-    """How the healed row is trained. dataset: None: on the calibration text."""
+    """How the rows that train are trained. dataset: None: on the calibration text."""
 
     dataset: str | None
     steps: int
     batch: int
+
+    def options(self) -> list[str]:
+        """Overrides of a stage that trains."""
+        given = {"dataset": self.dataset or "calibration", "length": "auto", "steps": self.steps, "batch": self.batch}
+        return [f"{key}={value}" for key, value in given.items()] + [f"microbatch={gcd(self.batch, 4)}"]
 
 
 def shape_of(folder: Path) -> Shape:
@@ -72,8 +79,9 @@ def methods(ratio: float, shape: Shape, training: Training) -> dict[str, tuple[s
     experts = min(ratio / shape.share, 0.99)
     layers = min(max(round(experts * shape.layers), 1), shape.layers - 1)
     svd, prune = [f"svd.ratio={ratio}", "svd.ratio_of=model"], [f"prune.ratio={experts}"]
-    lora = [f"lora.dataset={training.dataset or 'calibration'}", "lora.length=auto", f"lora.steps={training.steps}"]
-    lora += [f"lora.batch={training.batch}", f"lora.microbatch={gcd(training.batch, 4)}", "lora.frozen=stored"]
+    lora, losparse = ([f"{stage}.{given}" for given in training.options()] for stage in ("lora", "losparse"))
+    lora.append("lora.frozen=stored")
+    losparse += [f"losparse.rest={1 - experts - LOW_RANK}", f"losparse.low_rank={LOW_RANK}"]
     halves = experts / 2, 1 - (1 - experts) / (1 - experts / 2)  # of the experts, and of what is left of them
     moe_i2 = [{"prune": {"ratio": halves[0], "by": "reconstruction"}}]
     moe_i2 += [{"svd": {"method": "plain", "ranks": "importance", "ratio": halves[1]}}]
@@ -84,6 +92,7 @@ def methods(ratio: float, shape: Shape, training: Training) -> dict[str, tuple[s
         "SVD-LLM": ("svd-llm", svd),
         "FWSVD": ("fwsvd", svd),
         "OWL, ranks": ("svd-owl", svd),
+        "LoSparse": ("losparse", losparse),
         "MoE-I²": ({"stages": moe_i2}, []),  # without its healing, as the table has it
         "MC-SMoE": ("mc-smoe", [f"merge.ratio={experts}"]),
         "MoE-Compression, experts": ("reap", [*prune, "prune.by=weight"]),

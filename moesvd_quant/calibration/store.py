@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -64,6 +65,7 @@ class Statistics:
         self.stored = self.needed <= self.cap_bytes
         self.sizes = Sizes.of(meta, self.shape, self.batch_size)
         self._own: tempfile.TemporaryDirectory | None = None
+        self._seconds: list[float] = []
 
     def __reduce__(self):
         """A worker reads the same store."""
@@ -122,6 +124,11 @@ class Statistics:
             yield load_file(path)
             path.unlink()
 
+    def take_seconds(self) -> list[float]:
+        """Seconds of each layer of the walks since this was last asked; none where all was stored already."""
+        found, self._seconds = self._seconds, []
+        return found
+
     def ensure(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Walks where the store is not complete; for workers, who then read layers in any order.
 
@@ -139,7 +146,7 @@ class Statistics:
     def _walk(self, progress: Callable[[int, int], None]) -> Iterator[Path]:
         """The files of all layers, as they are made."""
         with self._folder() as root:
-            streamed = self.model()
+            streamed, started = self.model(), time.perf_counter()
             for visit in streamed.walk(self.windows, self.batch_size, self.scratch(self.all_hidden(2))):
                 path = root / self.path(visit.index).name
                 if path.is_file():
@@ -147,7 +154,9 @@ class Statistics:
                 else:
                     self.record(visit, path, visit.outputs)
                 progress(visit.index + 1, self.count)
+                self._seconds.append(round(time.perf_counter() - started, 3))
                 yield path
+                started = time.perf_counter()
             self.outer_gram = head_gram(streamed)
             self._write(self.path("outer"), {"gram": self.outer_gram})
 

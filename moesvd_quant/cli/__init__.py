@@ -15,6 +15,7 @@ from . import (
     compare,  # noqa: F401 (they register their verbs)
     compress,  # noqa: F401 (they register their verbs)
     doctor,  # noqa: F401 (they register their verbs)
+    maps,  # noqa: F401 (they register their verbs)
     measure,  # noqa: F401 (they register their verbs)
     plan,  # noqa: F401 (they register their verbs)
     probe,  # noqa: F401 (they register their verbs)

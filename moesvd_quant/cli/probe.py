@@ -16,6 +16,9 @@ def probe(
     model: Annotated[str, typer.Argument(help="Hugging Face folder, hub name, or `reference`.")],
     overrides: Overrides = None,
     text: Annotated[list[str] | None, typer.Option(help="Judge on this text too; as for eval; repeat it.")] = None,
+    alone: Annotated[
+        list[float] | None, typer.Option(help="Also decompose each layer by itself at this ratio; repeat it.")
+    ] = None,
     out: Out = Path("probe"),
     device: Device = "auto",
     as_json: Json = False,
@@ -35,7 +38,7 @@ def probe(
     recipe = load_recipe("svd", overrides or ())
     texts, folder = named_texts(text or []), resolve_model(model)
     with progress_bars(as_json) as report:
-        found = probe_folder(folder, recipe, texts, resolve_device(device), report)
+        found = probe_folder(folder, recipe, texts, resolve_device(device), report, alone or ())
     sentences = verdict(found)
     content = {"model": str(model), "verdict": sentences} | asdict(found)
     out.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..errors import UsageError
 from ..memory.files import write_text
 from .losses import divergence, next_token
+from .rows import RowPruning
 from .teacher import Predict
 
 TRAINED, WHOLE = "trained.safetensors", "whole"  # in a trainer's checkpoint: what is trained; that all was written
@@ -71,14 +72,14 @@ def put(tensors: dict[str, nn.Parameter], checkpoint: Path) -> None:
 class Watch(TrainerCallback):
     """Marks whole checkpoints, stops where validation no longer gains, tells of progress."""
 
-    def __init__(self, patience: int, progress: Progress):
-        self.patience, self.progress = patience, progress
+    def __init__(self, patience: int, since: int, progress: Progress):
+        self.patience, self.since, self.progress = patience, since, progress
 
     def on_save(self, args, state, control, **_):
         write_text(Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE, "")
 
     def on_evaluate(self, args, state, control, **_):
-        control.should_training_stop |= stale(state.log_history, self.patience)
+        control.should_training_stop |= stale(state.log_history, self.patience, self.since)
 
     def on_step_end(self, args, state, control, **_):
         self.progress(state.global_step, state.max_steps)
@@ -89,9 +90,9 @@ def validations(history: list[dict]) -> list[tuple[int, float]]:
     return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
 
 
-def stale(history: list[dict], patience: int) -> bool:
-    """Whether the last `patience` validations all failed to be the best."""
-    losses = [loss for _, loss in validations(history)]
+def stale(history: list[dict], patience: int, since: int = 0) -> bool:
+    """Whether the last `patience` validations from the step `since` on all failed to be the best."""
+    losses = [loss for step, loss in validations(history) if step >= since]
     return len(losses) > patience and min(losses[:-patience]) <= min(losses[-patience:])
 
 
@@ -115,9 +116,12 @@ def train(
     device: torch.device,
     seed: int,
     progress: Progress,
+    pruning: RowPruning | None = None,
 ) -> list[dict]:
     """Trains `tensors` of the model for at most `steps` steps and leaves them at the best validation, the state before
     the first step included. Returns the log: {"step", "loss", "learning_rate"} and {"step", "eval_loss"}.
+
+    pruning: takes rows away meanwhile; only validations after it is done with that count.
 
     Every `validate_every` steps the state goes to `folder`, from which an interrupted call goes on. ValueError where
     the loss is not finite, or the device is another than the first GPU.
@@ -130,7 +134,8 @@ def train(
         with warnings.catch_warnings():  # renamed in the newest transformers; the old name serves all of 5
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    every = min(options.validate_every, steps)
+    since = pruning.done if pruning else 0
+    every = min(options.validate_every, steps - since)
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -169,20 +174,20 @@ def train(
         args=args,
         train_dataset=[{"input_ids": ids, "number": number} for number, ids in enumerate(data.train)],
         eval_dataset=[{"input_ids": ids} for ids in data.validation],
-        callbacks=[Watch(options.patience, progress)],
+        callbacks=[*([pruning] if pruning else []), Watch(options.patience, since, progress)],
     )
     start = {"step": 0, "eval_loss": healer.evaluate()["eval_loss"]}
     before = {name: parameter.detach().clone() for name, parameter in tensors.items()}
     done = whole_checkpoints(folder)
     state = TrainerState.load_from_json(str(done[-1] / "trainer_state.json")) if done else TrainerState()
-    if state.global_step < steps and not stale(state.log_history, options.patience):
+    if state.global_step < steps and not stale(state.log_history, options.patience, since):
         healer.train(resume_from_checkpoint=str(done[-1]) if done else None)
         state = healer.state
     history = [start, *(entry for entry in state.log_history if {"loss", "eval_loss"} & entry.keys())]
     for entry in history:
         if not math.isfinite(entry.get("loss", 0.0)):
             raise UsageError(f"step {entry['step']}: the training loss is {entry['loss']}; lower lora.lr")
-    best = min(validations(history), key=lambda pair: pair[1])[0]
+    best = min((found for found in validations(history) if found[0] >= since), key=lambda pair: pair[1])[0]
     if best:
         put(tensors, folder / f"checkpoint-{best}")
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..calibration.metric import blend
+from ..calibration.metric import blend, shrink
 from ..calibration.store import EFFECT_BATCH, Statistics
 from ..decompose.whitening import whitened_directions
 from ..memory.limits import Batches
@@ -41,24 +41,61 @@ def rehearse(
     variants: dict[float, Batches] = {}
     for visit, statistics in zip(streamed.walk(windows, EFFECT_BATCH, scratch), calibration.layers()):
         name, first = streamed.layer_names[visit.index], next(iter(plans.values()))
-        factors = {
-            path: _factors(experts, statistics, path, first, f"{name}.{path}", streamed.device)
-            for path, experts in find_experts(visit.layer)
-            if reached(statistics, path)
-        }
+        factors = _all_factors(visit.layer, statistics, first, name, streamed.device, blend)
         here = {}
         for ratio, plan in plans.items():
             with _truncated(visit.layer, factors, {p: plan.layout.experts[f"{name}.{p}"] for p in factors}):
                 here[ratio] = visit.run(variants.get(ratio, visit.hidden))
         variants = here
+    return _rises(streamed, variants)
+
+
+@torch.no_grad()
+def rehearse_alone(
+    streamed: StreamedModel,
+    windows: torch.Tensor,
+    calibration: Statistics,
+    plans: dict[float, Plan],
+    scratch: Path | None = None,
+) -> dict[float, dict[int, float]]:
+    """{ratio: {layer: rise of the loss, nats per predicted token}} where the experts of one layer alone are truncated,
+    by the plan for that ratio (MoE-SVD, Figures 1 left and 7). Layers without experts that text reaches are left out.
+
+    All variants go through the layers in one walk: that of layer l leaves the original's path there.
+    """
+    windows = windows[: max(1, TOKENS // windows.shape[1])]
+    variants: dict[tuple[float, int], Batches] = {}
+    for visit, statistics in zip(streamed.walk(windows, EFFECT_BATCH, scratch), calibration.layers()):
+        name, first = streamed.layer_names[visit.index], next(iter(plans.values()))
+        variants = {key: visit.run(hidden) for key, hidden in variants.items()}
+        if factors := _all_factors(visit.layer, statistics, first, name, streamed.device, shrink):
+            for ratio, plan in plans.items():
+                with _truncated(visit.layer, factors, {p: plan.layout.experts[f"{name}.{p}"] for p in factors}):
+                    variants[ratio, visit.index] = visit.run(visit.hidden)
+    rises = _rises(streamed, variants)
+    return {ratio: {at: rise for (own, at), rise in rises.items() if own == ratio} for ratio in plans}
+
+
+def _rises(streamed: StreamedModel, variants: dict) -> dict:
+    """How much higher the loss is after each variant's last hidden states, {its key: nats}; after a walk."""
     with streamed.output():
         before = _loss(streamed, streamed.hidden)
-        return {ratio: _loss(streamed, hidden) - before for ratio, hidden in variants.items()}
+        return {key: _loss(streamed, hidden) - before for key, hidden in variants.items()}
 
 
-def _factors(experts, statistics: dict, path: str, plan: Plan, full: str, device) -> dict[str, Factors]:
+def _all_factors(layer, statistics: dict, plan: Plan, name: str, device, metric) -> dict[str, dict[str, Factors]]:
+    """Factors of all experts of a layer that text reaches, by path and projection of the plan's layout; under `blend`,
+    as stage svd has it for `global`, or `shrink`, as for published methods."""
+    return {
+        path: _factors(experts, statistics, path, plan, f"{name}.{path}", device, metric)
+        for path, experts in find_experts(layer)
+        if reached(statistics, path)
+    }
+
+
+def _factors(experts, statistics: dict, path: str, plan: Plan, full: str, device, metric) -> dict[str, Factors]:
     """{projection of the plan's layout: factors at full rank of each expert}."""
-    metrics = expert_grams(statistics, path, device, blend)
+    metrics = expert_grams(statistics, path, device, metric)
     found: dict[str, Factors] = {}
     for name in plan.layout.experts[full]:
         scale = row_scale(plan.decisions[full]["price"], name, shapes_of(experts)).to(device)

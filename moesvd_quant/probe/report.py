@@ -43,7 +43,7 @@ def print_survey(survey: Survey, sentences: list[str], console: Console) -> None
 
 
 def plot_survey(survey: Survey, out: Path) -> list[Path]:
-    """spectra.png, experts.png and costs.png in a folder."""
+    """spectra.png, experts.png, costs.png and layers.png in a folder."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,7 +94,30 @@ def plot_survey(survey: Survey, out: Path) -> list[Path]:
     axis.set_ylabel("rise of log-perplexity, nats")
     axis.grid(alpha=0.25)
     axis.legend()
-    return [*made, _save(figure, out / "costs.png")]
+    made.append(_save(figure, out / "costs.png"))
+    return [*made, _plot_layers(survey, out / "layers.png")]
+
+
+def _plot_layers(survey: Survey, file: Path) -> Path:
+    """MoE-SVD's Figure 1, left and middle: what each layer costs by itself, where that was asked for, and how MoE-SVD's
+    and OWL's scores see it."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 1 + len(survey.alone), figsize=(5.4 * (1 + len(survey.alone)), 4), squeeze=False)
+    for axis, (text, ratios) in zip(axes[0], survey.alone.items()):
+        for ratio, rises in ratios.items():
+            axis.plot(list(rises), [math.exp(nats) for nats in rises.values()], "o-", label=f"{ratio:.0%} removed")
+        axis.set(title=f"perplexity, times the original's, {text}:\none layer decomposed by itself", xlabel="layer")
+        axis.legend()
+    axis, at = axes[0][-1], range(len(survey.layers))
+    for key, style, label in (("sensitivity", "o-", "S_L of MoE-SVD"), ("outliers", "s--", "outliers of OWL")):
+        values = [layer[key] for layer in survey.layers.values()]
+        axis.plot(at, [value / max(max(values), 1e-300) for value in values], style, label=label)
+    axis.set(title="scores of layers, of the largest", xlabel="expert layer", ylim=(0, 1.05))
+    axis.legend()
+    for axis in axes[0]:
+        axis.grid(alpha=0.25)
+    return _save(figure, file)
 
 
 def _times(nats: float) -> str:

@@ -1,6 +1,6 @@
 """Walks through a model and gathers what the report shows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,13 +19,15 @@ from ..planning.allocation import plan_ratio
 from ..planning.context import Context, Plan, expert_grams, reached
 from ..runtime.factorized_experts import FactorizedExperts
 from ..runtime.parts import JOINT
+from ..stages.paper_layers import outlier_score
 from ..stages.svd import Svd
-from .rehearsal import TOKENS, rehearse
+from .rehearsal import TOKENS, rehearse, rehearse_alone
 from .similarity import deltas, effective_rank, expert_similarity, random_like, spectra
 
 RATIOS = (0.2, 0.4, 0.6, 0.8)
 SAMPLED = 8  # experts per layer whose spectra and similarities are looked at
 PRINCIPAL, OUTLIER = 0.01, 2.0  # MoE-SVD's thresholds, as stage svd has them
+ALIKE = {"gate": 1.0, "up": 1.0, "down": 1.0}  # prices of errors where all count the same
 CURVE = 64  # points of a spectrum in the report
 
 Progress = Callable[[str, int, int], None]
@@ -33,17 +35,22 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Survey:
-    """layers: figures per experts module; rehearsal: {text: {ratio: nats}}; removed: {ratio: share really removed}."""
+    """layers: figures per experts module; rehearsal: {text: {ratio: nats}}; removed: {ratio: share really removed};
+    alone: {text: {ratio: {layer: nats}}} where one layer at a time loses that share of its experts."""
 
     layers: dict[str, dict] = field(default_factory=dict)
     rehearsal: dict[str, dict[float, float]] = field(default_factory=dict)
     removed: dict[float, float] = field(default_factory=dict)
+    alone: dict[str, dict[float, dict[int, float]]] = field(default_factory=dict)
 
 
-def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report: Progress) -> Survey:
+def survey(
+    folder, calibration: Statistics, texts: dict[str, Statistics], report: Progress, alone: Sequence[float] = ()
+) -> Survey:
     """Everything about a model folder: what it is calibrated on decides ranks, `texts` what they are judged on.
 
-    All statistics are of the same model, in the same dtype. ModelError for a model without experts, or factorized.
+    alone: ratios at which each layer is decomposed by itself. All statistics are of the same model, in the same dtype.
+    ModelError for a model without experts, or factorized.
     """
     found, model = Survey(), calibration.model(folder)
     for name, statistics in {"calibration": calibration, **texts}.items():
@@ -67,13 +74,28 @@ def survey(folder, calibration: Statistics, texts: dict[str, Statistics], report
         report("layers", index + 1, count)
     if not found.layers:
         raise ModelError(f"{folder}: no experts that text reaches; there is nothing to probe")
-    plans = _plans(found, Context(model, calibration, Svd(), 0, model.device, report=report))
+    context = Context(model, calibration, Svd(), 0, model.device)
+    plans = _plans(found, context)
     for done, (name, statistics) in enumerate(texts.items()):
         streamed = calibration.model(folder)
         scratch = statistics.scratch((len(RATIOS) + 2) * TOKENS * statistics.sizes.row)
         found.rehearsal[name] = rehearse(streamed, statistics.windows, calibration, plans, scratch)
         report("rehearsals", done + 1, len(texts))
+        if alone:
+            streamed = calibration.model(folder)
+            scratch = statistics.scratch((len(alone) * count + 2) * TOKENS * statistics.sizes.row)
+            each = {ratio: _alike(found, context, ratio) for ratio in alone}
+            found.alone[name] = rehearse_alone(streamed, statistics.windows, calibration, each, scratch)
+            report("one layer at a time", done + 1, len(texts))
     return found
+
+
+def _alike(found: Survey, context: Context, ratio: float) -> Plan:
+    """Factors of one share of the rank for every expert, under its own inputs, as stage svd's `svd_llm` has them."""
+    plan = Svd(method="svd_llm", ratio=ratio).plan(context)
+    for decision in plan.decisions.values():
+        decision["price"] = ALIKE
+    return plan
 
 
 def _plans(found: Survey, context: Context) -> dict[float, Plan]:
@@ -110,6 +132,7 @@ def _layer(experts, statistics: dict, path: str, total_tokens: int) -> dict:
         "frequency": frequency.tolist(),
         "coverage": coverage(tokens, hidden),
         "sensitivity": layer_sensitivity([frequency, rank, outliers]),
+        "outliers": outlier_score(experts, statistics, path),
         "projections": projections,
     }
 

@@ -1,5 +1,6 @@
 """The texts a probe looks at a model with."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from .survey import Progress, Survey, survey
 WINDOWS = 128  # of each text to judge on, spread over it evenly
 
 
-def probe_folder(folder: Path, recipe, texts: dict[str, str], device: str, report: Progress) -> Survey:
+def probe_folder(
+    folder: Path, recipe, texts: dict[str, str], device: str, report: Progress, alone: Sequence[float] = ()
+) -> Survey:
     """The survey of a model folder, calibrated as the recipe says and judged on that text and `texts` {name: source}.
+    alone: see `survey`.
 
     Statistics are kept in the cache; a run with the same calibration uses them again.
     """
@@ -31,4 +35,4 @@ def probe_folder(folder: Path, recipe, texts: dict[str, str], device: str, repor
         windows = token_windows(load_documents(source), tokenizer, length, joiner_of(source))
         spread = torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).long()
         statistics[name] = Statistics(folder, digest, windows[spread], device)
-    return survey(folder, statistics["calibration"], statistics, report)
+    return survey(folder, statistics["calibration"], statistics, report, alone)

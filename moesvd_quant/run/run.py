@@ -172,6 +172,8 @@ class Run:
             folder / "run.json",
             {
                 "seconds": round(time.time() - started, 2),
+                "walk_layer_seconds": self.statistics.take_seconds(),
+                "layer_seconds": work.layer_seconds,
                 "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "anonymous_bytes": {"before": meter.start, "peak": meter.peak},
                 "threads": torch.get_num_threads(),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class StageWork:
         self.run, self.index, self.context, self.stage = run, index, context, context.stage
         self.folder: Path = run.work_folder(index)
         self.parent: StreamedModel = context.parent
+        self.layer_seconds: list[float] = []  # of each layer's work, when the stage is finished
 
     def layers(self, plan: Plan) -> None:
         count = len(self.parent.layer_names)
@@ -66,6 +68,7 @@ class StageWork:
         for name in notes:
             note = json.loads(note_file(self.folder, name).read_text())
             errors |= note["errors"]
+            self.layer_seconds += [round(note["seconds"], 3)] if "seconds" in note else []
             outputs |= note["outputs"]
             plan.layout.experts |= {path: projections_from(found) for path, found in note["experts"].items()}
         self._describe(plan)
@@ -141,7 +144,7 @@ def note_file(folder: Path, name: str) -> Path:
 
 def make_layer(folder: Path, plan: Plan, context: Context, index: int, layer, statistics: dict) -> None:
     """Turns a loaded layer into the file of a stage's output, and its note, in the work folder."""
-    parent = context.parent
+    parent, started = context.parent, time.perf_counter()
     name = parent.layer_names[index]
     report = context.stage.run_layer(context, index, layer, statistics, plan)
     parent.restore_native(index)
@@ -150,7 +153,9 @@ def make_layer(folder: Path, plan: Plan, context: Context, index: int, layer, st
     seen = verify.outputs(parent.model, verify.targets(plan.layout, name + "."))
     tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
     _check(name, tensors, report, context.stage.name)
-    write_json(note_file(folder, str(index)), {"errors": report, "experts": layout, "outputs": seen})
+    seconds = time.perf_counter() - started
+    note = {"errors": report, "experts": layout, "outputs": seen, "seconds": seconds}
+    write_json(note_file(folder, str(index)), note)
     write_tensors(folder / finish.layer_file(index), tensors)
 
 

@@ -24,7 +24,7 @@ from .more_formats import MORE as MORE  # formats are registered by their import
 from .native_experts import SharedExpert
 from .parts import Layout, layout_from
 from .routers import regroup, router_of, why_not
-from .sparse import Sparse
+from .sparse import Sparse, SparseRows
 from .stored import StoredLinear
 from .trellis import Trellis
 
@@ -38,6 +38,7 @@ SHIPPED = (
     "trellis_parts.py", "turning.py", "hadamard_lanes.py", "hadamard_numba.py", "sparse.py",
 )  # fmt: skip
 MANIFEST = "moesvd.json"
+OWN = (Float, Grid, Sparse, SparseRows, Trellis)  # formats that the shipped files have
 
 
 def apply_layout(model: nn.Module, layout: Layout) -> None:
@@ -194,7 +195,7 @@ def write_more_formats(folder: Path, layout: Layout) -> None:
     """The source of those formats of the layout that no shipped file has, so that the checkpoint opens itself."""
     forms: list[Format] = [linear.form for linear in layout.linears.values()]
     forms += [form for part in layout.parts() for form in part.formats.values()]
-    kinds = {type(form).name: type(form) for form in forms if type(form) not in (Float, Grid, Sparse, Trellis)}
+    kinds = {type(form).name: type(form) for form in forms if type(form) not in OWN}
     if kinds:
         sources = [inspect.getsource(kinds[name]) for name in sorted(kinds)]
         listed = "".join(f"{kind.__name__}, " for kind in kinds.values())

@@ -5,6 +5,7 @@ from .d2 import D2
 from .drop import Drop
 from .gptq import Gptq
 from .lora import Lora
+from .losparse import LoSparse
 from .merge import Merge
 from .prune import Prune
 from .slim import Slim
@@ -16,6 +17,7 @@ register(Prune)
 register(Merge)
 register(Slim)
 register(Sparsify)
+register(LoSparse)
 register(Svd)
 register(D2)
 register(Lora)

@@ -33,20 +33,25 @@ def plan(context: Context, options: Lora) -> Plan:
         raise StageError("lora.train: scales: nothing is packed yet; put lora after gptq or sparsify")
     if packed and options.frozen == "nf4":
         raise StageError("lora.frozen: nf4: this checkpoint is packed already; leave it out")
-    if options.checkpointing and not context.parent.model.supports_gradient_checkpointing:
-        kind = type(context.parent.model).__name__
-        raise StageError(f"lora.checkpointing: {kind} cannot recompute activations; set checkpointing: false")
+    require_recomputable(context, options)
     _require_original(context, options)
     try:
         layout = healed_layout(context.parent, options.rank, options.train == "adapters", options.attention)
     except TermError as error:
         raise StageError(str(error)) from error
     needs = healing_needs(context.parent, layout, options, context.training.train.shape, context.statistics)
-    needs.require(_free(context), context.statistics.store, options)
+    needs.require(free_memory(context), context.statistics.store, options)
     return Plan(layout, notes={"needs": needs.to_dict()}, storages=context.storages)
 
 
-def _free(context: Context) -> int:
+def require_recomputable(context: Context, options: Lora) -> None:
+    """StageError where activations are to be recomputed and the model cannot."""
+    if options.checkpointing and not context.parent.model.supports_gradient_checkpointing:
+        kind = type(context.parent.model).__name__
+        raise StageError(f"checkpointing: {kind} cannot recompute activations; set checkpointing: false")
+
+
+def free_memory(context: Context) -> int:
     """Bytes that training may take."""
     if context.device.type == "cuda":
         return torch.cuda.mem_get_info(context.device)[0]

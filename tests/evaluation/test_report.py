@@ -72,6 +72,15 @@ def test_it_is_one_file_that_loads_nothing(run, tmp_path):
     assert again.read_bytes() == (tmp_path / "x.html").read_bytes()
 
 
+def test_seconds_of_the_walk_and_of_each_layer_stand_apart(run, tmp_path):
+    first, second = (json.loads((run / name / "run.json").read_text()) for name in ("01-svd", "02-gptq"))
+    assert len(first["walk_layer_seconds"]) in (0, 2) and second["walk_layer_seconds"] == []  # read once, or known
+    for one in (first, second):
+        assert len(one["layer_seconds"]) == 2 and 0 < sum(one["layer_seconds"]) <= one["seconds"] + 0.01
+    write_report(run, tmp_path / "x.html")
+    assert "Seconds over layers" in (tmp_path / "x.html").read_text()
+
+
 def test_a_folder_of_runs_gives_one_page_that_compares_them(run, tmp_path):
     runs = tmp_path / "runs"
     for name in ("one", "two"):

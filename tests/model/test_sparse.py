@@ -5,7 +5,7 @@ import torch
 
 from moesvd_quant.decompose.sparsity import TWO_OF_FOUR, wanda_mask
 from moesvd_quant.runtime.formats import format_from
-from moesvd_quant.runtime.sparse import Sparse, pack_sparse
+from moesvd_quant.runtime.sparse import Sparse, SparseRows, pack_rows, pack_sparse
 
 
 def bank(dtype, shape=(3, 5, 24)):
@@ -56,3 +56,24 @@ def test_random_tensors_have_no_more_bits_than_values():
     assert 45 <= bits <= 60
     made = Sparse(60).dequantize({"mask": mask, "values": torch.randn(3, 60)}, (5, 24), torch.float32)
     assert made.count_nonzero() == 3 * bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_rows_come_back_bit_for_bit_and_take_a_bit_each(dtype):
+    weight = torch.randn(3, 21, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = torch.stack([torch.randperm(21, generator=torch.Generator().manual_seed(i)) < 8 for i in range(3)])
+    dense, form = weight * rows[..., None], format_from(SparseRows(8).to_dict())
+    packed = [pack_rows(matrix, own) for matrix, own in zip(weight, rows)]
+    stored = {kind: torch.stack([one[kind] for one in packed]) for kind in packed[0]}
+    assert torch.equal(form.dequantize(stored, (21, 24), dtype), dense)
+    for row, one in enumerate(packed):
+        assert torch.equal(form.dequantize(one, (21, 24), dtype), dense[row])
+    described = form.tensors(dense.shape, dtype)
+    assert {kind: (tuple(t.shape), t.dtype) for kind, t in stored.items()} == described
+    assert form.bank_bytes(dense.shape, dtype) == 3 * (3 + 8 * 24 * dtype.itemsize)
+    values = form.trainable(stored["values"]).requires_grad_(True)
+    (form.dequantize(stored | {"values": values}, (21, 24), torch.float32) * 2).sum().backward()
+    assert torch.equal(values.grad, torch.full_like(values, 2.0))
+    drawn = torch.empty(3, 1, 3, dtype=torch.uint8)
+    form.random("mask", drawn, torch.Generator())
+    assert form.dequantize({"mask": drawn, "values": torch.randn(3, 8, 24)}, (21, 24), dtype).any(-1).sum() <= 3 * 8

@@ -55,14 +55,45 @@ def test_a_model_of_low_rank_bears_truncation_and_a_random_one_does_not(low_rank
     assert verdict(random)[3].startswith("Experts share few input directions")
 
 
+def test_one_layer_at_a_time_costs_what_that_layer_of_the_compressed_model_costs(make_model, small, tmp_path):
+    folder = make_model("mixtral")
+    run = Run(load_recipe("svd-llm", [*small, "svd.ratio=0.5", "evaluate.perplexity=[]"]), folder, tmp_path)
+    [made] = run.run()
+    asked = load_recipe("svd", small), {}, "cpu", lambda what, done, total: None
+    found = probe_folder(folder, *asked, alone=[0.5]).alone["calibration"][0.5]
+
+    def loss(model):
+        with torch.no_grad():
+            return float(model(input_ids=run.windows, labels=run.windows).loss)
+
+    original, compressed = load(folder), load(made)
+    before = loss(original)
+    for index, rise in found.items():
+        own = original.model.layers[index].mlp
+        kept, own.experts = own.experts, compressed.model.layers[index].mlp.experts
+        assert rise == pytest.approx(loss(original) - before, abs=2e-4), index
+        own.experts = kept
+    assert list(found) == [0, 1] and all(abs(rise) > 1e-3 for rise in found.values())
+
+
 def test_the_verb_writes_figures_and_plots(make_model, small, tmp_path, text):
-    arguments = ["probe", str(make_model("qwen2_moe")), *small, "--text", f"words={text}", "--out", str(tmp_path)]
+    arguments = [
+        "probe",
+        str(make_model("qwen2_moe")),
+        *small,
+        "--text",
+        f"words={text}",
+        "--out",
+        str(tmp_path),
+        "--alone",
+        "0.5",
+    ]
     done = CliRunner().invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
     content = json.loads((tmp_path / "probe.json").read_text())
     assert set(content["rehearsal"]) == {"calibration", "words"} and len(content["verdict"]) == 6
     assert all(math.isfinite(v) for costs in content["rehearsal"].values() for v in costs.values())
-    assert {p.name for p in tmp_path.glob("*.png")} == {"spectra.png", "experts.png", "costs.png"}
+    assert {p.name for p in tmp_path.glob("*.png")} == {"spectra.png", "experts.png", "costs.png", "layers.png"}
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0 and "rehearsed" in shown.output and "sensitivity" in shown.output
     assert json.loads((tmp_path / "probe.json").read_text()) == content

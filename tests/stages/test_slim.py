@@ -1,5 +1,7 @@
 """Stage `slim`: what is left of the channels, that it is what the numbers say, and what can stand beside it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,27 @@ def test_it_goes_after_pruning_and_before_quantization(make_model, tmp_path, sma
     assert account["disk_bytes"] == sum(file.stat().st_size for file in made.glob("*.safetensors"))
     assert account["expert_ratio"] == pytest.approx(1 - 0.75 * 0.5, abs=0.01)
     assert torch.isfinite(logits(made)).all()
+
+
+@pytest.mark.parametrize("train", ["adapters", "factors"])
+def test_what_is_left_is_healed_in_the_bytes_it_has(train, make_model, tmp_path, small):
+    options = (
+        "steps: 6, batch: 4, microbatch: 2, rank: 8, lr: 0.003, validation: 4, validate_every: 3, attention: false"
+    )
+    run = job(make_model("mixtral"), tmp_path, small, f"{HALF}, {{lora: {{train: {train}, {options}}}}}")
+    slim, healed = run.run()
+    outcome = json.loads((healed / "moesvd.json").read_text())["notes"]["healing"]
+    assert outcome["healed"] and outcome["validation_perplexity_after"] < outcome["validation_perplexity_before"]
+    before, after = moesvd_quant.load(slim), moesvd_quant.load(healed)
+    for one, two in zip(before.model.layers, after.model.layers):
+        one, two = one.mlp.experts, two.mlp.experts
+        assert one.layout == two.layout and torch.equal(one.channels, two.channels)
+        for expert in range(4):  # channels that went stay away, and all the rest moved
+            for name, gone in (("gate", np.s_[48:]), ("up", np.s_[48:]), ("down", np.s_[:, 48:])):
+                assert not two.dense(name, expert)[gone].any()
+            assert not torch.equal(one.dense("up", expert), two.dense("up", expert))
+    sizes = [sum(file.stat().st_size for file in made.glob("*.safetensors")) for made in (slim, healed)]
+    assert sizes[0] == sizes[1]
 
 
 def test_what_cannot_lose_channels_is_refused(make_model, tmp_path, small):
