@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow everything down, many times over, where another process wants the core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware bench-gpu docs clean bench-papers test-more test-transformers bench-compress
+.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware bench-gpu docs clean bench-papers test-more test-transformers bench-compress bench-peers
 
 venv: .venv/.installed
 
@@ -129,6 +129,13 @@ bench-compress: venv
 bench-gpu: venv
 	PYTHONPATH=tests $(BIN)/python -m moesvd_quant.evaluation.benchmarks.gpu $(GPU)
 
+# Other engines beside this one at equal bytes, each in an environment of its own (.venv-peers): an hour on two cores, llama.cpp's
+# compilation included. PEERS: options of evaluation/benchmarks/peers.py, for example --model DIR --only nf4
+bench-peers: venv
+	MOESVD_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m moesvd_quant.evaluation.benchmarks.peers --calibration $(CALIBRATE) --length 256 \
+	  --text wikitext2=$(LM)/wikitext-2-raw/wiki.test.raw.gz --text code=$(CORPUS)/code.valid.jsonl.gz \
+	  --text technical=$(CORPUS)/technical_docs.valid.jsonl.gz $(PEERS)
+
 # FORECAST: options of evaluation/benchmarks/forecast.py, for example --model DIR
 bench-forecast: venv
 	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.forecast --text $(LM)/wikitext-2-raw/wiki.test.raw.gz --calibration $(CALIBRATE) $(FORECAST)
@@ -145,4 +152,4 @@ bench-ablations: venv
 	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.ablations $(ABLATIONS)
 
 clean:
-	rm -rf site demo-out quality-out budget-out forecast-out stress-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl papers-out gpu-out
+	rm -rf site demo-out quality-out budget-out forecast-out stress-out bench-healing ablations-out bench-scale bench-workers .arch-table.jsonl papers-out gpu-out peers-out

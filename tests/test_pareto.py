@@ -14,8 +14,11 @@ def test_front_holds_budgets_baselines_and_nf4(make_model, tmp_path, text):
     small = [f"calibration.dataset={text}", "calibration.samples=24", "calibration.length=64"]
     records, table = front(folder, tmp_path, ["2bpw", "4bpw"], {"words": str(text)}, 64, "fast", small)
     names = [record["name"] for record in records]
-    assert len(records) == 1 + 2 + len(BASELINES) + 1 and "nf4" in names
+    assert len(set(names)) == len(records) and {"nf4", *BASELINES, "fit-fast@2bpw", "fit-fast@4bpw"} < set(names)
+    assert {"drop+3bit@2bpw", "merge+3bit@2bpw", "ranks+16bit@2bpw", "ranks+3bit@2bpw", "grids@4bpw"} < set(names)
+    assert "fit-fast" in (tmp_path / "routes.md").read_text()
     sizes = {r["name"]: r["memory"]["disk_bytes"] for r in records}
+    assert all(size <= sizes[f"fit-fast@{name.partition('@')[2]}"] for name, size in sizes.items() if "@" in name)
     assert sizes["gptq2"] < sizes["nf4"] < sizes["original"]
     assert len(table.rows) == len(records)
     assert (tmp_path / "perplexity-against-bytes.png").is_file()

@@ -85,8 +85,11 @@ def pareto(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """The memory-perplexity front: one calibration, many budgets, beside GPTQ, NF4 and the paper's settings."""
+    """The memory-perplexity front: one calibration, many budgets, and other routes to the same bytes: fewer experts,
+    ranks or bits. Says which is best at each size. GPTQ, NF4 and the paper's settings beside them."""
     from ..comparison.pareto import front
+    from ..comparison.routes import best
+    from ..evaluation.table import render
     from ..recipe.texts import named_texts
     from ..run.threads import sync_threads
 
@@ -96,6 +99,8 @@ def pareto(
     with progress_bars(as_json) as report:
         records, found = front(folder, out, budgets, texts, length, preset, overrides or (), where, report)
     _print_comparison(records, found, out, as_json)
+    if not as_json:
+        print(render(best({record["name"]: record for record in records}, budgets)), end="")
 
 
 @app.command()

@@ -9,15 +9,20 @@ import torch
 from ..calibration.store import fingerprint
 from ..errors import UsageError
 from ..evaluation.inputs import EvalSpec, protocol_of
+from ..evaluation.paper_tables import table8
+from ..evaluation.plot import plot_bytes
 from ..evaluation.record import RECORD, answers, evaluate, write
-from ..evaluation.table import Table
+from ..evaluation.table import Table, render, save
 from ..evaluation.text_figures import is_compared
 from ..memory.files import read_json
 from ..model.carried import carry_files
 from ..model.experts import find_experts, find_linears, weight_parameters
 from ..model.load import load
 from ..model.stream import StreamedModel
+from ..recipe.load import load_recipe
+from ..run.run import Run
 from .bench import compare, written
+from .routes import best, planned_bytes, routes
 
 Report = Callable[[str, int, int], None]
 BASELINES = ("gptq4", "gptq3", "gptq2", "moe-svd-paper", "moe-svd-paper-gptq4")
@@ -35,17 +40,32 @@ def front(
     device: str = "cpu",
     report: Report = lambda what, done, total: None,
 ) -> tuple[list[dict], Table]:
-    """Records and their table of a recipe at every budget (`2.3bpw`, `20GB`), of the BASELINES and of NF4.
+    """Records and their table of a recipe at every budget (`2.3bpw`, `20GB`), of all other routes to the same bytes
+    (`routes`), of the BASELINES and of NF4.
 
-    One calibration serves all. Writes what `compare` writes. ValueError for an unknown preset.
+    One calibration serves all. Writes what `compare` writes, and OUT/routes.md, .csv, .json with the best route to each
+    size. UsageError for an unknown preset.
     """
     if preset not in PRESETS:
         raise UsageError(f"preset {preset!r}: is none of {', '.join(PRESETS)}")
-    recipes = {f"{PRESETS[preset]}@{budget}": (PRESETS[preset], [f"budget={budget}"]) for budget in budgets}
+    fit = PRESETS[preset]
+    recipes: dict[str, tuple[str | dict, list[str]]] = {f"{fit}@{b}": (fit, [f"budget={b}"]) for b in budgets}
+    job = Run(load_recipe(fit, [*overrides, f"budget={budgets[0]}"]), model, out / "sizes", device, report)
+    sizes = {b: planned_bytes(job, [*overrides, f"budget={b}"], fit) for b in budgets}
+    drawn = routes(job, sizes, overrides)
+    recipes |= {one.name: ({"stages": one.stages}, []) for one in drawn if one.stages}
     recipes |= {name: (name, []) for name in BASELINES}
     files = written(recipes, out / "recipes", overrides)
     nf4 = nf4_record(model, out / "nf4", EvalSpec(texts, length=length, original=model), device)
-    return compare(model, [str(file) for file in files.values()], out, texts, length, (), device, report, [nf4])
+    found, _ = compare(model, [str(file) for file in files.values()], out, texts, length, (), device, report, [nf4])
+    named = {name: record | {"name": name} for name, record in zip(["original", *files, "nf4"], found)}
+    table, judged = table8(list(named.values())), best(named, budgets)
+    save(table, out / "table8")
+    plot_bytes(list(named.values()), out / "perplexity-against-bytes.png")
+    save(judged, out / "routes")
+    absent = "".join(f"- {one.name}: {one.why}\n" for one in drawn if not one.stages)
+    (out / "routes.md").write_text(f"{render(judged, 'markdown')}\nRoutes that do not come there:\n\n{absent}")
+    return list(named.values()), table
 
 
 def nf4_record(model: Path, out: Path, wanted: EvalSpec, device: str = "cpu") -> dict:
