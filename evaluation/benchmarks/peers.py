@@ -124,7 +124,7 @@ def measured(name: str, family: str, made: Made, task: Task, logits: Iterator[to
     other windows than were given."""
     found = {}
     for text, windows in task.windows.items():
-        alike = torch.zeros_like(windows)  # kinds of tokens are not told apart
+        alike = torch.zeros_like(windows[:, 1:])  # kinds of tokens are not told apart
         one = difference(task.originals[text].predictions(), islice(logits, len(windows)), windows, alike)
         if one.tokens != windows[:, 1:].numel():
             raise PeerError(f"{name}: logits of {one.tokens} of {windows[:, 1:].numel()} tokens of {text}")
