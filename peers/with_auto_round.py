@@ -33,7 +33,7 @@ def make(model: Path, windows: Path, setting: str, out: Path) -> None:
 
 @torch.no_grad()
 def logits(windows: Path, out: Path):
-    plain = AutoRoundConfig(backend="auto_round:torch")  # of its own choice it takes one that 4 bits fail in on a CPU
+    plain = AutoRoundConfig(backend="auto_round:torch")  # else 4 bits fail without saying what is missing
     loaded = AutoModelForCausalLM.from_pretrained(out, device_map="cpu", quantization_config=plain).eval()
     for row in torch.from_numpy(texts(windows)):
         yield loaded(input_ids=row[None], use_cache=False).logits[0].float().numpy()
