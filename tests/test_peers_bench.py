@@ -110,7 +110,7 @@ def test_the_verdict_compares_at_equal_bytes(tmp_path):
     found += [one("bad", "b", 200, 0.4), one("tiny", "b", 50, 0.5)]
     judged = verdicts(found).rows
     assert [(row[0], row[-2], row[-1]) for row in judged] == [
-        ("good", 1.25, "good is better"),
+        ("good", 1.25, "good is better on wiki"),
         ("bad", 0.5, "fit is better"),
     ]
     assert [row[1] for row in table(found).rows] == ["fit@4", "good", "bad", "fit@1", "tiny"]

@@ -18,7 +18,7 @@ from moesvd_quant.errors import MoesvdError
 from moesvd_quant.evaluation.memory import kind_of
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS, ENVIRONMENTS = ROOT / "peers", ROOT / ".venv-peers"
+SCRIPTS, ENVIRONMENTS = Path(__file__).resolve().parent / "engines", ROOT / ".venv-peers"
 OURS = "ours"  # the environment of this package, which has GPTQModel and bitsandbytes
 # GPTQModel fails on two cores without the first, and compiles for minutes without the second.
 SURROUNDINGS = {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1", "CMAKE_BUILD_PARALLEL_LEVEL": "1"}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import exp, inf, log
+from math import exp, log
 from pathlib import Path
 
 from moesvd_quant.evaluation.table import Table
@@ -74,23 +74,20 @@ def at_bytes(line: Sequence[tuple[int, float]], size: int) -> float | None:
 
 
 def verdicts(found: Sequence[Measured], mine: str = "fit") -> Table:
-    """Beside each result of another family the KL of `mine` at its bytes, and their quotient: above 1 the other one is
-    better. Sizes outside of `mine` are left out."""
+    """For each result of another family and each text, the divergence of `mine` at its bytes as a share of its own:
+    above 1 the other one is better. Sizes outside of `mine` are left out."""
+    texts = list(found[0].texts)
     rows: list[list[str | float]] = []
+    lines = {text: [(m.bytes, m.texts[text].divergence) for m in found if m.family == mine] for text in texts}
     for other in sorted(found, key=lambda m: -m.bytes):
-        if other.family == mine:
+        own = {text: at_bytes(lines[text], other.bytes) for text in texts}
+        if other.family == mine or None in own.values():
             continue
-        for text, on in other.texts.items():
-            own = at_bytes([(m.bytes, m.texts[text].divergence) for m in found if m.family == mine], other.bytes)
-            if own is None:
-                continue
-            quotient = own / on.divergence if on.divergence else inf
-            size, theirs, ours = other.bytes / 1e6, 1000 * on.divergence, 1000 * own
-            said = f"{mine} is better" if quotient < 1 else f"{other.name} is better"
-            figures = [round(size, 3), float(f"{theirs:.3g}"), float(f"{ours:.3g}"), round(quotient, 2)]
-            rows.append([other.name, text, *figures, said])
-    columns = ["result", "text", "disk MB", "KL", f"KL of {mine} in these bytes", "quotient", "verdict"]
-    return Table(f"Mean KL in thousandths of a nat, beside {mine} at equal bytes", columns, rows)
+        shares = {text: (own[text] or 0.0) / other.texts[text].divergence for text in texts}
+        better = [text for text, share in shares.items() if share > 1]
+        said = f"{other.name} is better on {', '.join(better)}" if better else f"{mine} is better"
+        rows.append([other.name, round(other.bytes / 1e6, 3), *(round(share, 2) for share in shares.values()), said])
+    return Table(f"Divergence of {mine} in the same bytes, as a share", ["result", "disk MB", *texts, "verdict"], rows)
 
 
 def plot(found: Sequence[Measured], file: Path) -> None:
@@ -99,7 +96,7 @@ def plot(found: Sequence[Measured], file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     texts, families = list(found[0].texts), list(dict.fromkeys(m.family for m in found))
     figure, axes = plt.subplots(1, len(texts), figsize=(5.4 * len(texts), 5.2), squeeze=False)
@@ -111,7 +108,7 @@ def plot(found: Sequence[Measured], file: Path) -> None:
         axis.set(xscale="log", yscale="log", title=text, xlabel="MB on disk", ylabel="mean KL, nats per token")
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xticks([2, 3, 4, 5, 6, 8, 10])
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)))
         axis.grid(alpha=0.25, which="both")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=min(5, len(labels)), frameon=False)

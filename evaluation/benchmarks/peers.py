@@ -43,7 +43,8 @@ from moesvd_quant.runtime.modeling_moesvd import file_digest
 
 BUDGETS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)  # bits per original expert weight
 GGUF = ("q4_0", "q4_k_m", "q3_k_m", "iq3_xxs", "q2_k", "iq2_xs", "iq1_m", "iq1_s")
-REAP = ("0.25+4", "0.25+3", "0.5+4")
+GGUF16 = ("q4_0", "q4_k_m")  # of them with the embedding in 16 bit: enough to see what its bytes are worth
+REAP = ("0.25+4", "0.25+3")
 # What was looked for and cannot run on a machine without a GPU and with a package index alone.
 ABSENT = {
     "EXL3 (exllamav3, GPTQModel)": "its quantizer is written in CUDA alone",
@@ -61,7 +62,10 @@ def peers() -> list[Peer]:
         Peer("nf4", "bitsandbytes", OURS, "with_bitsandbytes.py", "nf4"),
         *(Peer(f"reap{s}", "llm-compressor REAP", "llm-compressor", "with_llm_compressor.py", s) for s in REAP),
         *(Peer(f"{kind}", "llama.cpp", "llama-cpp", "with_llamacpp.py", kind) for kind in GGUF),
-        *(Peer(f"{k}+16", "llama.cpp, embedding in 16 bit", "llama-cpp", "with_llamacpp.py", f"{k}+16") for k in GGUF),
+        *(
+            Peer(f"{k}+16", "llama.cpp, embedding in 16 bit", "llama-cpp", "with_llamacpp.py", f"{k}+16")
+            for k in GGUF16
+        ),
     ]
 
 

@@ -22,7 +22,7 @@ from ..model.stream import StreamedModel
 from ..recipe.load import load_recipe
 from ..run.run import Run
 from .bench import compare, written
-from .routes import best, planned_bytes, routes
+from .routes import alike, best, planned_bytes, routes
 
 Report = Callable[[str, int, int], None]
 BASELINES = ("gptq4", "gptq3", "gptq2", "moe-svd-paper", "moe-svd-paper-gptq4")
@@ -52,8 +52,9 @@ def front(
     recipes: dict[str, tuple[str | dict, list[str]]] = {f"{fit}@{b}": (fit, [f"budget={b}"]) for b in budgets}
     job = Run(load_recipe(fit, [*overrides, f"budget={budgets[0]}"]), model, out / "sizes", device, report)
     sizes = {b: planned_bytes(job, [*overrides, f"budget={b}"], fit) for b in budgets}
-    drawn = routes(job, sizes, overrides)
-    recipes |= {one.name: ({"stages": one.stages}, []) for one in drawn if one.stages}
+    shared = alike(fit, overrides)
+    drawn = routes(job, sizes, shared)
+    recipes |= {one.name: (shared | {"stages": one.stages}, []) for one in drawn if one.stages}
     recipes |= {name: (name, []) for name in BASELINES}
     files = written(recipes, out / "recipes", overrides)
     nf4 = nf4_record(model, out / "nf4", EvalSpec(texts, length=length, original=model), device)

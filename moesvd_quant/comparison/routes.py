@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+
+import yaml
 
 from ..errors import MoesvdError
 from ..evaluation.table import Table
@@ -45,9 +46,16 @@ class Drawn:
         return f"{self.route}@{self.budget}"
 
 
-def routes(job: Run, sizes: Mapping[str, int], overrides: Sequence[str]) -> list[Drawn]:
-    """Every route to every size. sizes: {budget: bytes on disk}; job: a run whose calibration all share."""
-    size = partial(planned_bytes, job, overrides)
+def alike(recipe: str, overrides: Sequence[str]) -> dict:
+    """The content of a recipe with its calibration and seed, and without its stages and its budget."""
+    shared = yaml.safe_load(load_recipe(recipe, overrides).to_yaml())
+    return {key: shared[key] for key in ("seed", "calibration")}
+
+
+def routes(job: Run, sizes: Mapping[str, int], shared: dict) -> list[Drawn]:
+    """Every route to every size. sizes: {budget: bytes on disk}; shared: the rest of their recipes (`alike`), which are
+    of the calibration of `job`."""
+    size = lambda content: planned_bytes(job, (), shared | content)  # noqa: E731
     return [
         found
         for budget, wanted in sizes.items()

@@ -1,7 +1,7 @@
 """A model of rows of 256, which llama.cpp's K and IQ types ask for, from the embedded one of rows of 192.
 
-python peers/widen.py MODEL OUT, then `python -m moesvd_quant.reference.train --start OUT ...`: what is new is
-random, so that training has to make use of it.
+python evaluation/benchmarks/engines/widen.py MODEL OUT, then `python -m moesvd_quant.reference.train --start OUT ...`:
+what is new is random, so that training has to make use of it.
 """
 
 import sys
