@@ -29,6 +29,7 @@ class EvalSpec:
     tasks: tuple[str, ...] = ()  # of lm-eval, `zero-shot` for the paper's seven
     task_data: str | None = None  # folder of local files; None: lm-eval loads from the hub
     limit: int | None = None  # documents per task
+    run_code: bool = False  # run programs that the model writes, where a task does
     peak: bool = False  # memory at the peak of loading and generating, in a fresh process
     original: Path | None = None  # folder of the model that predictions are compared with, window by window
 
@@ -67,13 +68,12 @@ def window_length(wanted: EvalSpec, config, tokenizer) -> int:
 def spec_of(asked: Evaluate) -> EvalSpec:
     """What a recipe asks to measure."""
     length = None if asked.length == "auto" else asked.length
-    tasks = asked.wanted_tasks()
-    return EvalSpec(asked.texts(), length=length, tasks=tasks.names, task_data=tasks.data, limit=tasks.limit)
+    return EvalSpec(asked.texts(), ("gptq",), length, None, None, *asked.wanted_tasks())
 
 
 def require_possible(wanted: EvalSpec) -> None:
     """UsageError for a protocol that there is none of, TaskError for a task that cannot be asked."""
-    require_tasks(wanted.tasks, wanted.task_data)
+    require_tasks(wanted.tasks, wanted.task_data, wanted.run_code)
     if unknown := sorted(set(wanted.protocols) - set(PROTOCOLS)):
         raise UsageError(f"protocol {', '.join(unknown)}: is none of {', '.join(PROTOCOLS)}")
 

@@ -13,7 +13,7 @@ from .difference_columns import (
     same_tokens,
 )
 from .table import Table
-from .task_table import tasks_in
+from .task_table import score, tasks_in
 
 
 def table8(records: list[dict]) -> Table:
@@ -143,8 +143,9 @@ def _by_size(records: list[dict]) -> list[dict]:
 
 
 def _main(figures: dict) -> float | None:
-    """The first metric of a task: accuracy, or the perplexity per word."""
-    return next((figures[key] for key in ("acc", "word_perplexity", "exact_match") if key in figures), None)
+    """The main metric of a task: its share of right answers, or the perplexity per word."""
+    found = score(figures)
+    return found[0] if found else figures.get("word_perplexity")
 
 
 def _runtime(record: dict, original: dict | None = None) -> str | float:

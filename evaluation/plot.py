@@ -40,9 +40,8 @@ def figure_bytes(records: list[dict]):
 
 def figure_divergence(records: list[dict]):
     """The same of the divergence from the original, which has none itself; for records of which some has one."""
-    made = [record for record in records if any(difference_of(record, text) for text in record["perplexity"])]
-    named = "divergence from the original, nats per token"
-    return _against_bytes(made, compared_texts(made), named, lambda r, text: difference_of(r, text).get("mean"))
+    named, texts = "divergence, nats per token", compared_texts(records)
+    return _against_bytes(records, texts, named, lambda r, text: difference_of(r, text).get("mean"))
 
 
 def _against_bytes(records: list[dict], texts: list[str], named: str, value: Callable[[dict, str], float | None]):
@@ -70,10 +69,14 @@ def _against_bytes(records: list[dict], texts: list[str], named: str, value: Cal
                 dict(marker="*", markersize=13) if kind == "original" else dict(marker="o" if "svd" in kind else "s")
             )
             colour = plt.get_cmap("tab20")((2 * index) % 20 + (2 * index) // 20)
+            if not points:
+                continue
             axis.plot(*zip(*points), "--", color=colour, label=kind.replace("@", " at a budget"), alpha=0.9, **style)
         for axes_of, scale in ((axis.xaxis, axis.set_xscale), (axis.yaxis, axis.set_yscale)):
             scale("log")
-            axes_of.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+            low, high = axes_of.get_data_interval()
+            many = (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+            axes_of.set_major_locator(LogLocator(subs=many if high < 10 * low else (1.0, 2.0, 5.0)))
             axes_of.set_major_formatter(ScalarFormatter())
             axes_of.set_minor_formatter(NullFormatter())
         axis.set_title(text)

@@ -73,7 +73,7 @@ def _zero_shot(model, tokenizer, wanted: EvalSpec) -> dict:
     from .zero_shot import zero_shot
 
     more = {"batch_size": wanted.batch_size} if wanted.batch_size else {}
-    found = zero_shot(model, tokenizer, list(wanted.tasks), wanted.task_data, wanted.limit, **more)
+    found = zero_shot(model, tokenizer, list(wanted.tasks), wanted.task_data, wanted.limit, wanted.run_code, **more)
     return found | {"data": data_digest(wanted.task_data)}
 
 

@@ -112,10 +112,13 @@ def _draw_memory(stages: list[Stage]):
 
 
 def _draw_errors(stages: list[Stage]):
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _axes(5.8, 3.2)
     for stage in stages:
         errors = [mean_error(e) for path, e in stage.manifest["errors"].items() if "experts" in path]
         axes[0, 0].plot(range(len(errors)), [e or np.nan for e in errors], marker="o", label=stage.name)
+    axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0, 0].set(xlabel="layer with experts", ylabel="whitened error")
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].grid(alpha=0.25)

@@ -63,5 +63,14 @@ def _table(runs: dict[str, list[Path]]) -> Table:
             round(100 * account["expert_ratio"], 1), float(f"{last['check']['kl']:.4g}"),
             round(sum(one["seconds"] for one in timed)) if timed else "-", round(max(peaks), 2) if peaks else "-",
         ])  # fmt: skip
-    columns = ["run", "result", "MB", "bits per expert weight", "experts removed %", "divergence", "seconds", "peak GB"]
+    columns = [
+        "run",
+        "result",
+        "MB",
+        "bits per expert weight",
+        "experts removed %",
+        "stage's divergence",
+        "seconds",
+        "peak GB",
+    ]
     return Table("", columns, rows)

@@ -3,6 +3,8 @@
 Importing it teaches transformers the model type `moesvd` (see `_register`); heavy modules load on use.
 """
 
+from importlib.metadata import version as _version
+
 from . import _register as _register
 from . import stages as stages  # recipes know them by their names
 from .api import compare as compare
@@ -10,7 +12,7 @@ from .api import compress as compress
 from .api import evaluate as evaluate
 from .api import plan as plan
 
-__version__ = "0.1.0"
+__version__ = _version("moesvd_quant")  # of the git tag it was built at
 
 
 def load(path, dtype="auto", device="cpu", **placement):

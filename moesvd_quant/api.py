@@ -268,12 +268,14 @@ def _write_costs(folders: list[Path], found: list[Evaluation]) -> None:
 
 
 def _evaluation(record: dict) -> Evaluation:
+    from .evaluation.task_table import score
+
     figures = {name: one["ppl"] for name, one in record["perplexity"].items() if "ppl" in one}
     differences = {name: one["difference"] for name, one in record["perplexity"].items() if "difference" in one}
     divergence = {name: one["mean"] for name, one in differences.items()}
     agreement = {name: one["top1"] for name, one in differences.items()}
     tasks = record.get("zero_shot", {}).get("tasks", {})
-    correct = {name: one["acc"] for name, one in tasks.items() if "acc" in one}
+    correct = {name: found[0] for name, one in tasks.items() if (found := score(one))}
     memory = record["memory"]
     folder = Path(record["folder"])
     return Evaluation(

@@ -132,4 +132,6 @@ def test_the_table_of_the_demo_is_what_it_prints(tmp_path):
     assert cells[0] == table.columns and len(cells) == len(table.rows) + 2
     for row, said in zip(table.rows, cells[2:]):
         assert row[0] == said[0]
-        assert [float(value) for value in row[1:]] == pytest.approx([float(value) for value in said[1:]], rel=0.05)
+        for head, value, written in zip(table.columns[1:], row[1:], said[1:]):
+            some = 0.15 if head.endswith(": divergence") else 0.05  # of what is near zero
+            assert written == "-" if value == "-" else float(value) == pytest.approx(float(written), rel=some), head

@@ -5,13 +5,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
-
-import moesvd_quant
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,11 +63,29 @@ def test_it_holds_what_is_needed_and_nothing_else(wheel):
     assert not [name for name in names if "benchmarks" in name or name.startswith(("tests", "docs"))]
 
 
-def test_it_works_in_an_environment_outside_the_repository(installed, tmp_path):
+def test_its_version_is_the_tag(tmp_path):
+    """Of git where there is one, else the fallback."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    away = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+
+    def said() -> str:
+        ask = [sys.executable, "-m", "setuptools_scm"]
+        return subprocess.run(ask, cwd=tmp_path, env=away, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert said() == tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools_scm"]["fallback_version"]
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@y"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"], ["tag", "v3.2.1"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    assert said() == "3.2.1"
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "two"], cwd=tmp_path, check=True)
+    assert said().startswith("3.2.2.dev1")
+
+
+def test_it_works_in_an_environment_outside_the_repository(wheel, installed, tmp_path):
     where = "import moesvd_quant; print(moesvd_quant.__file__, moesvd_quant.__version__)"
     assert run(installed, tmp_path, "python", "-c", where).split() == [
         str(next(installed.parent.glob("lib*/python*/site-packages")) / "moesvd_quant/__init__.py"),
-        moesvd_quant.__version__,
+        wheel.name.split("-")[1],
     ]
     assert "fit-best" in run(installed, tmp_path, "moesvd", "ls")
     assert "missing" not in run(installed, tmp_path, "moesvd", "doctor")

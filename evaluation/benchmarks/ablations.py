@@ -139,7 +139,7 @@ def main(
                 given = calibration or ["wikitext2", "c4"]
                 made = run_table(
                     number, folder, out, texts, share, experts, given, samples, length, resolve_device(device), report,
-                    tasks_of(tasks, task_data, limit),
+                    tasks_of(tasks, task_data, limit, False),
                 )  # fmt: skip
             name = f"table{number}-{round(share * 100)}"
             (out / f"{name}.md").write_text(render(made, "markdown"))

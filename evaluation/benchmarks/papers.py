@@ -202,7 +202,7 @@ def main(
     texts = named_texts(seen or ["wikitext2", "ptb", "c4"]) | named_texts(unseen or ["code"])
     given = [f"calibration.dataset={calibration}", f"calibration.samples={samples}"]
     given += [f"calibration.length={length or 'auto'}", f"calibration.self_written={self_written}"]
-    asked, training = tasks_of(tasks, task_data, limit), Training(train, steps, batch)
+    asked, training = tasks_of(tasks, task_data, limit, False), Training(train, steps, batch)
     with progress_bars() as report:
         run(
             resolve_model(model), out, texts, length, given, ratio, training, asked, resolve_device(device), report,

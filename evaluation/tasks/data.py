@@ -1,4 +1,4 @@
-"""Local files of the seven zero-shot tasks and of WikiText-2, in the columns that lm-eval's own tasks have.
+"""Local files of the seven zero-shot tasks, WikiText-2, HumanEval and MBPP, in the columns that lm-eval's tasks have.
 
 The folder is $MOESVD_TASK_DATA, or `data` of the metadata (`lm_eval run --metadata '{"data": "FOLDER"}'`, `moesvd eval
 --task-data FOLDER`). It is searched for the names the data are published under, .gz or not, in sub-folders too.
@@ -79,6 +79,17 @@ def _split(row: dict) -> dict:
         begun = re.search(r"(?<=[.?!]) ([^A-Z.?!][^.?!]*)$", row["ctx"])
         row = row | {"ctx_a": row["ctx"][: begun.start()] if begun else row["ctx"], "ctx_b": begun[1] if begun else ""}
     return {key: row[key] for key in ("activity_label", "ctx_a", "ctx_b", "endings")} | {"label": int(row["label"])}
+
+
+def humaneval(data=None, **_) -> dict:
+    return {"test": Dataset.from_list(_lines(data, "humaneval"))}
+
+
+def mbpp(data=None, **_) -> dict:
+    """All 974 problems as they are published, or those of the test alone: its ids are 11 to 510."""
+    rows = [row for row in _lines(data, "mbpp") if 11 <= row["task_id"] <= 510]
+    keys = ("task_id", "text", "code", "test_list", "test_setup_code")
+    return {"test": Dataset.from_list([{key: row[key] for key in keys if key in row} for row in rows])}
 
 
 def wikitext(data=None, **_) -> dict:

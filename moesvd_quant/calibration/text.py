@@ -3,10 +3,13 @@
 import hashlib
 import importlib
 import inspect
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 
@@ -198,6 +201,7 @@ def _hub(name: str, split: str) -> Iterator[str]:
     from datasets import load_dataset
 
     text = HUB[name]
+    _require_address(name)
     where = dict(split=text.splits[split], revision=text.revision, streaming=True)
     try:
         for row in islice(load_dataset(text.repository, text.configuration, **where), text.documents):
@@ -206,6 +210,21 @@ def _hub(name: str, split: str) -> Iterator[str]:
         raise TextError(
             f"{name}: {text.repository} could not be read from the hub ({error}); without network give a local file, "
             "for example calibration.dataset=FILE"
+        ) from error
+
+
+def _require_address(name: str) -> None:
+    """TextError at once where the hub's address is not known, so that there is no network: its client would try again
+    for half a minute. Behind a proxy nobody but the proxy may know it."""
+    from huggingface_hub import constants
+
+    try:
+        if not getproxies():
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except socket.gaierror as error:
+        raise TextError(
+            f"{name}: is read from {constants.ENDPOINT}, which cannot be reached ({error}); without network give "
+            "a local file, for example calibration.dataset=FILE"
         ) from error
 
 

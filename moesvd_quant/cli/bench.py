@@ -13,6 +13,7 @@ from .common import (
     Model,
     Out,
     Overrides,
+    RunCode,
     TaskData,
     TaskLimit,
     TaskNames,
@@ -38,6 +39,7 @@ def bench(
     tasks: TaskNames = None,
     task_data: TaskData = None,
     limit: TaskLimit = None,
+    run_code: RunCode = False,
     out: Out = Path("bench"),
     device: Device = "auto",
     as_json: Json = False,
@@ -50,7 +52,7 @@ def bench(
     sync_threads()
     names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
     texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
-    asked = tasks_of(tasks, task_data, limit)
+    asked = tasks_of(tasks, task_data, limit, run_code)
     with progress_bars(as_json) as report:
         if seeds or samples:
             from ..comparison.sweep import sweep

@@ -26,9 +26,14 @@ Recipe = Annotated[
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example svd.ratio=0.6.")]
 
-TaskNames = Annotated[str | None, typer.Option(help="Tasks of lm-eval, by commas; zero-shot: the paper's seven.")]
+TaskNames = Annotated[
+    str | None, typer.Option(help="Tasks by lm-eval's names and commas; zero-shot: the paper's seven.")
+]
 TaskData = Annotated[Path | None, typer.Option(help="Folder of local task files; else from the hub.")]
 TaskLimit = Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")]
+RunCode = Annotated[
+    bool, typer.Option("--run-code", help="Run programs that the model writes, where a task (humaneval) does.")
+]
 
 
 def _recipe_names() -> list[str]:
@@ -38,10 +43,10 @@ def _recipe_names() -> list[str]:
     return [name for name, _ in shipped()]
 
 
-def tasks_of(names: str | None, data: Path | None, limit: int | None) -> Tasks:
-    """What the three options above ask for; names by commas."""
+def tasks_of(names: str | None, data: Path | None, limit: int | None, run_code: bool) -> Tasks:
+    """What the four options above ask for; names by commas."""
     asked = tuple(name.strip() for name in names.split(",")) if names else ()
-    return Tasks(asked, None if data is None else str(data), limit)
+    return Tasks(asked, None if data is None else str(data), limit, run_code)
 
 
 @contextmanager

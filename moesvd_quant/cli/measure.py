@@ -12,6 +12,7 @@ from ..model.named import resolve_device, resolve_model
 from .common import (
     Device,
     Json,
+    RunCode,
     TaskData,
     TaskLimit,
     TaskNames,
@@ -39,6 +40,7 @@ def evaluate_verb(
     tasks: TaskNames = None,
     task_data: TaskData = None,
     limit: TaskLimit = None,
+    run_code: RunCode = False,
     batch: Annotated[int | None, typer.Option(help="Windows, or requests of tasks, at a time.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the records; default: beside weights.")] = None,
     peak: Annotated[bool, typer.Option(help="Also measure peak memory in a fresh process.")] = False,
@@ -52,10 +54,8 @@ def evaluate_verb(
     from ..recipe.texts import named_texts
 
     texts = named_texts(text or ([] if tasks else ["wikitext2"]))
-    wanted = EvalSpec(
-        texts, tuple(protocol or ["gptq"]), length, batch, stream, *tasks_of(tasks, task_data, limit), peak=peak,
-        original=None if original is None else resolve_model(original),
-    )  # fmt: skip
+    source, asked = None if original is None else resolve_model(original), tasks_of(tasks, task_data, limit, run_code)
+    wanted = EvalSpec(texts, tuple(protocol or ["gptq"]), length, batch, stream, *asked, peak=peak, original=source)
     records = []
     models = {str(folder): resolve_model(str(folder)) for folder in folders}
     places = {given: place / RECORD for given, place in record_places(models, out).items()}

@@ -3,6 +3,8 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from typing import Annotated
 
 import typer
@@ -24,10 +26,9 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """What a model can bear: spectra, similarity of experts, routing, sensitivity, and the cost of `svd`, rehearsed."""
-    from rich.console import Console
-
+    from ..evaluation.table import Table, render
     from ..memory.files import write_json
-    from ..probe.report import plot_survey, print_survey
+    from ..probe.report import plot_survey, survey_tables
     from ..probe.texts import probe_folder
     from ..probe.verdict import verdict
     from ..recipe.load import load_recipe
@@ -47,5 +48,8 @@ def probe(
     if as_json:
         print(json.dumps(content))
         return
-    print_survey(found, sentences, Console(width=140))
+    for table in survey_tables(found):
+        print(render(Table(*table)))
+    for sentence in sentences:
+        print(fill(f"- {sentence}", get_terminal_size().columns, subsequent_indent="  ", break_on_hyphens=False))
     print(f"figures: {out}/probe.json\nplots: {', '.join(map(str, pictures))}")

@@ -38,7 +38,7 @@ def compare(
     OUT/tasks.md and so on. Recipes are loaded before any runs; finished runs and records by the same protocol stay.
     Returns the records, those of `more` that no recipe makes among them, and their table.
     """
-    measure = EvalSpec(texts, length=length, tasks=tasks.names, task_data=tasks.data, limit=tasks.limit, original=model)
+    measure = EvalSpec(texts, ("gptq",), length, None, None, *tasks, original=model)
     require_possible(measure)
     loaded = [load_recipe(name, [*overrides, "evaluate.perplexity=[]", "keep=last"]) for name in recipes]
     require_distinct(recipes)

@@ -3,43 +3,37 @@
 import math
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from .survey import Survey
 
 
-def print_survey(survey: Survey, sentences: list[str], console: Console) -> None:
-    """Per layer and projection: effective ranks (share of a random matrix's), similarities, sensitivity; costs."""
-    ranks = Table(title="effective rank, a random matrix's being 1; mean CKA between experts (random in brackets)")
-    for head in ("experts of", "projection", "weights", "deltas", "whitened", "CKA W", "CKA U", "CKA V"):
-        ranks.add_column(head, justify="left" if head in ("experts of", "projection") else "right")
+def survey_tables(survey: Survey) -> list[tuple[str, list[str], list[list[str | float]]]]:
+    """(title, columns, rows) of what was found: by layer and projection effective ranks (share of a random matrix's)
+    and similarities; by layer routing and sensitivity; costs."""
+    ranks: list[list[str | float]] = []
+    use: list[list[str | float]] = []
     for path, layer in survey.layers.items():
+        short = path.removeprefix("model.layers.")
         for name, found in layer["projections"].items():
             rank = found["effective_rank"]
             share = lambda value, rank=rank: "-" if value is None else f"{value / rank['random']:.2f}"  # noqa: E731
             cka = found.get("cka")
             similar = [f"{cka[k]:.2f} ({cka['random'][k]:.2f})" if cka else "-" for k in "WUV"]
             shares = [share(rank["weights"]), share(rank.get("deltas")), share(found["whitened_rank"])]
-            ranks.add_row(path, name, *shares, *similar)
-    console.print(ranks)
-    use = Table(title="routing and sensitivity")
-    for head in ("experts of", "experts", "busiest", "idlest", "no token", "few tokens", "sensitivity"):
-        use.add_column(head, justify="left" if head == "experts of" else "right")
-    for path, layer in survey.layers.items():
+            ranks.append([short, name, *shares, *similar])
         busy = [f"{f:.1%}" for f in (max(layer["frequency"]), min(layer["frequency"]))]
         weak = [str(len(layer["coverage"][kind])) for kind in ("none", "few")]
-        use.add_row(path, str(layer["experts"]), *busy, *weak, f"{layer['sensitivity']:.4g}")
-    console.print(use)
-    costs = Table(title="perplexity of `svd` in 16 bit, times the original's: rehearsed")
-    costs.add_column("text")
-    for ratio in survey.removed:
-        costs.add_column(f"{ratio:.0%} removed", justify="right")
-    for text, rehearsed in survey.rehearsal.items():
-        costs.add_row(text, *(_times(nats) for nats in rehearsed.values()))
-    console.print(costs)
-    for sentence in sentences:
-        console.print(f"- {sentence}", highlight=False)
+        use.append([short, str(layer["experts"]), *busy, *weak, f"{layer['sensitivity']:.4g}"])
+    removed = [f"{ratio:.0%} removed" for ratio in survey.removed]
+    costs: list[list[str | float]] = [
+        [text, *(_times(nats) for nats in rehearsed.values())] for text, rehearsed in survey.rehearsal.items()
+    ]
+    alike = "effective rank, a random matrix's being 1; mean CKA between experts (random in brackets)"
+    similar = ["layer", "projection", "weights", "deltas", "whitened", "CKA W", "CKA U", "CKA V"]
+    routed = ["layer", "experts", "busiest", "idlest", "no token", "few tokens", "sensitivity"]
+    rehearsed = "perplexity of `svd` in 16 bit, times the original's: rehearsed"
+    return [
+        (alike, similar, ranks), ("routing and sensitivity", routed, use), (rehearsed, ["text", *removed], costs)
+    ]  # fmt: skip
 
 
 def plot_survey(survey: Survey, out: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInf
 from ..errors import MoesvdError
 from .budget import parse_budget
 from .stage import Stage
-from .tasks import Tasks, data_folder, require_files, require_known
+from .tasks import Tasks, data_folder, require_allowed, require_files, require_known
 from .texts import named_texts
 
 
@@ -35,15 +35,19 @@ class Evaluate(_Part):
     )
     length: Literal["auto"] | Annotated[int, Field(ge=16)] = Field("auto", description="tokens per window")
     tasks: str | list[str] = Field(
-        default_factory=list, description="tasks of lm-eval, without examples; zero-shot: the paper's seven"
+        default_factory=list, description="tasks of lm-eval, by its names; zero-shot: the paper's seven"
     )
     task_data: str | None = Field(
         None, validate_default=True, description="folder of local task files; else lm-eval loads from the hub"
     )
     limit: Annotated[int, Field(gt=0)] | None = Field(None, description="only so many documents of each task")
+    run_code: bool = Field(
+        False, validate_default=True, description="run programs that the model writes, where a task (humaneval) does"
+    )
 
     def wanted_tasks(self) -> Tasks:
-        return Tasks(tuple([self.tasks] if isinstance(self.tasks, str) else self.tasks), self.task_data, self.limit)
+        names = tuple([self.tasks] if isinstance(self.tasks, str) else self.tasks)
+        return Tasks(names, self.task_data, self.limit, self.run_code)
 
     def texts(self) -> dict[str, str]:
         """{name: source}; a list names known texts or files."""
@@ -63,14 +67,16 @@ class Evaluate(_Part):
         require_known([value] if isinstance(value, str) else value)
         return value
 
-    @field_validator("task_data", "limit")
+    @field_validator("task_data", "limit", "run_code")
     @classmethod
     def _of_tasks(cls, value, info: ValidationInfo):
         if "tasks" not in info.data:  # which is wrong, and said
             return value
         tasks = info.data["tasks"]
-        if value is not None and not tasks:
+        if value and not tasks:
             raise ValueError("only with tasks")
+        if info.field_name == "run_code":
+            require_allowed([tasks] if isinstance(tasks, str) else tasks, value)
         if info.field_name == "task_data":
             try:
                 require_files([tasks] if isinstance(tasks, str) else tasks, data_folder(value))

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import socket
 
 import pytest
 
+from moesvd_quant.calibration import text as module
 from moesvd_quant.calibration.rows import TextError
 from moesvd_quant.calibration.text import calibration_windows, load_documents, token_windows
 from tiny import tiny_tokenizer
@@ -80,3 +82,17 @@ def test_demo_text_is_split_and_needs_no_network(tokenizer):
     train, test = load_documents("demo", "train"), load_documents("demo", "test")
     assert sum(map(len, train)) > 400_000 and sum(map(len, test)) > 80_000
     assert not set(train) & set(test)
+
+
+def test_without_network_a_text_of_the_hub_is_refused_at_once(monkeypatch):
+    """The hub's own client asks six times first: half a minute."""
+
+    def unknown(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(module, "getproxies", dict)
+    with pytest.raises(TextError, match=r"wikitext2: is read from .*, which cannot be reached \(.*give a local file"):
+        load_documents("wikitext2")
+    monkeypatch.setattr(module, "getproxies", lambda: {"https": "http://proxy"})
+    module._require_address("wikitext2")  # the proxy knows it

@@ -58,7 +58,7 @@ def run(make_model, text, tmp_path_factory):
 def test_it_is_one_file_that_loads_nothing(run, tmp_path):
     write_report(run, tmp_path / "x.html")
     page = Page((tmp_path / "x.html").read_text())
-    assert len(page.sources) == 6 and all(s.startswith("data:image/svg+xml;base64,") for s in page.sources)
+    assert len(page.sources) == 7 and all(s.startswith("data:image/svg+xml;base64,") for s in page.sources)
     for source in page.sources:
         drawn = base64.b64decode(source.partition(",")[2])
         assert ElementTree.fromstring(drawn).tag.endswith("svg")
