@@ -53,6 +53,8 @@ def figures(stages: list[Stage], records: list[dict]):
 def draw_seconds(timed: dict[str, dict]):
     """Figure of the seconds of the walk and of each stage, from their run.json, over the number of layers (D.4 of the
     paper)."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _axes(6.4, 3.2)
     axis = axes[0, 0]
     lines = [("collection", one.get("walk_layer_seconds", [])) for one in timed.values()]
@@ -60,9 +62,11 @@ def draw_seconds(timed: dict[str, dict]):
     for name, seconds in lines:
         if seconds:
             axis.plot(range(1, len(seconds) + 1), np.cumsum(seconds), "o-", markersize=3, label=name)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="layers", ylabel="seconds", ylim=(0, None))
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
+    figure.tight_layout()
     return figure
 
 

@@ -44,8 +44,8 @@ def _plan(model: str, recipe: str, ratio: float | None, overrides: list[str], ou
     from ..api import plan as make_plan
     from ..checkpoint.density import density
     from ..evaluation.plan_map import planned
-    from ..model.folder import read_config
     from ..model.named import resolve_model
+    from ..model.stream import StreamedModel
     from ..recipe.load import load_recipe
     from ..run.from_config import plan_from_config
 
@@ -61,5 +61,5 @@ def _plan(model: str, recipe: str, ratio: float | None, overrides: list[str], ou
         meta, made, accounting = plan_from_config(folder, loaded)
         return planned(name, density(meta, made.layout), 8 * meta.stored_dtype.itemsize, accounting)
     last = make_plan(model, recipe, out, overrides, device=device, report=report).stages[-1]
-    dtype = read_config(resolve_model(model)).dtype
-    return planned(name, last.expert_bits, 8 * (dtype.itemsize if dtype else 2), last.accounting)
+    bits = 8 * StreamedModel(resolve_model(model)).stored_dtype.itemsize
+    return planned(name, last.expert_bits, bits, last.accounting)

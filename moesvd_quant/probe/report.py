@@ -96,6 +96,7 @@ def _plot_layers(survey: Survey, file: Path) -> Path:
     """MoE-SVD's Figure 1, left and middle: what each layer costs by itself, where that was asked for, and how MoE-SVD's
     and OWL's scores see it."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(1, 1 + len(survey.alone), figsize=(5.4 * (1 + len(survey.alone)), 4), squeeze=False)
     for axis, (text, ratios) in zip(axes[0], survey.alone.items()):
@@ -110,6 +111,7 @@ def _plot_layers(survey: Survey, file: Path) -> Path:
     axis.set(title="scores of layers, of the largest", xlabel="expert layer", ylim=(0, 1.05))
     axis.legend()
     for axis in axes[0]:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
     return _save(figure, file)
 
