@@ -12,6 +12,7 @@ from killing import kill_until_done
 from moesvd_quant.model.experts import find_experts, flags_of
 from moesvd_quant.planning.context import StageError
 from moesvd_quant.recipe.load import load_recipe
+from moesvd_quant.run import stage_work
 from moesvd_quant.run.output import RunError
 from moesvd_quant.run.plan import plan_stages
 from moesvd_quant.run.run import Run
@@ -165,6 +166,24 @@ def test_interrupted_anywhere_the_files_are_the_same(make_model, tmp_path, small
     monkeypatch.setattr(gptq_work, "run_layer", lambda c, o, i, *rest: done.append(i) or layer(c, o, i, *rest))
     make("svd-gptq3", folder, tmp_path / "parts", small).run()
     assert done == [1]  # layer 0 was finished by the second try
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_interrupted_while_a_finished_stage_is_tidied_up(make_model, tmp_path, small, monkeypatch):
+    folder, commit = make_model("mixtral"), stage_work.commit_folder
+    make("svd-gptq3", folder, tmp_path / "whole", small).run()
+
+    def fail(work, final):
+        if final.name == "02-gptq":
+            raise KeyboardInterrupt
+        commit(work, final)
+
+    monkeypatch.setattr(stage_work, "commit_folder", fail)
+    with pytest.raises(KeyboardInterrupt):
+        make("svd-gptq3", folder, tmp_path / "parts", small).run()
+    monkeypatch.setattr(stage_work, "commit_folder", commit)
+    monkeypatch.setattr(gptq_work, "run_layer", lambda *_: pytest.fail("done again"))
+    make("svd-gptq3", folder, tmp_path / "parts", small).run()
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 

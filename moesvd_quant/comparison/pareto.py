@@ -51,7 +51,6 @@ def front(
     fit = PRESETS[preset]
     recipes: dict[str, tuple[str | dict, list[str]]] = {f"{fit}@{b}": (fit, [f"budget={b}"]) for b in budgets}
     job = Run(load_recipe(fit, [*overrides, f"budget={budgets[0]}"]), model, out / "sizes", device, report)
-    calibration = job.recipe.calibration.model_dump()  # planning has other recipes in its place
     sizes = {b: planned_bytes(job, [*overrides, f"budget={b}"], fit) for b in budgets}
     shared = alike(fit, overrides)
     drawn = routes(job, sizes, shared)

@@ -161,13 +161,15 @@ class Run:
         context = self.context(index)
         started, meter = time.time(), PeakMeter()
         work = StageWork(self, index, context)
-        self._clean(keep=work.folder)
-        work.folder.mkdir(exist_ok=True)
-        plan = work.prepare(self.plan(index, context.parent))
-        accounting = account(context.parent, plan.layout)
-        with meter:
-            work.layers(plan)
-            work.finish(plan, accounting, folder)
+        self._clean(keep=work)
+        if not work.finished.exists():
+            work.folder.mkdir(exist_ok=True)
+            plan = work.prepare(self.plan(index, context.parent))
+            accounting = account(context.parent, plan.layout)
+            with meter:
+                work.layers(plan)
+                work.finish(plan, accounting)
+        work.commit(folder)
         write_json(
             folder / "run.json",
             {
@@ -194,8 +196,9 @@ class Run:
         context.folder = self.work_folder(index)
         return context
 
-    def _clean(self, keep: Path) -> None:
+    def _clean(self, keep: StageWork) -> None:
         """Leftovers of runs that were killed and whose key no longer matches."""
-        for path in self.out.glob(".work-*"):
-            if path != keep and path.name.split("-")[1] == keep.name.split("-")[1]:
+        number = keep.folder.name.split("-")[1]
+        for path in [*self.out.glob(f".work-{number}-*"), *self.out.glob(f".finished-{number}-*")]:
+            if path not in (keep.folder, keep.finished):
                 shutil.rmtree(path)

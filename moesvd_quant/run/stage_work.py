@@ -24,11 +24,12 @@ CHUNK = 32  # tokens whose predictions are compared at a time
 
 
 class StageWork:
-    """One stage of a run: `prepare`, `layers`, then `finish`; each finds what an earlier process did."""
+    """One stage of a run: `prepare`, `layers`, `finish`, then `commit`; each finds what an earlier process did."""
 
     def __init__(self, run, index: int, context: Context):
         self.run, self.index, self.context, self.stage = run, index, context, context.stage
         self.folder: Path = run.work_folder(index)
+        self.finished = self.folder.with_name(self.folder.name.replace(".work-", ".finished-", 1))
         self.parent: StreamedModel = context.parent
         self.layer_seconds: list[float] = []  # of each layer's work, when the stage is finished
 
@@ -60,8 +61,8 @@ class StageWork:
         write_json(note_file(self.folder, "outer"), {"errors": report, "experts": {}, "outputs": seen})
         write_tensors(self.folder / finish.OUTER_FILE, tensors)
 
-    def finish(self, plan: Plan, accounting: Accounting, final: Path) -> None:
-        """Index, config, tokenizer, manifest; opens the checkpoint as a user would; commits it."""
+    def finish(self, plan: Plan, accounting: Accounting) -> None:
+        """Index, config, tokenizer, manifest; opens the checkpoint as a user would; the folder is `finished` then."""
         notes = [str(i) for i in range(len(self.parent.layer_names))] + ["outer"]
         errors: dict = {}
         outputs: dict = {}
@@ -91,10 +92,15 @@ class StageWork:
         }
         write_card(self.folder, manifest)
         finish.write_manifest(self.folder, manifest)
-        self.stage.conclude(self.folder)
-        for name in notes:
-            note_file(self.folder, name).unlink()
-        commit_folder(self.folder, final)
+        commit_folder(self.folder, self.finished)
+
+    def commit(self, final: Path) -> None:
+        """Removes what served the work alone from the finished folder, and gives it its name. May be repeated: where a
+        process is killed meanwhile, nothing of what was removed is needed any more."""
+        self.stage.conclude(self.finished)
+        for note in self.finished.glob("note-*.json"):
+            note.unlink()
+        commit_folder(self.finished, final)
 
     def _name(self, before: list[str]) -> str:
         """Short name in tables: svd40-gptq3; svd-gptq@2.3bpw where a budget decided, +shared with shared experts."""

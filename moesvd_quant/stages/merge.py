@@ -62,4 +62,4 @@ class Merge(Stage):
 
     def conclude(self, folder: Path) -> None:
         """The order of channels stays out of the checkpoint."""
-        shutil.rmtree(folder / MERGING)
+        shutil.rmtree(folder / MERGING, ignore_errors=True)
