@@ -106,11 +106,13 @@ def difference(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Difference:
     """original, other: logits (batch, length, vocabulary) of the same windows (n, length), int64, batch by batch; both
-    may have other batches. kinds, and the rest: see `Divergences`."""
+    may have other batches. kinds, and the rest: see `Divergences`. UsageError where windows have no logits."""
     found = Divergences(windows, kinds)
     for at, (p, q) in enumerate(zip(_rows(original), _rows(other))):
         found.add(p, q)
         progress(at + 1, len(windows))
+    if len(found.found) < len(windows):
+        raise UsageError(f"there are predictions of {len(found.found)} of {len(windows)} windows")
     return found.result()
 
 

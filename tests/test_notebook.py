@@ -18,6 +18,7 @@ def shown(notebook) -> list[str]:
     return ["picture" if "image/png" in o.get("data", {}) else o.get("text") or o.data["text/plain"] for o in outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_notebook_says_what_it_computes(tmp_path):
     """Other Pythons have other texts, other processors round otherwise: figures may move, words may not."""

@@ -51,7 +51,7 @@ def task(make_model, text, tmp_path_factory):
 
 def fake(tmp_path: Path, setting: str) -> Peer:
     script = tmp_path / "fake.py"
-    script.write_text(FAKE.format(scripts=str(Path(__file__).parents[1] / "peers")))
+    script.write_text(FAKE.format(scripts=str(Path(__file__).parents[1] / "evaluation/benchmarks/engines")))
     return Peer(f"fake-{setting}", "fake", OURS, str(script), setting)
 
 
@@ -78,7 +78,7 @@ def test_a_peer_of_twice_the_temperature_is_as_far_as_the_formula_says(task, tmp
 def test_a_peer_that_breaks_is_named_with_its_reason(task, tmp_path):
     with pytest.raises(PeerError, match="out of luck"):
         result(fake(tmp_path, "dies"), task, tmp_path)
-    with pytest.raises(PeerError, match="logits of"):
+    with pytest.raises(PeerError, match="predictions of"):
         result(fake(tmp_path, "short"), task, tmp_path)
     with pytest.raises(PeerError, match="more windows"):
         result(fake(tmp_path, "long"), task, tmp_path)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from moesvd_quant.calibration.store import fingerprint
 from moesvd_quant.calibration.text import load_documents, token_windows
 from moesvd_quant.comparison.bench import written
+from moesvd_quant.errors import UsageError
 from moesvd_quant.evaluation.benchmarks.budget import beginning
 from moesvd_quant.evaluation.benchmarks.peer_engines import (
     OURS,
@@ -129,9 +130,10 @@ def measured(name: str, family: str, made: Made, task: Task, logits: Iterator[to
     found = {}
     for text, windows in task.windows.items():
         alike = torch.zeros_like(windows[:, 1:])  # kinds of tokens are not told apart
-        one = difference(task.originals[text].predictions(), islice(logits, len(windows)), windows, alike)
-        if one.tokens != windows[:, 1:].numel():
-            raise PeerError(f"{name}: logits of {one.tokens} of {windows[:, 1:].numel()} tokens of {text}")
+        try:
+            one = difference(task.originals[text].predictions(), islice(logits, len(windows)), windows, alike)
+        except UsageError as why:
+            raise PeerError(f"{name}: {text}: {why}") from why
         found[text] = OnText(task.perplexities[text] * (1 + one.change["change"]), one.mean, one.top1)
     if next(logits, None) is not None:
         raise PeerError(f"{name}: has logits of more windows than there are")

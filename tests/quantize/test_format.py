@@ -181,7 +181,7 @@ def test_a_checkpoint_in_a_format_that_is_not_known_is_refused_by_name(run):
     checkpoint = run.run()[-1]
     del FORMATS["sign"]
     try:
-        with pytest.raises(ModelError, match="format 'sign' of a matrix is none of float, grid, sparse, trellis"):
+        with pytest.raises(ModelError, match="format 'sign' of a matrix is none of float, grid, sparse"):
             moesvd_quant.load(checkpoint)
     finally:
         register(Sign)
