@@ -35,7 +35,8 @@ test-peer: venv
 
 # Slow tests worth their minutes on every submission: the wheel in an environment of its own, the notebook, GPTQModel reading exports, lm-eval's prompts.
 test-more: venv
-	$(BIN)/pytest -n 2 -m slow tests/test_wheel.py tests/test_notebook.py tests/test_export.py tests/evaluation/test_zero_shot.py -k "not command_line"
+	$(BIN)/pytest -n 2 -m slow tests/test_wheel.py tests/test_notebook.py tests/test_export.py tests/test_pareto.py tests/test_peers_bench.py \
+	  tests/test_reports.py tests/evaluation/test_zero_shot.py -k "not command_line"
 
 # What we need of transformers, on the lowest version that pyproject allows and on the newest that was tried. Each has its own packages
 # and finds all others in .venv.
@@ -50,7 +51,7 @@ TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyprojec
 
 test-transformers: $(TRANSFORMERS:%=.venv-transformers/%/.installed)
 	for version in $(TRANSFORMERS); do .venv-transformers/$$version/bin/python -m pytest -q -m "not slow" tests/model/test_hf_internals.py \
-	  tests/model/test_architectures.py tests/model/test_sources.py tests/model/test_loading.py || exit 1; done
+	  tests/model/test_sources.py tests/model/test_stream.py || exit 1; done
 
 test-slow: venv
 	$(BIN)/pytest -m slow

@@ -152,6 +152,7 @@ save_file(found, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_optimum_reads_the_linears_that_it_knows(make_model, tmp_path, small):
     """Each weight as its products with unit vectors, against the dense export."""
     checkpoint = compress(make_model("mixtral", torch.float16), tmp_path / "run", small, "gptq4", *PLAIN)
@@ -195,6 +196,7 @@ def test_compressed_tensors_holds_the_same_weights(architecture, bits, make_mode
     compare_compressed_tensors(checkpoint, tmp_path)
 
 
+@pytest.mark.slow
 def test_experts_and_attention_may_have_different_widths(make_model, tmp_path, small):
     (tmp_path / "mine.yaml").write_text(
         "budget: 5bpw\nlimits: {widths: [3]}\nstages: [{gptq: {sym: true, group_size: 32}}]"

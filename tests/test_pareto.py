@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 import moesvd_quant
@@ -10,6 +11,7 @@ from moesvd_quant.comparison.pareto import front, nf4_record
 from moesvd_quant.evaluation.inputs import EvalSpec
 
 
+@pytest.mark.slow
 def test_front_holds_budgets_baselines_and_nf4(make_model, tmp_path, text, monkeypatch):
     baselines = ("gptq4", "gptq2")
     monkeypatch.setattr(pareto, "BASELINES", baselines)  # all of them are run by the tests of recipes

@@ -75,6 +75,7 @@ def test_a_peer_of_twice_the_temperature_is_as_far_as_the_formula_says(task, tmp
         assert found.texts[name].perplexity == pytest.approx(math.exp(nll), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_peer_that_breaks_is_named_with_its_reason(task, tmp_path):
     with pytest.raises(PeerError, match="out of luck"):
         result(fake(tmp_path, "dies"), task, tmp_path)

@@ -158,6 +158,7 @@ def test_no_call_leaves_remote_code_open():
     assert open_calls == []
 
 
+@pytest.mark.slow
 def test_the_record_of_a_name_does_not_hide_the_model(model, text, tmp_path):
     snapshot = tmp_path / "hf" / "hub" / "models--acme--tiny" / "snapshots" / ("0" * 40)
     shutil.copytree(model, snapshot)
