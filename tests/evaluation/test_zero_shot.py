@@ -19,7 +19,7 @@ from moesvd_quant.evaluation.task_table import task_table
 from moesvd_quant.evaluation.zero_shot import FOLDER, LOCAL, TaskError, zero_shot
 from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.recipe.recipe import RecipeError
-from moesvd_quant.recipe.tasks import SEVEN, task_names
+from moesvd_quant.recipe.tasks import SEVEN, running_code, task_names
 
 PROMPTS = ("output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results")
 
@@ -67,7 +67,9 @@ def manager() -> TaskManager:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", LOCAL)
+@pytest.mark.parametrize(
+    "task", [task for task in LOCAL if not running_code([task])]
+)  # the others load metrics of the hub
 def test_prompts_are_those_of_lm_eval(manager, task):
     theirs = load_yaml(manager.task_index[task].yaml_path)
     ours = load_yaml(FOLDER / f"{task}_local.yaml")
@@ -83,9 +85,10 @@ def test_prompts_are_those_of_lm_eval(manager, task):
 @pytest.mark.slow
 def test_local_layouts_become_the_questions_they_are(data):
     manager = TaskManager(include_path=str(FOLDER), metadata={"data": str(data)})
-    tasks = manager.load([f"{name}_local" for name in LOCAL])["tasks"]
+    named = [name for name in LOCAL if name in (*SEVEN, "wikitext")]  # those that ask
+    tasks = manager.load([f"{name}_local" for name in named])["tasks"]
     asked = {}
-    for name in LOCAL:
+    for name in named:
         task = tasks[f"{name}_local"]
         docs = list(task.eval_docs)
         asked[name] = [(task.doc_to_text(d), task.doc_to_target(d), d) for d in docs]
