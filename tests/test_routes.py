@@ -2,7 +2,7 @@
 
 import pytest
 
-from moesvd_quant.comparison.routes import best, by_bits, by_share
+from moesvd_quant.comparison.routes import alike, best, by_bits, by_share
 from moesvd_quant.errors import MoesvdError
 
 STAGES = lambda share: [{"svd": {"ratio": share}}]  # noqa: E731
@@ -59,3 +59,9 @@ def test_the_best_route_by_each_measure(measured):
     assert ("1bpw", "wiki", "perplexity", "trellis", 11.0, "fit", 12.0) in rows
     assert (("2bpw", "wiki", "divergence", "fit", 0.2, "drop+3bit", 0.3) in rows) == measured
     assert len(rows) == (4 if measured else 2)
+
+
+def test_routes_read_the_model_as_the_recipe_does():
+    found = alike("fit", ["budget=2bpw", "experts=all", "calibration.samples=24"])
+    assert found["balance"] and found["experts"] == "all" and found["calibration"]["samples"] == 24
+    assert not {"stages", "budget", "limits"} & found.keys()

@@ -47,9 +47,9 @@ class Drawn:
 
 
 def alike(recipe: str, overrides: Sequence[str]) -> dict:
-    """The content of a recipe with its calibration and seed, and without its stages and its budget."""
+    """What of a recipe is neither its stages nor its budget: the text, and how the model is read."""
     shared = yaml.safe_load(load_recipe(recipe, overrides).to_yaml())
-    return {key: shared[key] for key in ("seed", "calibration")}
+    return {key: shared[key] for key in ("seed", "calibration", "balance", "experts", "unused_tensors")}
 
 
 def routes(job: Run, sizes: Mapping[str, int], shared: dict) -> list[Drawn]:

@@ -47,9 +47,10 @@ def load(path: str | Path, dtype: Literal["auto"] | torch.dtype = "auto", device
     for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found := info[name]:
             raise ModelError(f"{folder}: {name.replace('_', ' ')}: {sorted(map(str, found))[:5]}")
-    for name in without_kernel(model):
-        _say_slow(name, torch.device(device).type)
-    return model.eval() if placement.get("device_map") else model.to(device).eval()
+    model = model.eval() if placement.get("device_map") else model.to(device).eval()
+    for name in without_kernel(model):  # where its weights are now
+        _say_slow(name, model.device.type)
+    return model
 
 
 def _load_dequantized(folder: Path, dtype, device: str):

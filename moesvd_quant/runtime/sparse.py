@@ -10,9 +10,36 @@ from .formats import Format, register
 from .packing import pack, unpack
 
 
+@dataclass(frozen=True)
+class _Masked(Format):
+    """What both have in common: `kept` of what a mask says stays, and its values in the dtype of the model."""
+
+    state: ClassVar[str] = "sparse"
+    trained: ClassVar[str | None] = "values"
+
+    kept: int
+
+    def __str__(self) -> str:
+        return "sparse"
+
+    def mask(self, stored: dict, shape: tuple[int, int]) -> torch.Tensor:
+        """(..., rows, columns) bool: the weights that have values."""
+        raise NotImplementedError
+
+    def dequantize(self, stored, shape, dtype):
+        mask = self.mask(stored, shape)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_scatter(mask, stored["values"].to(dtype))
+
+    def trainable(self, tensor):
+        return tensor.float()
+
+    def stored(self, trained):
+        return trained
+
+
 @register
 @dataclass(frozen=True)
-class Sparse(Format):
+class Sparse(_Masked):
     """`kept` values of each matrix, in the order of its rows, and where they are.
 
     Tensors: mask uint8 (..., rows, ceil(columns / 8)), a bit for each weight that has a value; values (..., kept) in
@@ -21,30 +48,16 @@ class Sparse(Format):
     """
 
     name: ClassVar[str] = "sparse"
-    state: ClassVar[str] = "sparse"
-    trained: ClassVar[str | None] = "values"
-
-    kept: int
-
-    def __str__(self) -> str:
-        return "sparse"
 
     def tensors(self, shape, dtype):
         *lead, rows, columns = shape
         return {"mask": ((*lead, rows, -(-columns // 8)), torch.uint8), "values": ((*lead, self.kept), dtype)}
 
-    def dequantize(self, stored, shape, dtype):
-        mask = unpack(stored["mask"], 1, shape[1]).bool()
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_scatter(mask, stored["values"].to(dtype))
+    def mask(self, stored, shape):
+        return unpack(stored["mask"], 1, shape[1]).bool()
 
     def matrix_weights(self, shape):
         return self.kept
-
-    def trainable(self, tensor):
-        return tensor.float()
-
-    def stored(self, trained):
-        return trained
 
     def random(self, kind, tensor, generator):
         # As many bits in each byte as there are values for.
@@ -53,7 +66,7 @@ class Sparse(Format):
 
 @register
 @dataclass(frozen=True)
-class SparseRows(Format):
+class SparseRows(_Masked):
     """`kept` whole rows of each matrix, in order, and which they are.
 
     Tensors: mask uint8 (..., 1, ceil(rows / 8)), a bit for each row that has values; values (..., kept, columns) in the
@@ -61,31 +74,17 @@ class SparseRows(Format):
     """
 
     name: ClassVar[str] = "sparse_rows"
-    state: ClassVar[str] = "sparse"
-    trained: ClassVar[str | None] = "values"
-
-    kept: int
-
-    def __str__(self) -> str:
-        return "sparse"
 
     def tensors(self, shape, dtype):
         *lead, rows, columns = shape
         return {"mask": ((*lead, 1, -(-rows // 8)), torch.uint8), "values": ((*lead, self.kept, columns), dtype)}
 
-    def dequantize(self, stored, shape, dtype):
-        mask = unpack(stored["mask"], 1, shape[0]).bool().mT
-        mask = mask.expand(*mask.shape[:-1], shape[1])
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_scatter(mask, stored["values"].to(dtype))
+    def mask(self, stored, shape):
+        rows = unpack(stored["mask"], 1, shape[0]).bool().mT
+        return rows.expand(*rows.shape[:-1], shape[1])
 
     def matrix_weights(self, shape):
         return self.kept * shape[1]
-
-    def trainable(self, tensor):
-        return tensor.float()
-
-    def stored(self, trained):
-        return trained
 
     def random(self, kind, tensor, generator):
         tensor.fill_((1 << self.kept // tensor.shape[-1]) - 1)
