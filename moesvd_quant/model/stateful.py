@@ -1,17 +1,16 @@
 """The layer walk for models whose layers hand each other more than hidden states (router states, chosen indices, keys).
 
-Each batch's forward runs in a thread of its own, which stops at every layer until all batches have passed it: the
-model's own code carries the state, and still one layer at a time is in memory. One thread runs at a time. What a
-forward waits with goes to disk where hidden states do, and its tensors are empty until it goes on.
+Each batch's forward is a greenlet, which stops at every layer until all batches have passed it: the model's own code
+carries the state, and still one layer at a time is in memory. What a forward waits with goes to disk where hidden
+states do, and its tensors are empty until it goes on.
 """
 
-import sys
-import threading
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch.utils._pytree import tree_leaves
 
 from ..memory.limits import Batches
@@ -20,37 +19,35 @@ from .folder import ModelError
 from .visit import TensorTreeStore, whole
 
 
-class Forward:
+class Forward(greenlet):
     """A forward of one batch that waits at each layer. call: (args, kwargs) of the layer it stands at, `layer`."""
 
     def __init__(self, model, batch: torch.Tensor):
+        super().__init__()
         self.call: tuple | None = None
         self.layer = -1
-        self._frame: FrameType | None = None
+        self._model, self._batch = model, batch
         self._emptied: list[tuple[torch.Tensor, int]] = []
-        self._answer: Any = None
-        self._error: BaseException | None = None
-        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, args=(model, batch), daemon=True)
-        _WAITING[self._thread] = self
 
+    def run(self) -> None:
+        """What a greenlet does when it is first switched to; an error goes to whoever switched."""
+        run(self._model, self._batch)
+
+    @torch.no_grad()  # here and not in `run`: a greenlet that waits would leave its thread as it is within
     def start(self) -> None:
-        self._thread.start()
-        self._wait()
+        self.switch()
 
+    @torch.no_grad()
     def answer(self, output: Any) -> None:
         """Goes on to the next layer with what this one gave; after the last one to the end."""
-        self.call, self._frame, self._answer = None, None, output
-        self._go.release()
-        self._wait()
+        self.call = None
+        self.switch(output)
 
     def at_layer(self, index: int, args: tuple, kwargs: dict) -> Any:
-        """Called in the forward's own thread by a patched layer."""
-        self.layer, self.call, self._frame = index, (args, kwargs), sys._getframe(1)
-        self._stopped.release()
-        self._go.acquire()
-        answer, self._answer = self._answer, None
-        return answer
+        """Called within the forward by a patched layer: gives way, and returns what `answer` is given."""
+        self.layer, self.call = index, (args, kwargs)
+        assert self.parent is not None  # whoever switched here
+        return self.parent.switch()
 
     def given(self) -> list[torch.Tensor]:
         """The tensors of its call."""
@@ -59,7 +56,7 @@ class Forward:
     def beside(self) -> list[torch.Tensor]:
         """What else the model's frames hold while it waits: embeddings, masks of other layers."""
         found: dict[int, torch.Tensor] = {}  # several frames hold the same
-        frame = self._frame
+        frame: FrameType | None = self.gr_frame
         while frame is not None:
             found |= {id(tensor): tensor for tensor in _tensors(dict(frame.f_locals))}  # from Python 3.13 on, a proxy
             frame = frame.f_back
@@ -83,24 +80,6 @@ class Forward:
             tensor, number = self._emptied.pop()
             tensor.untyped_storage().resize_(tensor.nbytes)
             tensor.copy_(copies[number])
-
-    def _wait(self) -> None:
-        self._stopped.acquire()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self, model, batch):
-        try:
-            with torch.no_grad():
-                run(model, batch)
-        except BaseException as error:
-            self._error = error
-        finally:
-            _WAITING.pop(self._thread, None)
-            self._stopped.release()
-
-
-_WAITING: dict[threading.Thread, Forward] = {}
 
 
 class Forwards:
@@ -168,8 +147,8 @@ class Forwards:
                 forward.empty(given + beside, self._others)
 
     def _instead(self, index, args, kwargs):
-        me = _WAITING.get(threading.current_thread())
-        if me is None:
+        me = getcurrent()
+        if not isinstance(me, Forward):
             return type(self.layers[index]).forward(self.layers[index], *args, **kwargs)
         out = me.at_layer(index, args, kwargs)
         if index == len(self.layers) - 1 or out is None:

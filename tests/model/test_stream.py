@@ -1,10 +1,10 @@
 """The layer walk against the whole model in memory; damaged files are found."""
 
 import shutil
-from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
+from greenlet import getcurrent
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -76,10 +76,23 @@ def test_no_model_at_all(tmp_path):
         StreamedModel(tmp_path)
 
 
-def test_what_suspended_frames_hold_is_found_whatever_python_calls_their_variables():
-    """From Python 3.13 on, `frame.f_locals` is no dictionary."""
-    held, below = torch.zeros(2), torch.ones(3)
-    forward = Forward(None, WINDOWS)
-    frame = SimpleNamespace(f_locals=MappingProxyType({"held": [held]}), f_back=None)
-    forward._frame = SimpleNamespace(f_locals=MappingProxyType({"below": below, "number": 1}), f_back=frame)
-    assert [id(tensor) for tensor in forward.beside()] == [id(below), id(held)]
+def test_what_suspended_frames_hold_is_found():
+    """In each frame, also where `frame.f_locals` is no dictionary (from Python 3.13 on)."""
+    held, below, given = torch.zeros(2), torch.ones(3), torch.ones(4)
+
+    def layer():
+        under, number = below, 1
+        getcurrent().at_layer(0, (given,), {})
+        return under, number
+
+    def model(input_ids, use_cache):
+        kept = [held]
+        layer()
+        return kept
+
+    forward = Forward(model, WINDOWS)
+    forward.start()
+    assert {id(tensor) for tensor in forward.beside()} == {id(tensor) for tensor in (below, held, WINDOWS)}
+    assert torch.is_grad_enabled()  # whoever walks is left alone
+    forward.answer(None)
+    assert forward.dead
