@@ -1,23 +1,22 @@
 """Models beside their original: divergence of their predictions, and what they write."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from ..errors import UsageError
-from ..model.stream import Precision, StreamedModel, precision_on
+from ..model.stream import Precision, precision_on
 from .difference import Difference, difference
 from .inputs import EvalSpec, read_text
 from .kinds import KINDS, kinds
+from .opening import Report, streamed
+from .original import original_predictions, walk_over
 from .table import Table
 
-BATCH_TOKENS = 2048  # at a time: logits of a large vocabulary are much larger than hidden states
 FLOOR = "its own dtype"  # the original, computed in the precision that its files have
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -55,31 +54,19 @@ def compare(
         windows = read.windows
         assert windows is not None
         found[text] = {}
-        first, of = StreamedModel(original, precision, device), kinds(windows, tokenizer)
-        with walked(first, windows) as scratch:
-            for name, (folder, dtype) in models.items():
-                say = lambda done, total, name=name, text=text: report(f"{name} on {text}", done, total)  # noqa: E731
-                other = StreamedModel(folder, dtype, device).logits(windows, batch_of(windows), scratch)
-                found[text][name] = difference(first.predictions(), other, windows, of, say)
+        of = kinds(windows, tokenizer)
+        for name, (folder, dtype) in models.items():
+            first = original_predictions(original, windows, device, _named(report, f"original on {text}"))
+            say = _named(report, f"{name} on {text}")
+            other = streamed(folder, dtype, device, say)
+            walk_over(other, windows)
+            found[text][name] = difference(first, other.predictions(), windows, of, partial(say, "windows"))
     return found
 
 
-@contextmanager
-def walked(model: StreamedModel, windows: torch.Tensor) -> Iterator[Path]:
-    """Takes windows (n, length) through the layers of a model. Within it, the model's `predictions` can be asked for.
-
-    Hidden states are on the disk, in a folder that goes away: (n, length, width) in the model's precision. Predictions,
-    which are vocabulary / width times larger, are made of them batch by batch and never kept.
-    """
-    with TemporaryDirectory() as scratch:  # those of two models may not fit in memory
-        for _ in model.walk(windows, batch_of(windows), Path(scratch)):
-            pass
-        yield Path(scratch)
-
-
-def batch_of(windows: torch.Tensor) -> int:
-    """Windows at a time."""
-    return max(1, BATCH_TOKENS // windows.shape[1])
+def _named(report: Report, name: str) -> Report:
+    """Tells which model is at work on which text."""
+    return lambda what, done, total: report(f"{name}, {what}", done, total)
 
 
 def require_same_tokenizer(name: str, folder: Path, original: Path) -> None:

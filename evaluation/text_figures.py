@@ -4,11 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .compare import require_same_tokenizer, walked
+from .compare import require_same_tokenizer
 from .difference import Divergences, beside
 from .inputs import EvalSpec, Text
 from .kinds import kinds
-from .opening import Report, streamed
+from .opening import Report
+from .original import original_predictions
 from .perplexity import Logits, document_perplexity, perplexity
 
 
@@ -60,17 +61,13 @@ def _compared(
     logits: Logits, text: Text, wanted: EvalSpec, original: Path, name: str, tokenizer: Any, device: str,
     progress: Report,
 ) -> dict:  # fmt: skip
-    """Perplexity on windows, and the difference from the original. One walk of each; of the original one layer is in
-    memory, and then its output head."""
+    """Perplexity on windows, and the difference from the original."""
     from ..calibration.store import fingerprint
-    from ..model.stream import precision_on
 
     if (windows := text.windows) is None:
         return {}
     say = lambda what, done, total: progress(f"original on {name}", done, total)  # noqa: E731
-    first = streamed(original, precision_on(device), device, say)
     found = Divergences(windows, kinds(windows, tokenizer))
-    with walked(first, windows):
-        compared = beside(logits, first.predictions(), found)
-        measured = _perplexity(compared, replace(text, rolling=None), wanted, name, progress)
+    compared = beside(logits, original_predictions(original, windows, device, say), found)
+    measured = _perplexity(compared, replace(text, rolling=None), wanted, name, progress)
     return measured | {"difference": found.result().to_dict() | {"original": fingerprint(original)}}

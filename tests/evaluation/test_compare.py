@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ import torch
 import moesvd_quant
 from moesvd_quant import cli
 from moesvd_quant.errors import UsageError
+from moesvd_quant.evaluation import original
 from moesvd_quant.evaluation.compare import FLOOR, compare, write_beside
 from moesvd_quant.evaluation.difference import difference
 from moesvd_quant.evaluation.inputs import EvalSpec, read_text
 from moesvd_quant.model.opened import open_folder
+from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.model.tokenizer import load_tokenizer
 from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.run import Run
@@ -58,6 +61,21 @@ def test_divergence_is_that_of_transformers_on_logits(pair, text):
     assert one.by_kind["white space"].tokens == int(here.sum()) > 0
     assert abs(one.by_kind["white space"].mean - float(each[here].mean())) < 1e-5
     assert sum(of.tokens for of in one.by_kind.values()) == one.tokens
+
+
+def test_the_original_is_walked_once_for_all_models_on_a_text(pair, text, monkeypatch):
+    folder, made = pair
+    walks, walk = [], StreamedModel.walk
+    monkeypatch.setattr(original, "_walked", {})
+    monkeypatch.setattr(
+        StreamedModel, "walk", lambda model, *given: (walks.append(model.folder), walk(model, *given))[1]
+    )
+    wanted = EvalSpec({"words": str(text)}, length=64)
+    first, second = (compare(folder, {"gptq2": made}, wanted, "cpu", quiet) for _ in range(2))
+    assert first == second
+    assert (walks.count(folder), walks.count(made)) == (1, 2)
+    compare(folder, {"gptq2": made}, replace(wanted, length=32), "cpu", quiet)  # other windows
+    assert walks.count(folder) == 2
 
 
 def test_a_model_beside_itself_and_beside_its_own_dtype(make_model, text):
