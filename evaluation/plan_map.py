@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from .plot import save_figure
 from .table import Table
 
 
@@ -74,6 +75,4 @@ def plot_plans(plans: list[Planned], file: Path) -> None:
     for axis in (left, right):
         axis.set_xticks(at, [one.name for one in plans], rotation=45, ha="right")
     figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    save_figure(figure, file)

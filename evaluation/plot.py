@@ -15,16 +15,17 @@ def family(name: str) -> str:
 
 def plot_bytes(records: list[dict], file: Path) -> None:
     """The figure of `figure_bytes` as PNG."""
-    _save(figure_bytes(records), file)
+    save_figure(figure_bytes(records), file)
 
 
 def plot_divergence(records: list[dict], file: Path) -> None:
     """The figure of `figure_divergence` as PNG, where some record has a divergence."""
     if compared_texts(records):
-        _save(figure_divergence(records), file)
+        save_figure(figure_divergence(records), file)
 
 
-def _save(figure, file: Path) -> None:
+def save_figure(figure, file: Path) -> None:
+    """As PNG; folders are made."""
     import matplotlib.pyplot as plt
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ def plot_experts(bits: dict[str, list[float]], file: Path) -> None:
     axis.set(xlabel="expert", ylabel="layer with experts")
     figure.colorbar(shown, label="bits per original weight")
     figure.tight_layout()
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def plot_speed(result: dict, file: Path) -> None:
@@ -137,7 +138,7 @@ def plot_speed(result: dict, file: Path) -> None:
             axis.grid(alpha=0.25)
     axes[0, 0].legend(frameon=False)
     figure.tight_layout()
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def sweep_lines(swept: list[dict]) -> dict[str, list[dict]]:
@@ -176,7 +177,7 @@ def plot_sweep(records: list[dict], file: Path) -> None:
         axis.grid(alpha=0.25)
     axes[0, 0].legend(frameon=False)
     figure.tight_layout()
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def plot_ranking(panels: dict[str, tuple[list[float], list[float]]], file: Path) -> None:
@@ -195,4 +196,4 @@ def plot_ranking(panels: dict[str, tuple[list[float], list[float]]], file: Path)
         axis.set(xscale="log", yscale="log")
         axis.grid(alpha=0.25, which="both")
     figure.tight_layout()
-    _save(figure, file)
+    save_figure(figure, file)

@@ -17,10 +17,11 @@ def test_front_holds_budgets_baselines_and_nf4(make_model, tmp_path, text, monke
     monkeypatch.setattr(pareto, "BASELINES", baselines)  # all of them are run by the tests of recipes
     folder = make_model("mixtral", torch.bfloat16)
     small = [f"calibration.dataset={text}", "calibration.samples=24", "calibration.length=64"]
-    records, table = front(folder, tmp_path, ["2bpw"], {"words": str(text)}, 64, "fast", small)
+    records, table, judged = front(folder, tmp_path, ["2bpw"], {"words": str(text)}, 64, "fast", small)
     names = [record["name"] for record in records]
     assert len(set(names)) == len(records) and {"nf4", *baselines, "fit-fast@2bpw"} < set(names)
     assert {"drop+3bit@2bpw", "merge+3bit@2bpw", "ranks+16bit@2bpw", "ranks+3bit@2bpw", "trellis@2bpw"} < set(names)
+    assert judged.rows and judged.rows[0][0] == "2bpw"
     assert "fit-fast" in (tmp_path / "routes.md").read_text()
     sizes = {r["name"]: r["memory"]["disk_bytes"] for r in records}
     assert all(size <= sizes[f"fit-fast@{name.partition('@')[2]}"] for name, size in sizes.items() if "@" in name)

@@ -90,7 +90,6 @@ def pareto(
     """The memory-perplexity front: one calibration, many budgets, and other routes to the same bytes: fewer experts,
     ranks or bits. Says which is best at each size. GPTQ, NF4 and the paper's settings beside them."""
     from ..comparison.pareto import front
-    from ..comparison.routes import best
     from ..evaluation.table import render
     from ..recipe.texts import named_texts
     from ..run.threads import sync_threads
@@ -99,10 +98,10 @@ def pareto(
     budgets = budget or ["1bpw", "1.5bpw", "2bpw", "2.5bpw", "3bpw", "4bpw"]
     texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
     with progress_bars(as_json) as report:
-        records, found = front(folder, out, budgets, texts, length, preset, overrides or (), where, report)
+        records, found, judged = front(folder, out, budgets, texts, length, preset, overrides or (), where, report)
     _print_comparison(records, found, out, as_json)
     if not as_json:
-        print(render(best({record["name"]: record for record in records}, budgets)), end="")
+        print(render(judged), end="")
 
 
 @app.command()

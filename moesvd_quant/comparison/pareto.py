@@ -39,9 +39,9 @@ def front(
     overrides: Sequence[str] = (),
     device: str = "cpu",
     report: Report = lambda what, done, total: None,
-) -> tuple[list[dict], Table]:
-    """Records and their table of a recipe at every budget (`2.3bpw`, `20GB`), of all other routes to the same bytes
-    (`routes`), of the BASELINES and of NF4.
+) -> tuple[list[dict], Table, Table]:
+    """Records, their table, and the best route to each size, of a recipe at every budget (`2.3bpw`, `20GB`), of all
+    other routes to the same bytes (`routes`), of the BASELINES and of NF4.
 
     One calibration serves all. Writes what `compare` writes, and OUT/routes.md, .csv, .json with the best route to each
     size. UsageError for an unknown preset.
@@ -66,7 +66,7 @@ def front(
     save(judged, out / "routes")
     absent = "".join(f"- {one.name}: {one.why}\n" for one in drawn if not one.stages)
     (out / "routes.md").write_text(f"{render(judged, 'markdown')}\nRoutes that do not come there:\n\n{absent}")
-    return list(named.values()), table
+    return list(named.values()), table, judged
 
 
 def nf4_record(model: Path, out: Path, wanted: EvalSpec, device: str = "cpu") -> dict:

@@ -27,6 +27,17 @@ class Shapes(StreamedModel):
         pass
 
 
+class NotMeasured(Exception):
+    """A plan asks for what no config says."""
+
+
+class Known(dict):
+    """What is known of a layer."""
+
+    def __missing__(self, name: str):
+        raise NotMeasured(f"it asks for {name!r} of a layer's statistics")
+
+
 class AlikeStatistics:
     """What stands for statistics where there are none: every expert is used by as many tokens as any other, but for one
     more or less, so that they have an order."""
@@ -36,9 +47,14 @@ class AlikeStatistics:
     def __init__(self, model: StreamedModel):
         self.model, self.windows = model, torch.empty(1 << 20, device="meta")
 
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NotMeasured(f"it asks for {name!r} of the statistics")
+
     def layers(self, progress=None) -> Iterator[dict[str, torch.Tensor]]:
         for layer in self.model.layers:
-            found = {}
+            found = Known()
             for path, experts in find_experts(layer):
                 count, features = expert_count(experts), shapes_of(experts)["down"][0]
                 found[f"{path}/tokens"] = torch.full((count,), self.windows.numel() // count) - torch.arange(count)
@@ -68,7 +84,7 @@ def plan_from_config(folder: Path, recipe: Recipe) -> tuple[StreamedModel, Plan,
         context = Context(parent, known, stage, recipe.seed, torch.device("cpu"), original=meta)
         try:
             plan = stage.plan(context)
-        except (AttributeError, NotImplementedError, RuntimeError, KeyError) as error:  # of tensors without values
+        except (NotMeasured, NotImplementedError, RuntimeError) as error:  # the last two: tensors without values
             raise UsageError(
                 f"{recipe.name}: stage {stage.name} is planned by what weights and text say ({error}); give a whole "
                 "model, or, for moe_svd, the numbers of its layers"
