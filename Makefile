@@ -33,10 +33,10 @@ test: venv
 test-peer: venv
 	$(BIN)/pytest -m slow tests/test_bars.py -k gptqmodels
 
-# Slow tests worth their minutes on every submission: the wheel in an environment of its own, the notebook, GPTQModel reading exports, lm-eval's prompts.
+# Slow tests worth their minutes on every submission: whole commands, several processes, the wheel in an environment of its own, the
+# notebook, GPTQModel reading exports, lm-eval's prompts.
 test-more: venv
-	$(BIN)/pytest -n 2 -m slow tests/test_wheel.py tests/test_notebook.py tests/test_export.py tests/test_pareto.py tests/test_peers_bench.py \
-	  tests/test_reports.py tests/evaluation/test_zero_shot.py -k "not command_line"
+	$(BIN)/pytest -n 2 -m "slow and not long"
 
 # What we need of transformers, on the lowest version that pyproject allows and on the newest that was tried. Each has its own packages
 # and finds all others in .venv.

@@ -57,8 +57,9 @@ def streamed(folder: Path, dtype: Precision, device: str, progress: Report | Non
 
     class Reporting(StreamedModel):
         def load_layer(self, index: int):
+            layer = super().load_layer(index)
             if progress:
-                progress("layers", index, len(self.layer_names))
-            return super().load_layer(index)
+                progress("layers", index + 1, len(self.layer_names))
+            return layer
 
     return Reporting(folder, dtype, device)

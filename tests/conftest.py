@@ -53,7 +53,7 @@ def text(tmp_path_factory) -> Path:
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 7))) for _ in range(200)]
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(draw.choices(words, k=6000)))
+    path.write_text(" ".join(draw.choices(words, k=3000)))
     return path
 
 

@@ -16,7 +16,7 @@ from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.reference import path as reference_path
 from moesvd_quant.run.run import Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module", params=["reference", "shared"])

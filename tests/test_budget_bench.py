@@ -59,6 +59,7 @@ def test_ratio_that_fills_the_bytes():
     assert least_ratio(lambda ratio: int(1000 * (1 - ratio)), 900) is None  # hardly anything need go
 
 
+@pytest.mark.slow
 def test_every_run_on_a_miniature(make_model, tmp_path, text, small, monkeypatch):
     for name, few in (("BUDGETS", (2.5,)), ("WIDTHS", (4,)), ("ONE_WIDTH", (2,))):
         monkeypatch.setattr(budget, name, few)

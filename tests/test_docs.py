@@ -61,6 +61,7 @@ def test_every_command_of_the_readme_runs(make_model, folder, monkeypatch, capsy
     assert serve == ["serve", "out/02-gptq"] and Path(serve[1], "moesvd.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_command_of_the_tutorial_runs_as_it_stands(make_model, folder, monkeypatch, capsys):
     shutil.copytree(make_model("qwen3_moe", max_position_embeddings=64), "my-model")
@@ -120,6 +121,7 @@ def test_functions_named_in_the_method_notes_exist():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_table_of_the_demo_is_what_it_prints(tmp_path):
     """Other Pythons carry other documentation, other processors round otherwise: the figures may move a little."""

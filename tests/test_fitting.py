@@ -80,6 +80,7 @@ def test_a_first_stage_planned_for_other_widths_is_noticed(make_model, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_fit_beats_one_width_at_equal_bytes_on_the_reference_model(tmp_path):
     from moesvd_quant.comparison.bench import compare

@@ -19,6 +19,7 @@ def folder_of(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("architecture", SHAPES)
 @pytest.mark.parametrize("room", [0, 0.35])

@@ -54,6 +54,7 @@ def test_errors_of_processes_are_those_of_the_work():
         list(Pool(2).map(workers.die, [1], CPU))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bits_of_one(make_model, tmp_path, small):
     folder = make_model("qwen3_moe")
     run(folder, tmp_path / "one", small)
@@ -63,6 +64,7 @@ def test_two_processes_give_the_bits_of_one(make_model, tmp_path, small):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ray_does_the_work_and_a_dead_worker_is_replaced(ray, tmp_path):
     pool = Pool(2, "ray")
     assert dict(pool.map(workers.square, [1, 2, 3], CPU)) == {n: (n * n, torch.get_num_threads()) for n in (1, 2, 3)}
@@ -90,6 +92,7 @@ def kill_a_worker(ray, killed: list, stop: threading.Event) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("recipe,options", [("svd-gptq3", []), ("d2-paper", ["d2.ratio=0.25"])])
 def test_a_killed_ray_worker_changes_nothing(ray, recipe, options, make_model, tmp_path, small):
     folder, killed, stop = make_model("mixtral", num_hidden_layers=4), [], threading.Event()
@@ -107,6 +110,7 @@ def test_a_killed_ray_worker_changes_nothing(ray, recipe, options, make_model, t
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_on_ray_it_goes_on_layer_by_layer(ray, make_model, tmp_path, small):
     folder = make_model("mixtral", num_hidden_layers=4)
     run(folder, tmp_path / "whole", small)

@@ -60,6 +60,7 @@ def result(peer: Peer, task, tmp_path: Path) -> Measured:
     return measured(peer.name, peer.family, made, task, predictions(peer, made, task.file, (32, task.vocabulary)))
 
 
+@pytest.mark.slow
 def test_a_peer_of_twice_the_temperature_is_as_far_as_the_formula_says(task, tmp_path):
     found = result(fake(tmp_path, "hot"), task, tmp_path)
     assert (found.bytes, found.bits) == (1000, 8 * 600 / task.weights)

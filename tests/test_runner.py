@@ -188,6 +188,7 @@ def test_interrupted_while_a_finished_stage_is_tidied_up(make_model, tmp_path, s
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_kill_9_at_random_times(make_model, tmp_path, small):
     folder = make_model("qwen3_moe")
     make("svd-gptq3", folder, tmp_path / "whole", small).run()

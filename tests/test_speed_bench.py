@@ -48,6 +48,7 @@ def test_bars_are_of_every_batch_and_of_prefill(decode, later, prefill, fine):
     assert rows[1][2:6] == ["50", f"{decode:.2f}", "9.00", "50%"] and rows[1][-1] == f"{prefill:.2f}"
 
 
+@pytest.mark.slow
 def test_loading_is_timed_in_processes_of_its_own(tmp_path):
     size = write_checkpoint(tmp_path / "packed", tmp_path / "config", layers=1, hidden=128)
     assert size == sum(file.stat().st_size for file in (tmp_path / "packed").glob("*.safetensors")) > 0

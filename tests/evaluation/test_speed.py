@@ -155,6 +155,7 @@ def test_nothing_is_written_into_the_embedded_model():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_factorized_experts_are_faster_than_the_originals_in_16_bit(tmp_path):
     """Medians of paired turns: at least 1.05 times at 20 % and 1.5 times at 60 % fewer expert parameters."""

@@ -186,6 +186,7 @@ def test_an_override_that_asks_for_a_file_that_is_not_there_is_named(tmp_path, m
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_lm_evals_own_command_line_gives_the_same_scores(shared, make_model, tmp_path, text):
     """A factorized and quantized checkpoint, opened by lm-eval with remote code."""

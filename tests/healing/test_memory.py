@@ -16,6 +16,7 @@ SVD = "svd: {method: svd_llm, ratio: 0.4}"
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("train", ["adapters", "factors"])
 def test_the_peak_is_at_most_three_layers_and_activations(make_model, compressed, heal, tmp_path, text, train):
     disable_malloc_cache()  # as the command line does

@@ -56,9 +56,9 @@ def kill_at(monkeypatch, name: str, step: int):
     "more,steps",
     [
         ("", 4),
-        pytest.param("", 8, marks=pytest.mark.slow),
-        pytest.param(", batch: 2, train: factors, in_turn: true", 8, marks=pytest.mark.slow),
-        pytest.param(", batch: 2, objective: distill", 8, marks=pytest.mark.slow),
+        pytest.param("", 8, marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param(", batch: 2, train: factors, in_turn: true", 8, marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param(", batch: 2, objective: distill", 8, marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
 def test_killed_at_every_step_and_in_every_save_the_files_are_the_same(make, monkeypatch, more, steps):
@@ -130,6 +130,7 @@ def test_training_stops_when_validation_no_longer_gains(losses, patience, expect
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_kill_9_at_random_times(make, compressed, tmp_path, small):
     more = ", batch: 16"

@@ -139,6 +139,7 @@ def test_weights_are_views_into_the_parameters(name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", FORMS)
 def test_exported_it_is_the_native_model_with_the_same_logits(name, make_architecture, tmp_path, small):
     checkpoint = Run(load_recipe("svd", [*small, "svd.ratio=0.2"]), make_architecture(name), tmp_path / "out").run()[-1]
@@ -149,6 +150,7 @@ def test_exported_it_is_the_native_model_with_the_same_logits(name, make_archite
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", SURVEY)
 def test_every_architecture_of_the_survey(name, tmp_path):
     row = check(name, tmp_path)

@@ -58,6 +58,7 @@ def test_what_is_not_in_the_plan_is_equal(name, tmp_path, text):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", SURVEY)
 def test_what_is_not_in_the_plan_is_equal_in_every_architecture(name, recipe, tmp_path, text):

@@ -107,6 +107,7 @@ def tensor_names(folder) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_one_tensor_is_wrong(architecture, change, make_model, tmp_path):
@@ -121,6 +122,7 @@ def test_one_tensor_is_wrong(architecture, change, make_model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_one_tensor_is_there_twice(architecture, make_model, tmp_path):
     original = make_model(architecture, torch.bfloat16)
@@ -137,6 +139,7 @@ def test_one_tensor_is_there_twice(architecture, make_model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["removed", "contradicted"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_one_key_of_the_config_is_wrong(architecture, how, make_model, tmp_path):
@@ -153,6 +156,7 @@ def test_one_key_of_the_config_is_wrong(architecture, how, make_model, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("change", CHANGES)
 def test_one_tensor_of_a_checkpoint_of_ours_is_wrong(change, make_model, tmp_path, small):
     original = Run(load_recipe("svd-gptq4", small), make_model("mixtral"), tmp_path / "out").run()[-1]

@@ -110,6 +110,7 @@ def test_all_readers_agree(case, copied, text):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", SURVEY)
 def test_all_readers_agree_on_every_architecture(name, tmp_path):
     if name in REFUSED:

@@ -92,6 +92,7 @@ print(grid_numba.few(2, 4).cache_hits, trellis_numba.few(4).cache_hits)
 """
 
 
+@pytest.mark.slow
 def test_what_numba_compiled_is_found_again_by_the_next_process():
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=True, timeout=300)

@@ -26,6 +26,7 @@ EAGER = {"enforce_eager": True}
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(3600),
     pytest.mark.skipif(not (BIN / "vllm").exists(), reason="no .venv-vllm: make venv-vllm"),
 ]

@@ -42,7 +42,7 @@ def forms_of(plan) -> set[str]:
     return {form["format"] for form in forms}
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("architecture", ["mixtral", pytest.param("qwen2_moe", marks=pytest.mark.slow)])
 def test_a_budget_of_both_formats_is_met_and_loads_by_all_routes(make_model, tmp_path, small, architecture):
     run = make(tmp_path, make_model(architecture, torch.bfloat16), small, FIT)
     planned = plan_stages(run)
@@ -76,6 +76,7 @@ def test_limits_keep_a_budget_to_formats(make_model, tmp_path, small):
         make(tmp_path, folder, [*small, "limits.widths=[5]"], FIT)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_interrupted_resumed_and_in_workers_the_files_are_the_same(make_model, tmp_path, small, monkeypatch):
     folder = make_model("mixtral", torch.bfloat16)
