@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .evaluation.difference import Difference
     from .run.forecast import Needs
     from .run.run import Run
+    from .run.seconds import Seconds
 
 Report = Callable[[str, int, int], None]  # of what is done, how much of it, of how much
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -54,10 +55,11 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a recipe. needs: memory and disk that the run will use."""
+    """The plan of a recipe. needs: memory and disk that the run will use; seconds: its time on this machine."""
 
     stages: list[StagePlan]
     needs: "Needs"
+    seconds: "Seconds"
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A row per stage: its bytes, bits per expert weight, shares removed."""
@@ -160,7 +162,8 @@ def plan(
     device: str = "auto", memory: str | None = None, workers: int = 1,
     executor: Literal["processes", "ray"] = "processes", report: Report = _quiet,
 ) -> Plan:  # fmt: skip
-    """What `compress` with these arguments will do: exact bytes of every stage, memory and disk. Changes no weight."""
+    """What `compress` with these arguments will do: exact bytes of every stage, memory, disk, and time of what is then
+    left to do. Changes no weight."""
     from .checkpoint.density import density
     from .run.plan import plan_stages
     from .runtime.parts import layout_from
@@ -175,7 +178,7 @@ def plan(
     finally:
         job.pool.close()
     stages = [StagePlan(**one, expert_bits=density(job.meta, layout_from(one["layout"]))) for one in made]
-    return Plan(stages, needs)
+    return Plan(stages, needs, job.seconds())
 
 
 def evaluate(

@@ -45,7 +45,7 @@ def test_a_run_spends_its_seconds_in_its_own_phases(recipe, busy, idle, make_mod
     monkeypatch.setenv("MOESVD_CACHE", str(tmp_path / "cache"))
     before, method = gptq.gptq, HessianFactor.of
     started = time.process_time()
-    clock = bench.compress(make_model("mixtral"), recipe, tmp_path / "out", 8, 64)
+    clock = bench.compress(bench.prepared(make_model("mixtral"), recipe, tmp_path / "out", 8, 64))
     whole = time.process_time() - started
     always = ("reading", "walk, statistics", "Cholesky", "errors", "writing", "hashes, verification")
     assert [phase for phase in (*always, *busy) if clock.spent[phase].processor <= 0] == []

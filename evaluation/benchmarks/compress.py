@@ -20,7 +20,10 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from moesvd_quant.run.run import Run
 
 SHAPES = {
     "coarse": ("mixtral", dict(hidden_size=1024, intermediate_size=3584, num_local_experts=8, num_experts_per_tok=2)),
@@ -159,8 +162,8 @@ def measured() -> Iterator[Clock]:
             setattr(owner, name, value)
 
 
-def compress(folder: Path, recipe: str, out: Path, windows: int, length: int, device: str = "cpu") -> Clock:
-    """Runs a recipe of RECIPES on a model, without evaluation."""
+def prepared(folder: Path, recipe: str, out: Path, windows: int, length: int, device: str = "cpu") -> "Run":
+    """The run of a recipe of RECIPES on a model, without evaluation."""
     from moesvd_quant.recipe.load import load_recipe
     from moesvd_quant.run.run import Run
 
@@ -168,8 +171,13 @@ def compress(folder: Path, recipe: str, out: Path, windows: int, length: int, de
     text = ["calibration.dataset=demo", f"calibration.samples={windows}", f"calibration.length={length}"]
     # The walks in which a model writes its own text cost by the token, as evaluation does.
     loaded = load_recipe(name, [*overrides, *text, "calibration.self_written=0", "evaluate.perplexity=[]"])
+    return Run(loaded, folder, out, device)
+
+
+def compress(run: "Run") -> Clock:
+    """Does a run, by the clock."""
     with measured() as clock:
-        Run(loaded, folder, out, device).run()
+        run.run()
         clock.total()
     return clock
 
@@ -233,11 +241,14 @@ def main() -> int:
                     # The first loads and compiles what the second needs.
                     with tempfile.TemporaryDirectory() as own:
                         os.environ["MOESVD_CACHE"] = f"{own}/cache"
-                        clock = compress(folder, recipe, Path(own) / "out", windows, length)
+                        run = prepared(folder, recipe, Path(own) / "out", windows, length)
+                        forecast, clock = run.seconds().total, compress(run)
                 millions = expert_weights(model) / 1e6
                 spent = clock.spent.items()
                 figures[shape, recipe] = {phase: Seconds(*(t / millions for t in took)) for phase, took in spent}
-                print(f"{shape}, {recipe}: {millions:.0f} million weights", file=sys.stderr, flush=True)
+                whole = functools.reduce(Seconds.__add__, clock.spent.values()).wall
+                took = f"{whole:.0f} s ({forecast:.0f} s were forecast)"
+                print(f"{shape}, {recipe}: {millions:.0f} million weights in {took}", file=sys.stderr, flush=True)
     head = ["processor (wall) seconds", *(f"{recipe}, {shape}" for shape, recipe in figures)]
     for line in [head, ["-"] * len(head), *rows_of(figures)]:
         print("| " + " | ".join(line) + " |")

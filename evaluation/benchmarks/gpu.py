@@ -19,7 +19,7 @@ import torch
 import typer
 from transformers import AutoConfig
 
-from moesvd_quant.evaluation.benchmarks.compress import RECIPES, Seconds, compress, expert_weights
+from moesvd_quant.evaluation.benchmarks.compress import RECIPES, Seconds, compress, expert_weights, prepared
 from moesvd_quant.evaluation.benchmarks.layouts import layouts, trellis
 from moesvd_quant.evaluation.random_model import open_model, uniform_layout
 from moesvd_quant.evaluation.speed import measure
@@ -116,7 +116,7 @@ def compression(device: torch.device, small: bool, recipe: str, out: Path) -> di
     if not model.exists():
         synthetic(model, "mixtral", 1, torch.bfloat16, **size, num_local_experts=2, vocab_size=4096)
     os.environ["MOESVD_CACHE"] = str(out / f"cache-{recipe}")
-    clock = compress(model, recipe, out / recipe, 4 if small else 64, 64 if small else 1024, str(device))
+    clock = compress(prepared(model, recipe, out / recipe, 4 if small else 64, 64 if small else 1024, str(device)))
     millions = expert_weights(model) / 1e6
     spent = {phase: seconds.wall / millions for phase, seconds in clock.spent.items() if seconds.wall}
     whole = functools.reduce(Seconds.__add__, clock.spent.values()).wall / millions

@@ -102,9 +102,13 @@ class Statistics:
     def path(self, name: str | int) -> Path:
         return self.root / (f"layer-{name:05d}.safetensors" if isinstance(name, int) else f"{name}.safetensors")
 
+    @property
+    def unmade(self) -> bool:
+        """Whether the windows have yet to be made: the model has text to write."""
+        return callable(self._make) and "windows" not in vars(self)
+
     def complete(self) -> bool:
-        made = "windows" in vars(self) or not callable(self._make)
-        return made and self.stored and all(self.path(i).is_file() for i in [*range(self.count), "outer"])
+        return not self.unmade and self.stored and all(self.path(i).is_file() for i in [*range(self.count), "outer"])
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """Statistics of a layer that is stored, mapped from its file."""

@@ -23,11 +23,12 @@ def length_of(folder: Path, config, wanted: str | int, key: str) -> int:
 
 def must_write(calibration, folder: Path, digest: str, length: int, seed: int, device) -> bool:
     """Whether the model has text to write before the windows of a recipe's `calibration` are there: several walks."""
-    shape = (_written(calibration), length)
+    shape = (written_count(calibration), length)
     return shape[0] > 0 and not written_path(folder, digest, shape, seed, device).is_file()
 
 
-def _written(calibration) -> int:
+def written_count(calibration) -> int:
+    """How many windows of a recipe's `calibration` the model writes itself."""
     return round(calibration.samples * calibration.self_written)
 
 
@@ -36,7 +37,7 @@ def windows_of(
 ) -> torch.Tensor:
     """(samples, length) int64 of a recipe's `calibration`: text of its dataset, and of the model itself, shuffled."""
     tokenizer = load_tokenizer(folder)
-    written = _written(calibration)
+    written = written_count(calibration)
     given = calibration.samples - written
     parts = []
     if given:
@@ -49,7 +50,7 @@ def windows_of(
 
 def written_among(calibration, windows: torch.Tensor, seed: int) -> torch.Tensor:
     """Those of `windows_of` that the model wrote itself."""
-    return windows[_order(len(windows), seed) >= len(windows) - _written(calibration)]
+    return windows[_order(len(windows), seed) >= len(windows) - written_count(calibration)]
 
 
 def _order(count: int, seed: int) -> torch.Tensor:

@@ -30,14 +30,14 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="Also draw the map of experts into this PNG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Forecast the bytes of every stage, exactly, memory and disk, and show what goes where; changes no weight."""
+    """Forecast the bytes of every stage, exactly, memory, disk and time; show what goes where. Changes no weight."""
     from ..api import plan as make_plan
 
     how: Any = {"device": device, "memory": memory, "workers": workers, "executor": executor}
     with progress_bars(as_json) as report:
         made = make_plan(model, recipe, out, overrides or (), report=report, **how)
     if as_json:
-        needs = {"needs": made.needs.to_dict()}
+        needs = {"needs": made.needs.to_dict(), "seconds": asdict(made.seconds)}
         print(json.dumps([asdict(one) | needs for one in made.stages]))
     else:
         _show(made)
@@ -57,7 +57,7 @@ def _show(made: "Plan") -> None:
     print(render(_table(made)), end="")
     print(f"What {last.stage} leaves of the experts:")
     print("\n".join(expert_map(last.expert_bits)))
-    for line in (*_kept(last), *_weak(made), made.needs.describe()):
+    for line in (*_kept(last), *_weak(made), made.needs.describe(), made.seconds.describe()):
         print(fill(line, get_terminal_size().columns, subsequent_indent="  ", break_on_hyphens=False))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from ..errors import did_you_mean
+from .effort import Effort, judged
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,6 +92,10 @@ class Stage(BaseModel):
     def calibration_walks(self) -> int:
         """How many models the stage takes through the calibration text while it works on their layers: 0, 1 or 2."""
         return 0
+
+    def effort(self, shape: tuple[int, int]) -> Effort:
+        """Its work on an expert matrix (out, in), beside walks and training, for a forecast of time."""
+        return judged(shape)
 
     def in_order(self) -> bool:
         """Whether a layer depends on the result of earlier layers. If so, an interrupted stage starts at layer 0."""

@@ -26,6 +26,7 @@ from .forecast import Needs, forecast
 from .key import short_digest, stage_key
 from .output import RunError, check_key, locked
 from .plan import plan_stages
+from .seconds import Seconds, forecast_seconds, measured_rates
 from .stage_work import StageWork
 from .training_text import windows_to_train_on, with_written
 
@@ -122,6 +123,26 @@ class Run:
         tokens = stored.shape[0] * stored.shape[1]
         workers, stages = self.pool.workers, self.recipe.stages
         return forecast(self.meta, stored.sizes, tokens, stored, stored.memory, workers, stages)
+
+    def seconds(self) -> Seconds:
+        """Forecast of time, from a short measurement of this machine; evaluation and what is done already left out."""
+        from ..calibration.windows import written_count
+
+        stored = self.statistics
+        stages = [stage for index, stage in enumerate(self.recipe.stages) if not self._done(index)]
+        trained = [stage.training_text() for stage in stages]
+        length = stored.shape[1]
+        rates = measured_rates(stages, self.device)
+        return forecast_seconds(
+            self.meta,
+            stages,
+            rates,
+            stored.shape,
+            written_count(self.recipe.calibration) if stored.unmade else 0,
+            stored.complete(),
+            sum(text.windows * (text.length or length) for text in trained if text),
+            self.pool.workers,
+        )
 
     def work_folder(self, index: int) -> Path:
         return self.out / f".work-{index + 1:02d}-{self.recipe.stages[index].name}-{short_digest(self.key(index))}"

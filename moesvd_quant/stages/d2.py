@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ..recipe.effort import Effort, decomposed
 from ..recipe.stage import Form, Stage, check_ratio
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ class D2(Stage):
         if self.static + self.dynamic >= 1:
             raise ValueError(f"static {self.static} and dynamic {self.dynamic}: leave nothing of the base; lower them")
         return self
+
+    def effort(self, shape: tuple[int, int]) -> Effort:
+        return decomposed(shape)
 
     def label(self) -> str:
         pruned = f"-p{round(self.static * 100)}+{round(self.dynamic * 100)}-" if self.static or self.dynamic else ""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..quantize.registry import CODECS, Storage
+from ..recipe.effort import Effort, judged
 from ..recipe.stage import Form, Stage
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ class Gptq(Stage):
 
     def calibration_walks(self) -> int:
         return 2 * self.error_aware
+
+    def effort(self, shape: tuple[int, int]) -> Effort:
+        """Factors, which a budget may have made of matrices, are coded up to three times, and are fewer weights."""
+        errors = judged(shape, 4 if self.error_aware else 1)
+        return errors._replace(factors=2 * shape[1] ** 3 / 3, coded=1.5 if self.needs_budget() else 1.0)
 
     def needs_sensitivity(self) -> bool:
         return self.needs_budget()

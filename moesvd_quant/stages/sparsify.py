@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ..recipe.effort import Effort, judged
 from ..recipe.stage import Form, Stage, check_ratio
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class Sparsify(Stage):
 
     def calibration_walks(self) -> int:
         return 1
+
+    def effort(self, shape: tuple[int, int]) -> Effort:
+        """An inverse of the Gram matrix, and its Cholesky factor."""
+        return judged(shape, 2)._replace(factors=shape[1] ** 3)
 
     def label(self) -> str:
         much = self.pattern if self.ratio is None else str(round(self.ratio * 100))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ..recipe.effort import Effort, decomposed
 from ..recipe.stage import STEP, Form, Stage, check_ratio
 
 if TYPE_CHECKING:
@@ -132,6 +133,9 @@ class Svd(Stage):
 
     def calibration_walks(self) -> int:
         return 2 if self.error_aware else int(self.update)
+
+    def effort(self, shape: tuple[int, int]) -> Effort:
+        return decomposed(shape)
 
     def needs_sensitivity(self) -> bool:
         return self.method == "global"
