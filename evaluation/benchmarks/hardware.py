@@ -3,8 +3,8 @@
     python -m moesvd_quant.evaluation.benchmarks.hardware [--folder FOLDER]
 
 (make bench-hardware). The models are hollow: their weight files have true headers and no data (sparse files), so that
-plans can be made without a download. Prints a table in Markdown. Times are not measured here: the operations of one
-walk through the calibration text, and the number of expert weights, are what to divide by a machine's rates.
+plans can be made without a download. Prints a table in Markdown. Times are forecasts for the machine that it runs on:
+work counted on shapes, by rates that are measured first (`run/seconds.py`).
 """
 
 import argparse
@@ -20,13 +20,13 @@ import moesvd_quant  # noqa: F401 (registers the stages)
 from moesvd_quant.calibration.store import Statistics
 from moesvd_quant.checkpoint.accounting import account, by_file
 from moesvd_quant.checkpoint.finish import write_index
-from moesvd_quant.evaluation.flops import flops_per_token
 from moesvd_quant.memory.limits import Memory
 from moesvd_quant.model.opened import empty_model
 from moesvd_quant.model.stream import StreamedModel
 from moesvd_quant.planning.context import Context
 from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.run.forecast import forecast
+from moesvd_quant.run.seconds import Rates, Seconds, forecast_seconds, measured_rates
 
 CONFIGS: dict[str, tuple[str, dict]] = {
     "Mixtral-8x7B": ("MixtralConfig", dict(num_key_value_heads=8, max_position_embeddings=32768)),
@@ -48,7 +48,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         ),
     ),
 }  # fmt: skip
-WINDOWS, LENGTH = 256, 2048  # of calibration: the recipes' defaults
+WINDOWS, LENGTH, WRITTEN = 256, 2048, 128  # of calibration: the recipes' defaults
 BUDGET = 2.3
 UNLIMITED = 10**13
 
@@ -65,11 +65,13 @@ class Row:
     least: int  # with on disk what can be
     cache: int  # statistics, and hidden states of a walk that does not keep them in memory
     weights: int  # of routed experts
-    walk: float  # operations of a walk through the calibration text
+    gptq4_time: Seconds
+    fit_time: Seconds
 
     def cells(self) -> list[str]:
         sizes = (self.original, self.gptq4, self.fit, self.memory, self.least, self.cache)
-        return [self.model, *(f"{size / 1e9:.1f}" for size in sizes), f"{self.weights / 1e9:.1f}", f"{self.walk:.1e}"]
+        times = [f"{one.text / 3600:.0f} + {one.weights / 3600:.0f}" for one in (self.gptq4_time, self.fit_time)]
+        return [self.model, *(f"{size / 1e9:.1f}" for size in sizes), f"{self.weights / 1e9:.1f}", *times]
 
 
 def hollow(folder: Path, config) -> Path:
@@ -101,11 +103,15 @@ def _write_hollow(file: Path, tensors: dict[str, torch.Tensor]) -> None:
         written.truncate(8 + len(content) + offset)
 
 
-def measure(name: str, folder: Path) -> Row:
+def measure(name: str, folder: Path, rates: Rates) -> Row:
     """Of a hollow model. `fit` is the plan of `gptq4` with BUDGET bits in place of those of its experts, which is what
     a budget in bits per weight means."""
     model = StreamedModel(folder)
     gptq, fit = load_recipe("gptq4").stages[-1], load_recipe("fit")
+    times = [
+        forecast_seconds(model, stages, rates, (WINDOWS, LENGTH), WRITTEN, False, 0, 1)
+        for stages in ([gptq], fit.stages)
+    ]
     roomy = Memory(UNLIMITED)
     statistics = Statistics(
         folder,
@@ -122,8 +128,7 @@ def measure(name: str, folder: Path) -> Row:
     needs = forecast(model, statistics.sizes, WINDOWS * LENGTH, statistics, roomy, 1, fit.stages)
     return Row(
         name, planned.original_bytes, planned.disk_bytes, rest + round(BUDGET * weights / 8), needs.memory, needs.least,
-        needs.statistics_disk + 2 * WINDOWS * LENGTH * statistics.sizes.row, weights,
-        WINDOWS * LENGTH * flops_per_token(model.model, LENGTH)["total"],
+        needs.statistics_disk + 2 * WINDOWS * LENGTH * statistics.sizes.row, weights, *times,
     )  # fmt: skip
 
 
@@ -133,13 +138,14 @@ def main() -> None:
     folder = asked.parse_args().folder
     columns = [
         "model", "original GB", "gptq4 GB", f"fit@{BUDGET}bpw GB", "memory GB", "least memory GB", "cache GB",
-        "10^9 expert weights", "operations of a walk",
+        "10^9 expert weights", "hours of gptq4: text + weights", "of fit",
     ]  # fmt: skip
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    rates = measured_rates(load_recipe("fit").stages, torch.device("cpu"))
     with tempfile.TemporaryDirectory(dir=folder) as made:
         for name, (kind, options) in CONFIGS.items():
             config = getattr(transformers, kind)(**options)
-            print("| " + " | ".join(measure(name, hollow(Path(made) / name, config)).cells()) + " |", flush=True)
+            print("| " + " | ".join(measure(name, hollow(Path(made) / name, config), rates).cells()) + " |", flush=True)
 
 
 if __name__ == "__main__":
