@@ -20,6 +20,11 @@ class Table:
     columns: list[str]
     rows: list[list[str | float]]
 
+    @property
+    def phrases(self) -> set[int]:
+        """Columns that hold phrases, not figures: some cell has more than 40 characters."""
+        return {index for row in self.rows for index, cell in enumerate(row) if len(str(cell)) > 40}
+
 
 def save(table: Table, file: Path) -> None:
     """Writes FILE.md, FILE.csv and FILE.json."""
