@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -74,19 +75,17 @@ def _terminal(table: Table) -> str:
             blocks, used = [*blocks, [0]], widths[0]
         blocks[-1].append(index)
         used += apart + width
-    return "\n".join(
-        _block(table, block, widths, apart, room, table.title if block is blocks[0] else "") for block in blocks
-    )
+    title = f"{textwrap.fill(table.title, room)}\n" if table.title else ""
+    return title + "\n".join(_block(table, block, widths, apart, room) for block in blocks)
 
 
-def _block(table: Table, columns: list[int], widths: list[int], apart: int, room: int, title: str) -> str:
+def _block(table: Table, columns: list[int], widths: list[int], apart: int, room: int) -> str:
     import rich.box
     import rich.table
     from rich.console import Console
 
     shown = rich.table.Table(
-        title=title or None, box=rich.box.SIMPLE_HEAD, padding=(0, apart - 1, 0, 0), show_edge=False, pad_edge=False,
-        title_justify="left",
+        box=rich.box.SIMPLE_HEAD, padding=(0, apart - 1, 0, 0), show_edge=False, pad_edge=False
     )  # fmt: skip
     for index in columns:
         justify: Literal["left", "right"] = "right" if index else "left"
@@ -96,4 +95,5 @@ def _block(table: Table, columns: list[int], widths: list[int], apart: int, room
     wide = sum(widths[index] for index in columns) + apart * len(columns)
     console = Console(width=max(room, wide), file=io.StringIO())
     console.print(shown)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "".join(f"{line.rstrip()}\n" for line in lines)

@@ -70,7 +70,9 @@ def _compared(
     say = lambda what, done, total: progress(f"original on {name}", done, total)  # noqa: E731
     first = streamed(original, precision_on(device), device, say)
     found = Divergences(windows, kinds(windows, tokenizer))
+    layers = len(first.layer_names)
     with walked(first, windows):
+        say("layers", layers, layers)
         compared = beside(logits, first.predictions(), found)
         measured = _perplexity(compared, replace(text, rolling=None), wanted, name, progress)
     return measured | {"difference": found.result().to_dict() | {"original": fingerprint(original)}}

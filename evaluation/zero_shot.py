@@ -20,6 +20,7 @@ from ..recipe.tasks import (
     require_known,
     task_names,
 )
+from .lm_eval_output import Report, bars_of_ours
 from .local_tasks import localized
 from .task_figures import measured
 
@@ -50,7 +51,7 @@ def require_tasks(wanted: Iterable[str], data: str | None, run_code: bool = Fals
 
 def zero_shot(
     model, tokenizer, tasks: list[str], data: str | None = None, limit: int | None = None, run_code: bool = False,
-    batch_size: int = 16,
+    batch_size: int = 16, progress: Report = lambda what, done, total: None,
 ) -> dict:  # fmt: skip
     """{"tasks": {name: {"acc", "acc_norm", "acc_stderr", ..., "metric", "n", "shots", "correct"}}, "mean": of acc,
     "protocol": how it was made}. Metrics have lm-eval's names, with a comma and its filter where it has several ways to
@@ -74,7 +75,7 @@ def zero_shot(
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         asked = {name: localized(name, manager.task_index, data) for name in names}
-        with _code_allowed(run_code):
+        with _code_allowed(run_code), bars_of_ours(progress):
             found = simple_evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=list(asked.values()),

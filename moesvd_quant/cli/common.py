@@ -51,24 +51,30 @@ def tasks_of(names: str | None, data: Path | None, limit: int | None, run_code: 
 
 @contextmanager
 def progress_bars(quiet: bool = False):
-    """Yields report(what, done, total), shown as bars with the time left on standard error."""
+    """Yields report(what, done, total), shown as bars with the time left on standard error. In a terminal something
+    moves from the beginning on, and whenever no bar does: imports and models take seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
     bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=quiet)
     tasks: dict = {}
+    waiting = bars.add_task("working", total=None, count="")
+    if bars.console.is_terminal:
+        bars.start()
 
     def report(what: str, done: int, total: int) -> None:
-        bars.start()  # not before there is something to show
+        bars.start()
         if what not in tasks:
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done, total=total)
+            tasks[what] = bars.add_task(what, total=total, count="")
+        bars.update(tasks[what], completed=done, total=total, count=f"{done}/{total}")
+        bars.update(waiting, visible=all(one.finished for one in bars.tasks if one.id != waiting))
 
     try:
         yield report
     finally:
-        if tasks:
+        if bars.live.is_started:
+            bars.remove_task(waiting)
             bars.stop()
 
 

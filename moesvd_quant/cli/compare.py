@@ -24,16 +24,16 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """How models differ from their original: divergence of predictions, share of equal ones, what they write."""
-    from ..evaluation.compare import compare as measure
-    from ..evaluation.compare import difference_table, kind_table, position_table, write_beside
-    from ..evaluation.inputs import EvalSpec
-    from ..recipe.texts import named_texts
-    from ..run.threads import sync_threads
-
-    sync_threads()
-    source, others = resolve_model(original), _named(models)
-    wanted = EvalSpec(named_texts(text or ([] if prompt else ["wikitext2"])), length=length)
     with progress_bars(as_json) as report:
+        from ..evaluation.compare import compare as measure
+        from ..evaluation.compare import difference_table, kind_table, position_table, write_beside
+        from ..evaluation.inputs import EvalSpec
+        from ..recipe.texts import named_texts
+        from ..run.threads import sync_threads
+
+        sync_threads()
+        source, others = resolve_model(original), _named(models)
+        wanted = EvalSpec(named_texts(text or ([] if prompt else ["wikitext2"])), length=length)
         found = measure(source, others, wanted, resolve_device(device), report)
         written = write_beside(source, others, prompt or [], tokens, resolve_device(device), report)
     if as_json:

@@ -37,10 +37,10 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a recipe: each stage writes a checkpoint under OUT; interrupted, the same command goes on."""
-    from ..api import compress
-
     how: Any = {"device": device, "memory": memory, "workers": workers, "executor": executor}
     with progress_bars(as_json) as report:
+        from ..api import compress
+
         made = compress(model, recipe, out, overrides or (), push=push, report=report, **how)
     records = [one.record for one in made.evaluation]
     if as_json:

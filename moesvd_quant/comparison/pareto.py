@@ -17,6 +17,7 @@ from ..evaluation.text_figures import is_compared
 from ..memory.files import read_json
 from ..model.carried import carry_files
 from ..model.experts import find_experts, find_linears, weight_parameters
+from ..model.hf_internals import no_loading_bars
 from ..model.load import load
 from ..model.stream import StreamedModel
 from ..recipe.load import load_recipe
@@ -88,7 +89,8 @@ def nf4_record(model: Path, out: Path, wanted: EvalSpec, device: str = "cpu") ->
         saved = saved_experts + sum(_round_to_nf4(linear.weight) for _, linear in find_linears(layers))
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        made.save_pretrained(folder)
+        with no_loading_bars():
+            made.save_pretrained(folder)
         carry_files(model, Path(folder))
         record = evaluate(folder, wanted, device, "nf4") | {"path": out.name, "source_fingerprint": source}
     for key in ("disk_bytes", "resident_bytes"):

@@ -60,6 +60,17 @@ def test_gsm8k_reads_local_files_and_scores_what_is_written(scripted, tmp_path):
     assert table.columns[1] == "gsm8k exact_match strict-match" and table.rows[0][1].startswith("50.0 ±")
 
 
+def test_lm_evals_bars_are_ours_and_nothing_else_is_said(scripted, tmp_path, capfd, monkeypatch):
+    lines(tmp_path / "gsm8k/train.jsonl", [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(6)])
+    lines(tmp_path / "gsm8k/test.jsonl", [{"question": f"{i}?", "answer": f"#### {i}"} for i in (4, 7)])
+    scripted.answers, seen = {"Answer:": " 4"}, []
+    monkeypatch.chdir(tmp_path)  # where git would complain
+    zero_shot(scripted.model, scripted.tokenizer, ["gsm8k"], str(tmp_path), progress=lambda *given: seen.append(given))
+    assert seen[0] == ("tasks: prompts", 0, 2) and seen[-1] == ("tasks: answers written", 2, 2)
+    said = capfd.readouterr()
+    assert said.out + said.err == ""
+
+
 def test_a_group_has_the_figures_of_all_its_tasks(scripted, tmp_path):
     rows = [
         {"question": f"{subject}?", "options": ["yes", "no"], "answer": "AB"[i % 2], "category": subject}
