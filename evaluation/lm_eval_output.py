@@ -6,9 +6,31 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
+import tqdm
+
 Report = Callable[[str, int, int], None]
-# {what lm-eval's bars are called: what ours are}; a bar without a name is of prompts that are made.
+# {a word of what lm-eval's bars are called: what ours are}; bars of other names are not shown.
 NAMES = {"loglikelihood": "answers judged", "generate_until": "answers written", "rolling": "texts judged"}
+NAMES |= {"Generating": "prompts"}
+
+
+class Bar(tqdm.tqdm):
+    """A bar that is drawn by `report`, and not at all where there is none. A bar without a name is of prompts."""
+
+    report: Report | None = None
+
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named | {"file": io.StringIO(), "mininterval": 0.2})
+
+    def display(self, *given, **named):
+        known = [ours for theirs, ours in NAMES.items() if theirs in (self.desc or "")]
+        if self.total and Bar.report and (known or not self.desc):
+            Bar.report(f"tasks: {known[0] if known else 'prompts'}", self.n, self.total)
+
+    def close(self):
+        if not self.disable:
+            self.display()
+        super().close()
 
 
 @contextmanager
@@ -17,25 +39,11 @@ def bars_of_ours(progress: Report) -> Iterator[None]:
     takes seconds and fails aloud outside of a repository: nothing reads the answers."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from lm_eval import evaluator
-    from tqdm import tqdm
 
-    class Bar(tqdm):
-        def __init__(self, *given, **named):
-            super().__init__(*given, **named | {"file": io.StringIO(), "mininterval": 0.2})
-
-        def display(self, *given, **named):
-            known = [ours for theirs, ours in NAMES.items() if theirs in (self.desc or "")]
-            if self.total and (known or not self.desc):
-                progress(f"tasks: {known[0] if known else 'prompts'}", self.n, self.total)
-
-        def close(self):
-            if not self.disable:
-                self.display()
-            super().close()
-
-    modules = [m for name, m in sys.modules.items() if name.startswith("lm_eval.") and vars(m).get("tqdm") is tqdm]
+    theirs = [m for name, m in sys.modules.items() if name.startswith("lm_eval.") and vars(m).get("tqdm") is tqdm.tqdm]
     with ExitStack() as patched:
-        for module in modules:
+        patched.enter_context(patch.object(Bar, "report", staticmethod(progress)))
+        for module in [tqdm, *theirs]:  # tqdm: for modules that are imported meanwhile
             patched.enter_context(patch.object(module, "tqdm", Bar))
         for name in ("add_env_info", "get_git_commit_hash"):
             patched.enter_context(patch.object(evaluator, name, lambda *given: None))
