@@ -66,6 +66,15 @@ def test_a_table_in_a_terminal_is_no_wider_than_that(monkeypatch):
     assert max(map(len, shown + wide)) <= 50 and all(line == line.rstrip() for line in shown + wide)
 
 
+def test_a_table_that_goes_on_below_names_its_rows(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    heads, figures = ["model", "method", *(f"figure{i}" for i in range(4))], [1.0] * 4
+    shown = render(Table("", heads, [["small", "gptq", *figures], ["small", "fit", *figures]]))
+    assert shown.count("model method") == shown.count("small    fit") == 2
+    shown = render(Table("", heads, [["small", "fit", *figures], ["large", "fit", *figures]]))
+    assert shown.count("model") == 2 and shown.count("method") == 1
+
+
 def test_table_11_has_a_column_for_each_model():
     table = table11(RECORDS)
     assert table.columns == ["", "original", "svd_40%"]
