@@ -3,6 +3,8 @@
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from typing import Annotated, Literal
 
 import typer
@@ -76,6 +78,14 @@ def progress_bars(quiet: bool = False):
         if bars.live.is_started:
             bars.remove_task(waiting)
             bars.stop()
+
+
+def hanging(head: str, text: str) -> str:
+    """A head and a text beside it, which in a terminal goes on below itself; one line for programs that read it."""
+    if not sys.stdout.isatty():
+        return head + text
+    wide = max(get_terminal_size().columns, len(head) + 24)
+    return fill(text, wide, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
 
 
 def print_table(records: list[dict], form: str) -> None:

@@ -18,6 +18,7 @@ from .common import (
     Recipe,
     Workers,
     app,
+    hanging,
     print_table,
     progress_bars,
 )
@@ -84,7 +85,7 @@ def ls(as_json: Json = False) -> None:
         print(json.dumps(dict(shipped())))
         return
     for name, line in shipped():
-        print(f"{name:24} {line}")
+        print(hanging(f"{name:24} ", line))
 
 
 @app.command()
