@@ -100,7 +100,7 @@ def doubts(records: list[dict]) -> list[str]:
         for record in records
         if record["name"] == "original"
         for text, figures in record["perplexity"].items()
-        if too_long(figures.get("quarters", [0.0]))
+        if "quarters" in figures and too_long(figures["quarters"], figures["tokens"])
     ]
 
 

@@ -98,7 +98,7 @@ def print_table(records: list[dict], form: str) -> None:
     if (tasks := task_table(records)).rows:
         print(render(tasks, form), end="")
     for doubt in doubts(records):
-        print(doubt, file=sys.stderr)
+        print(hanging("", doubt), file=sys.stderr)
 
 
 def whole_numbers(given: str | None) -> list[int]:

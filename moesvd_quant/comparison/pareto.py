@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..calibration.store import fingerprint
+from ..checkpoint.finish import origin_of
 from ..errors import UsageError
 from ..evaluation.inputs import EvalSpec, protocol_of
 from ..evaluation.paper_tables import table8
@@ -93,6 +94,7 @@ def nf4_record(model: Path, out: Path, wanted: EvalSpec, device: str = "cpu") ->
             made.save_pretrained(folder)
         carry_files(model, Path(folder))
         record = evaluate(folder, wanted, device, "nf4") | {"path": out.name, "source_fingerprint": source}
+        record["base_model"] = origin_of(model)["base_model"]  # not the folder's that is gone
     for key in ("disk_bytes", "resident_bytes"):
         record["memory"][key] -= saved
     item = next(layers.parameters()).element_size()
