@@ -3,7 +3,7 @@
 import io
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from unittest.mock import patch
 
 import tqdm
@@ -42,6 +42,7 @@ def bars_of_ours(progress: Report) -> Iterator[None]:
 
     theirs = [m for name, m in sys.modules.items() if name.startswith("lm_eval.") and vars(m).get("tqdm") is tqdm.tqdm]
     with ExitStack() as patched:
+        patched.enter_context(redirect_stdout(io.StringIO()))  # RULER prints how it finds the length of its prompts
         patched.enter_context(patch.object(Bar, "report", staticmethod(progress)))
         for module in [tqdm, *theirs]:  # tqdm: for modules that are imported meanwhile
             patched.enter_context(patch.object(module, "tqdm", Bar))

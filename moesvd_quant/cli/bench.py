@@ -28,7 +28,7 @@ from .common import (
 def bench(
     recipes: Annotated[list[str], typer.Argument(help="Recipes to compare, then key=value overrides for all.")],
     model: Model = None,
-    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="wikitext2, ptb, c4, a file, or name=file; repeat it.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     seeds: Annotated[
         str | None, typer.Option(help="Repeat with these seeds, by commas; shows mean and spread.")
@@ -81,7 +81,7 @@ def pareto(
     model: Model = None,
     budget: Annotated[list[str] | None, typer.Option(help="1.5bpw, 20GB; repeat it.")] = None,
     preset: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
-    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="wikitext2, ptb, c4, a file, or name=file; repeat it.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     out: Out = Path("pareto"),
     device: Device = "auto",

@@ -16,7 +16,7 @@ from .common import Device, Json, app, progress_bars
 def compare(
     original: Annotated[str, typer.Argument(help="The model that the others were made of.")],
     models: Annotated[list[str], typer.Argument(help="Models to compare with it.")],
-    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="wikitext2, ptb, c4, a file, or name=file; repeat it.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Show what each model writes after it; repeat it.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after a prompt.")] = 48,

@@ -189,7 +189,7 @@ def test_ifeval_reads_local_files_and_checks_each_instruction(scripted, tmp_path
 
 
 @pytest.mark.slow  # each task makes 500 prompts of 4096 tokens, whatever the limit
-def test_ruler_hides_needles_in_local_essays_and_questions_in_local_files(scripted, tmp_path, monkeypatch):
+def test_ruler_hides_needles_in_local_essays_and_questions_in_local_files(scripted, tmp_path, monkeypatch, capsys):
     """The needle is in the prompt, within the text that the folder has; an answer that repeats it is right."""
     monkeypatch.setattr("nltk.data.path", [])
     sentences(tmp_path)
@@ -207,6 +207,7 @@ def test_ruler_hides_needles_in_local_essays_and_questions_in_local_files(script
     (tmp_path / "dev-v2.0.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     scripted.answers = {"provided text is": " 0", "Answer:": " fact 1 fact 2 fact 3"}
     found = zero_shot(scripted.model, scripted.tokenizer, ["niah_single_2", "ruler_qa_squad"], str(tmp_path), limit=2)
+    assert not capsys.readouterr().out  # where --json writes
     needle, other, question, _ = scripted.prompts
     assert "A sentence of an essay." in needle and "One of the special magic numbers for" in needle
     assert needle != other and "which fact is 0?" in question and "fact 0. fact 0." in question
