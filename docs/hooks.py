@@ -110,4 +110,8 @@ def commands_page() -> str:
 
     command = get_command(app)
     context = command.context_class(command, info_name="moesvd")
-    return get_docs_for_click(obj=command, ctx=context, name="moesvd", title="Commands")
+    page = get_docs_for_click(obj=command, ctx=context, name="moesvd", title="Commands")
+    for name, verb in command.commands.items():  # the list has them cut at 45 letters
+        said = verb.help.partition("\n\n")[0].replace("\n", " ")
+        page = page.replace(f"* `{name}`: {verb.get_short_help_str()}\n", f"* [`{name}`](#moesvd-{name}): {said}\n")
+    return page

@@ -56,10 +56,15 @@ def _files(folder: Path, names: list[str], content: dict[str, Any]) -> dict[str,
         needed.append(content.get("fewshot_split") or content.get("training_split") or content.get("validation_split"))
     found = {}
     for split in dict.fromkeys(filter(None, needed)):
-        found[split] = [str(path) for path in sorted(root.rglob("*")) if _is_of(path.name, split)]
+        found[split] = split_files(root, split)
         if not found[split]:
             raise FileNotFoundError(f"{root}: has no {split}.jsonl, .json (or .gz) or .parquet")
     return found
+
+
+def split_files(folder: Path, split: str) -> list[str]:
+    """Files below a folder that have documents of a split."""
+    return [str(path) for path in sorted(folder.rglob("*")) if _is_of(path.name, split)]
 
 
 def _is_of(name: str, split: str) -> bool:

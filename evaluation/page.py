@@ -4,6 +4,16 @@ import base64
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+
+
+class Picture(NamedTuple):
+    """What a page shows under a heading. source: a data URI; panels: drawn side by side."""
+
+    title: str
+    note: str
+    source: str
+    panels: int = 1
 
 
 def write_page(template: str, file: Path, **content) -> None:

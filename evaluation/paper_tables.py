@@ -18,10 +18,10 @@ from .task_table import score, tasks_in
 
 def table8(records: list[dict]) -> Table:
     """Methods as rows, largest first, those of each model together: bytes on disk, after load and at the peak
-    (where measured), bits per original expert weight, what was removed, perplexity on each text, and how predictions
-    differ from the original's (`difference_columns`)."""
-    texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
-    compared = compared_texts(records)
+    (where measured), bits per original expert weight, what was removed, perplexity on each text by the protocols that
+    were asked for, and how predictions differ from the original's (`difference_columns`)."""
+    texts = list(dict.fromkeys(text for r in records for text, one in r["perplexity"].items() if "ppl" in one))
+    compared, words = compared_texts(records), _by_word(records)
     lengths = sorted({r["protocol"]["length"] for r in records})
     models = len({record.get("base_model") for record in records}) > 1
     peaks = any("peak_rss_bytes" in r["memory"] for r in records)
@@ -39,16 +39,26 @@ def table8(records: list[dict]) -> Table:
             round(100 * account["expert_ratio"], 1),
             round(100 * account["model_ratio"], 1),
             *["-" if value is None else float(f"{value:.5g}") for value in figures],
+            *_word_figures(record, words),
             *difference_cells(record, compared),
         ])  # fmt: skip
     columns = [
         *(["model"] if models else []), "method", "disk MB", "loaded MB", *(["peak MB"] if peaks else []),
         "bits per expert weight", "experts removed %", "model removed %", *texts,
-        *difference_heads(compared),
+        *[f"{text}, per word" for text in words], *difference_heads(compared),
     ]  # fmt: skip
     windows = ", ".join(map(str, lengths))
     note = "; divergence from the original in nats per token" if compared else ""
     return Table(f"Memory and perplexity (windows of {windows} tokens){note}", columns, rows)
+
+
+def _by_word(records: list[dict]) -> list[str]:
+    """Texts that some record has the perplexity of by words, of lm-eval's protocol."""
+    return list(dict.fromkeys(t for r in records for t, one in r["perplexity"].items() if "lm_eval" in one))
+
+
+def _word_figures(record: dict, texts: list[str]) -> list[str | float]:
+    return [_figure(record["perplexity"].get(text, {}).get("lm_eval", {}).get("word_ppl")) for text in texts]
 
 
 def table2(records: list[dict]) -> Table:
@@ -56,7 +66,7 @@ def table2(records: list[dict]) -> Table:
     other tasks, and differences from the original."""
     texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
     compared = compared_texts(records)
-    words = [text for text in texts if any("lm_eval" in r["perplexity"].get(text, {}) for r in records)]
+    words = _by_word(records)
     more = [t for t in dict.fromkeys(t for r in records for t in tasks_in(r)) if t not in SEVEN]
     rows: list[list[str | float]] = []
     originals = {r.get("base_model"): r for r in records if r["name"] == "original"}
@@ -68,7 +78,7 @@ def table2(records: list[dict]) -> Table:
             record["name"],
             _runtime(record, originals.get(record.get("base_model"))),
             *[_figure(figures.get(text, {}).get("ppl")) for text in texts],
-            *[_figure(figures.get(text, {}).get("lm_eval", {}).get("word_ppl")) for text in words],
+            *_word_figures(record, words),
             *[_figure(tasks[task]["acc"]) if task in tasks else "-" for task in SEVEN],
             _figure(fmean(accuracies)) if len(accuracies) == len(SEVEN) else "-",
             *[_figure(_main(tasks[task])) if task in tasks else "-" for task in more],

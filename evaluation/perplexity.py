@@ -21,7 +21,8 @@ PROTOCOLS = {
 PROTOCOL = PROTOCOLS["gptq"]
 BATCH_TOKENS = 16384  # at once, where no batch size is asked for
 RESAMPLES, CONFIDENCE = 2000, 0.95
-LATE = 0.1  # nats that the end of windows may be harder than their beginning, by chance
+LATE = 0.1  # nats that the end of windows may be harder than their beginning, however much text there is
+SPREAD = 3.0  # nats, about: standard deviation of the losses of tokens
 
 # Logits (batch, length, vocabulary) of each batch of windows (n, length), in order.
 Logits = Callable[[torch.Tensor, int], Iterable[torch.Tensor]]
@@ -77,10 +78,12 @@ def perplexity(
     return Perplexity(_exp(nll), nll, count * (length - 1), count, length, _interval(totals), each, quarters)
 
 
-def too_long(quarters: list[float]) -> bool:
+def too_long(quarters: list[float], tokens: int) -> bool:
     """Whether a model seems to know windows only in part: more context makes what comes late easier to predict, unless
-    the model was never trained on positions so late. quarters: of `Perplexity`."""
-    return quarters[-1] > quarters[0] + LATE
+    the model was never trained on positions so late. Differences within two standard errors are chance. quarters,
+    tokens: of `Perplexity`."""
+    chance = 2 * SPREAD * math.sqrt(2 * len(quarters) / tokens)
+    return quarters[-1] > quarters[0] + LATE + chance
 
 
 @torch.no_grad()

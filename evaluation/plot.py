@@ -13,6 +13,11 @@ def family(name: str) -> str:
     return re.sub(r"(?<=[a-z]{3})\d+", "", re.sub(r"@.*", "@", name))
 
 
+def texts_of(records: list[dict]) -> list[str]:
+    """Names of all texts whose perplexity was measured."""
+    return list(dict.fromkeys(text for r in records for text in r["perplexity"]))
+
+
 def plot_bytes(records: list[dict], file: Path) -> None:
     """The figure of `figure_bytes` as PNG."""
     save_figure(figure_bytes(records), file)
@@ -35,8 +40,9 @@ def save_figure(figure, file: Path) -> None:
 
 def figure_bytes(records: list[dict]):
     """A panel per text: perplexity against MB on disk, both logarithmic; a colour and a line per family."""
-    texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
-    return _against_bytes(records, texts, "perplexity", lambda r, text: r["perplexity"].get(text, {}).get("ppl"))
+    return _against_bytes(
+        records, texts_of(records), "perplexity", lambda r, text: r["perplexity"].get(text, {}).get("ppl")
+    )
 
 
 def figure_divergence(records: list[dict]):
@@ -56,9 +62,9 @@ def _against_bytes(records: list[dict], texts: list[str], named: str, value: Cal
     families = sorted(
         {family(r["name"]) for r in records}, key=lambda f: (f != "original", not f.startswith("gptq"), f)
     )
-    columns = min(3, len(texts))
+    columns = 2 if len(texts) == 4 else min(3, len(texts))
     rows = -(-len(texts) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5.6 * columns, 4.6 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.8 * rows), squeeze=False)
     for axis, text in zip(axes.flat, texts):
         for index, kind in enumerate(families):
             points = sorted(
@@ -160,7 +166,7 @@ def plot_sweep(records: list[dict], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
+    texts = texts_of(records)
     swept = sweep_lines([r for r in records if "sweep" in r])
     figure, axes = plt.subplots(1, len(texts), figsize=(5 * len(texts), 4), squeeze=False)
     for axis, text in zip(axes[0], texts):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,14 +66,14 @@ def evaluate(
         "flops": flops_per_token(opened.described, length) | {"context": length},
     }
     if wanted.tasks:
-        record["zero_shot"] = _zero_shot(opened.model, tokenizer, wanted)
+        record["zero_shot"] = _zero_shot(opened.model, tokenizer, wanted, progress)
     return record
 
 
-def _zero_shot(model, tokenizer, wanted: EvalSpec) -> dict:
+def _zero_shot(model, tokenizer, wanted: EvalSpec, progress: Report) -> dict:
     from .zero_shot import zero_shot
 
-    more = {"batch_size": wanted.batch_size} if wanted.batch_size else {}
+    more: dict[str, Any] = {"progress": progress} | ({"batch_size": wanted.batch_size} if wanted.batch_size else {})
     found = zero_shot(model, tokenizer, list(wanted.tasks), wanted.task_data, wanted.limit, wanted.run_code, **more)
     return found | {"data": data_digest(wanted.task_data)}
 
@@ -99,7 +100,7 @@ def doubts(records: list[dict]) -> list[str]:
         for record in records
         if record["name"] == "original"
         for text, figures in record["perplexity"].items()
-        if too_long(figures.get("quarters", [0.0]))
+        if "quarters" in figures and too_long(figures["quarters"], figures["tokens"])
     ]
 
 
@@ -150,12 +151,16 @@ def _joined(before: dict, record: dict) -> dict:
 
 
 def collect(folders: list[Path]) -> list[dict]:
-    """Records of the folders: each has one, or its sub-folders do, in order of name. ValueError where none."""
+    """Records of the folders: each has one, or its sub-folders do (a run), or theirs (a folder of runs), in order of
+    name. UsageError where none."""
     records = []
     for folder in map(Path, folders):
-        found = [folder / RECORD] if (folder / RECORD).is_file() else sorted(folder.glob(f"*/{RECORD}"))
-        if not found:
-            raise UsageError(f"{folder}: no {RECORD} in it or in its sub-folders; run `moesvd eval {folder}` first")
+        levels = (sorted(folder.glob(pattern)) for pattern in (RECORD, f"*/{RECORD}", f"*/*/{RECORD}"))
+        found = next(filter(None, levels), None)
+        if found is None:
+            raise UsageError(
+                f"{folder}: no {RECORD} in it or below; give folders that `moesvd eval`, run or bench measured"
+            )
         records += [_with_speed(path) for path in found]
     return list({json.dumps([r["name"], r.get("base_model"), r["perplexity"]]): r for r in records}.values())
 

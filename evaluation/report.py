@@ -7,7 +7,7 @@ from ..errors import UsageError
 from ..memory.files import read_json
 from ..runtime.modeling_moesvd import MANIFEST
 from ..runtime.parts import Part
-from .changes import changes
+from .changes import change_table, changes
 from .page import write_page
 from .paper_tables import table8
 from .record import RECORD, collect
@@ -40,8 +40,9 @@ def write_report(folder: Path, file: Path) -> None:
         stages=stages,
         account=last.manifest["accounting"],
         recipe=last.manifest["recipe"],
+        recipe_name=last.manifest["recipe"].partition("\n")[0].removeprefix("# resolved recipe "),
         measured=table8(records) if records else None,
-        changes=changes(records),
+        changes=change_table(changes(records)),
         tasks=task_table(records),
         layers=_layer_table(last),
         weak=_weak(stages),
@@ -61,12 +62,13 @@ def _layer_table(stage: Stage) -> Table:
             errors = mean_error(stage.manifest["errors"].get(path, {}).get(name))
             bits = expert_bits(parts, shape, stage.experts[path], stage.bits, stage.layout.sources.get(path))
             rows.append([
-                path.removesuffix(".experts"), name, _describe(parts),
+                path.removesuffix(".experts"), name,
                 round(float(bits.mean()), 3),
                 "-" if errors is None else float(f"{errors:.3g}"),
                 float(f"{decision['sensitivity']:.3g}") if "sensitivity" in decision else "-",
+                _describe(parts),
             ])  # fmt: skip
-    columns = ["layer", "matrix", "experts are", "bits/weight", "whitened error", "sensitivity"]
+    columns = ["layer", "matrix", "bits/weight", "whitened error", "sensitivity", "experts are"]
     return Table("", columns, rows)
 
 
@@ -98,7 +100,7 @@ def _times(stages: list[Stage]) -> list[list[str]]:
             stage.name,
             f"{stage.run['seconds']:,.0f} s",
             f"{stage.run['anonymous_bytes']['peak'] / 1e9:.2f} GB",
-            stage.run["finished"],
+            stage.run["finished"].replace("T", " ").removesuffix("Z") + " UTC",
         ]
         for stage in stages
         if stage.run

@@ -1,6 +1,7 @@
 """The pictures of a run's report."""
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ from ..checkpoint.density import expert_bits
 from ..memory.files import read_json
 from .difference_columns import compared_texts
 from .memory import KINDS, disk_bytes
-from .page import svg
-from .plot import figure_bytes, figure_divergence
+from .page import Picture, svg
+from .plot import figure_bytes, figure_divergence, texts_of
 from .report_stage import PROJECTIONS, Stage, mean_error
 
 DIVERGENCE = (
@@ -18,36 +19,38 @@ DIVERGENCE = (
 )
 
 
-def figures(stages: list[Stage], records: list[dict]):
-    """(title, note, data URI of an SVG) of every picture that there is something to show in."""
-    if any(record["perplexity"] for record in records):
-        draw = lambda: figure_bytes([r for r in records if r["perplexity"]])  # noqa: E731
-        yield "Perplexity against bytes", "Lower left is better.", svg(draw)
-    if compared_texts(records):
-        yield "Divergence against bytes", DIVERGENCE, svg(lambda: figure_divergence(records))
+def figures(stages: list[Stage], records: list[dict]) -> Iterator[Picture]:
+    """Every picture that there is something to show in."""
+    if drawn := [record for record in records if record["perplexity"]]:
+        source = svg(lambda: figure_bytes(drawn))
+        yield Picture("Perplexity against bytes", "Lower left is better.", source, len(texts_of(drawn)))
+    if compared := compared_texts(records):
+        source = svg(lambda: figure_divergence(records))
+        yield Picture("Divergence against bytes", DIVERGENCE, source, len(compared))
     last = stages[-1]
-    yield (
+    yield Picture(
         "What is left of every expert",
         "Stored bits per original weight: each row a layer, each column an expert. Dark is little; a row that stays at "
         f"{last.bits} bits was not decomposed (Figure 3 of the paper).",
         svg(lambda: _draw_bits(last)),
     )
-    yield "Memory by kind of tensor", "MB of tensors on disk, stage by stage.", svg(lambda: _draw_memory(stages))
+    note = "MB of tensors on disk, stage by stage."
+    yield Picture("Memory by kind of tensor", note, svg(lambda: _draw_memory(stages)))
     if any(stage.manifest["errors"] for stage in stages):
         note = "Mean whitened error of the experts' matrices, relative to what they put out on the calibration inputs."
-        yield "Error by layer", note, svg(lambda: _draw_errors(stages))
+        yield Picture("Error by layer", note, svg(lambda: _draw_errors(stages)))
     sensitive = {p: d["sensitivity"] for p, d in stages[0].manifest["decisions"].items() if "sensitivity" in d}
     if sensitive:
         chosen = [stages[0].manifest["decisions"][path].get("decomposed", True) for path in sensitive]
         note = "Sensitivity of each layer (eq. 4 of the paper); the decomposed ones are filled."
-        yield "Layer sensitivity", note, svg(lambda: _draw_sensitivity(list(sensitive.values()), chosen))
+        yield Picture("Layer sensitivity", note, svg(lambda: _draw_sensitivity(list(sensitive.values()), chosen)))
     timed = {stage.name: read_json(file) for stage in stages if (file := stage.folder / "run.json").is_file()}
     if any(len(one.get("layer_seconds", ())) > 1 for one in timed.values()):
         note = "Of reading the calibration text, where it was not known already, and of each stage, summed over layers."
-        yield "Seconds over layers", note, svg(lambda: draw_seconds(timed))
+        yield Picture("Seconds over layers", note, svg(lambda: draw_seconds(timed)))
     for stage in stages:
         for file in sorted(stage.folder.glob("loss*.csv")):
-            yield f"Healing of {stage.name}", "Loss over steps.", svg(lambda file=file: _draw_loss(file))
+            yield Picture(f"Healing of {stage.name}", "Loss over steps.", svg(lambda file=file: _draw_loss(file)))
 
 
 def draw_seconds(timed: dict[str, dict]):

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from ..memory.files import read_json
 from ..runtime.modeling_moesvd import MANIFEST
-from .changes import changes
+from .changes import change_table, changes
 from .difference_columns import compared_texts
-from .page import svg, write_page
+from .page import Picture, svg, write_page
 from .paper_tables import table8
-from .plot import figure_bytes, figure_divergence
+from .plot import figure_bytes, figure_divergence, texts_of
 from .record import RECORD, collect
 from .report_figures import DIVERGENCE
 from .table import Table
@@ -28,18 +28,21 @@ def write_runs(folder: Path, runs: dict[str, list[Path]], file: Path) -> None:
     """runs: of `runs_in`."""
     records = _records(folder)
     drawn = [record for record in records if record["perplexity"]]
-    pictures = [("Perplexity against bytes", "Lower left is better.", figure_bytes)] if drawn else []
-    if compared_texts(records):
-        pictures.append(("Divergence against bytes", DIVERGENCE, figure_divergence))
+    texts, compared = texts_of(drawn), compared_texts(records)
+    pictures = [("Perplexity against bytes", "Lower left is better.", figure_bytes, len(texts))] if drawn else []
+    if compared:
+        pictures.append(("Divergence against bytes", DIVERGENCE, figure_divergence, len(compared)))
     write_page(
         "runs.html.jinja",
         file,
         name=folder.resolve().name,
         runs=_table(runs),
         measured=table8(records) if records else None,
-        changes=changes(records),
+        changes=change_table(changes(records)),
         tasks=task_table(records),
-        figures=[(title, note, svg(lambda draw=draw: draw(drawn))) for title, note, draw in pictures],
+        figures=[
+            Picture(title, note, svg(lambda draw=draw: draw(drawn)), panels) for title, note, draw, panels in pictures
+        ],
         recipes=[(name, read_json(paths[-1] / MANIFEST)["recipe"]) for name, paths in runs.items()],
     )
 

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,11 @@ class Table:
     title: str
     columns: list[str]
     rows: list[list[str | float]]
+
+    @property
+    def phrases(self) -> set[int]:
+        """Columns that hold phrases, not figures: some cell has more than 40 characters."""
+        return {index for row in self.rows for index, cell in enumerate(row) if len(str(cell)) > 40}
 
 
 def save(table: Table, file: Path) -> None:
@@ -58,30 +64,37 @@ def _latex(table: Table) -> str:
 
 def _terminal(table: Table) -> str:
     """Where a line is too long, heads wrap between words and columns stand closer; where that is not enough, the table
-    goes on below itself with its first column again. Cells are never cut."""
+    goes on below itself with the columns again that tell its rows apart. Cells are never cut."""
     cells = [[column, *(str(row[index]) for row in table.rows)] for index, column in enumerate(table.columns)]
     widths, room, apart = [max(map(len, column)) for column in cells], shutil.get_terminal_size().columns, 2
     if sum(widths) + apart * (len(widths) - 1) > room:
         widths, apart = [max(map(len, [*head.split(), *values, ""])) for head, *values in cells], 1
-    blocks, used = [[0]], widths[0]
-    for index, width in list(enumerate(widths))[1:]:
-        if used + apart + width > room and len(blocks[-1]) > 1:
-            blocks, used = [*blocks, [0]], widths[0]
+    named = list(range(_naming(table)))
+    start = sum(widths[index] + apart for index in named) - apart
+    blocks, used = [[*named]], start
+    for index, width in list(enumerate(widths))[len(named) :]:
+        if used + apart + width > room and len(blocks[-1]) > len(named):
+            blocks, used = [*blocks, [*named]], start
         blocks[-1].append(index)
         used += apart + width
-    return "\n".join(
-        _block(table, block, widths, apart, room, table.title if block is blocks[0] else "") for block in blocks
-    )
+    title = f"{textwrap.fill(table.title, room)}\n" if table.title else ""
+    return title + "\n".join(_block(table, block, widths, apart, room) for block in blocks)
 
 
-def _block(table: Table, columns: list[int], widths: list[int], apart: int, room: int, title: str) -> str:
+def _naming(table: Table) -> int:
+    """How many of the first columns tell the rows apart: one or two; one where not even two do."""
+    pairs = {tuple(row[:2]) for row in table.rows}
+    firsts = {row[0] for row in table.rows}
+    return 2 if len(firsts) < len(pairs) == len(table.rows) and len(table.columns) > 2 else 1
+
+
+def _block(table: Table, columns: list[int], widths: list[int], apart: int, room: int) -> str:
     import rich.box
     import rich.table
     from rich.console import Console
 
     shown = rich.table.Table(
-        title=title or None, box=rich.box.SIMPLE_HEAD, padding=(0, apart - 1, 0, 0), show_edge=False, pad_edge=False,
-        title_justify="left",
+        box=rich.box.SIMPLE_HEAD, padding=(0, apart - 1, 0, 0), show_edge=False, pad_edge=False
     )  # fmt: skip
     for index in columns:
         justify: Literal["left", "right"] = "right" if index else "left"
@@ -91,4 +104,5 @@ def _block(table: Table, columns: list[int], widths: list[int], apart: int, room
     wide = sum(widths[index] for index in columns) + apart * len(columns)
     console = Console(width=max(room, wide), file=io.StringIO())
     console.print(shown)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "".join(f"{line.rstrip()}\n" for line in lines)

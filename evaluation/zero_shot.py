@@ -20,12 +20,13 @@ from ..recipe.tasks import (
     require_known,
     task_names,
 )
+from .lm_eval_output import Report, bars_of_ours
 from .local_tasks import localized
 from .task_figures import measured
+from .task_needs import INSTALL, fetched_from, is_ruler, require_needs
 
 LOCAL = tuple(FILES)  # tasks that have a YAML for local files here
 FOLDER = Path(__file__).parent / "tasks"
-PACKAGES = "pip install 'moesvd-quant[tasks]' brings what single tasks need"
 LONG = 4096  # tokens of RULER's shortest prompts
 
 
@@ -40,17 +41,18 @@ def require_tasks(wanted: Iterable[str], data: str | None, run_code: bool = Fals
         require_known(wanted)
         require_files(wanted, data_folder(data))
         require_allowed(wanted, run_code)
+        require_needs(wanted, data_folder(data))
         for name in task_names(wanted):
             localized(name, dict(lm_eval_tasks()) if name not in FILES else {}, data_folder(data))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, LookupError) as error:
         raise TaskError(f"tasks: {error}") from error
     except ImportError as error:
-        raise TaskError(f"tasks: {error}; {PACKAGES}") from error
+        raise TaskError(f"tasks: {error}; {INSTALL}") from error
 
 
 def zero_shot(
     model, tokenizer, tasks: list[str], data: str | None = None, limit: int | None = None, run_code: bool = False,
-    batch_size: int = 16,
+    batch_size: int = 16, progress: Report = lambda what, done, total: None,
 ) -> dict:  # fmt: skip
     """{"tasks": {name: {"acc", "acc_norm", "acc_stderr", ..., "metric", "n", "shots", "correct"}}, "mean": of acc,
     "protocol": how it was made}. Metrics have lm-eval's names, with a comma and its filter where it has several ways to
@@ -74,7 +76,7 @@ def zero_shot(
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         asked = {name: localized(name, manager.task_index, data) for name in names}
-        with _code_allowed(run_code):
+        with _code_allowed(run_code), bars_of_ours(progress), fetched_from(data):
             found = simple_evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=list(asked.values()),
@@ -84,7 +86,7 @@ def zero_shot(
                 confirm_run_unsafe_code=run_code,
             )
     except ImportError as error:
-        raise TaskError(f"tasks: {error}; {PACKAGES}") from error
+        raise TaskError(f"tasks: {error}; {INSTALL}") from error
     except (OSError, ValueError, LookupError) as error:
         hint = "; without network give --task-data FOLDER with local files (docs/evaluation.md says which)"
         raise TaskError(f"tasks: {error}{hint}") from error
@@ -129,15 +131,21 @@ def _code_allowed(allowed: bool):
 
 
 def _require_long(names: list[str], model, tokenizer) -> None:
-    """TaskError for RULER's tasks on a model whose window is too short for them, or whose tokenizer comes with code:
-    lm-eval would run it."""
+    """TaskError for tasks on a model that takes fewer tokens than they need, and for RULER's on one whose tokenizer
+    comes with code: lm-eval would run it."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
     from ..model.positions import positions
 
-    unsure = [name for name in names if name not in FILES]
-    ruler = [n for n in unsure for leaf in leaves(n) if "ruler" in Path(lm_eval_tasks()[leaf].yaml_path or "").parts]
-    if not ruler:
-        return
-    if positions(model.config) < LONG:
-        raise TaskError(f"{ruler[0]}: has prompts of {LONG} tokens, and the model takes {positions(model.config)}")
-    if "auto_map" in getattr(tokenizer, "init_kwargs", {}):
-        raise TaskError(f"{ruler[0]}: the model's tokenizer comes with code of its own, which lm-eval would run")
+    takes = positions(model.config)
+    for name in names:
+        for leaf in leaves(name) if name not in FILES else ():
+            if is_ruler(leaf) and takes < LONG:
+                raise TaskError(f"{name}: has prompts of {LONG} tokens, and the model takes {takes}")
+            if is_ruler(leaf) and "auto_map" in getattr(tokenizer, "init_kwargs", {}):
+                raise TaskError(f"{name}: the model's tokenizer comes with code of its own, which lm-eval would run")
+            file = lm_eval_tasks()[leaf].yaml_path
+            content = load_yaml(file, resolve_func=False) if file else {}
+            written = (content.get("generation_kwargs") or {}).get("max_gen_toks", 0)
+            if written >= takes:
+                raise TaskError(f"{name}: has the model write {written} tokens, and the model takes {takes} in all")

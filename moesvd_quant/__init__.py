@@ -5,6 +5,7 @@ Importing it teaches transformers the model type `moesvd` (see `_register`); hea
 
 from importlib.metadata import version as _version
 
+from . import _quiet as _quiet  # before libraries that it quiets
 from . import _register as _register
 from . import stages as stages  # recipes know them by their names
 from .api import compare as compare

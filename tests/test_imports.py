@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,17 +66,37 @@ def test_no_modules_import_each_other_in_a_circle():
     assert not [circle for circle in circles if len(circle) > 1]
 
 
-def test_no_packages_import_each_other():
+def package_imports() -> set[tuple[str, str]]:
+    """(package, another one that it imports), benchmarks left out: they are programs, which may use everything."""
     known = sources()
     package = lambda name: name.split(".")[1] if "." in name else ""  # noqa: E731
-    found = {
+    return {
         (package(name), package(other))
         for name, path in known.items()
         for other in imports(name, path, known)
-        if "benchmarks" not in name  # programs, which may use everything
+        if "benchmarks" not in name and package(name) != package(other)
     }
+
+
+def test_no_packages_import_each_other():
+    found = package_imports()
     circles = [(one, two) for one, two in found if one and two and one < two and (two, one) in found]
     assert not circles
+
+
+def test_the_table_of_packages_is_that_of_the_code():
+    """Every import between packages is in the table or follows from it, and every cell of it is one."""
+    rows = re.findall(r"^\| (`.*) \| (.*) \|$", (ROOT.parent / "docs/design.md").read_text(), re.MULTILINE)
+    words = lambda cell: re.findall(r"`(\w+)`", cell)  # noqa: E731
+    table = {name: set(words(on)) for names, on in rows for name in words(names)}
+    folders = {file.parent.name for file in ROOT.glob("*/__init__.py") if any(file.parent.glob("[a-z]*.py"))}
+    assert table.keys() == folders - {"reference"}
+    found = {(one, two) for one, two in package_imports() if {one, two} <= table.keys() - {"cli"}}
+    assert {(one, two) for one in table for two in table[one]} <= found
+    below = {name: set(on) for name, on in table.items()}
+    for name in table:  # from the ground up: what is below a row's packages is known before it
+        below[name] |= {deeper for on in table[name] for deeper in below[on]}
+    assert not [(one, two) for one, two in found if two not in below[one]]
 
 
 def test_recipes_import_no_torch():

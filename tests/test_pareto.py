@@ -35,6 +35,7 @@ def test_nf4_is_what_bitsandbytes_makes_of_the_weights(make_model, tmp_path, tex
 
     folder = make_model("mixtral")
     record = nf4_record(folder, tmp_path / "nf4", EvalSpec({"words": str(text)}, length=64))
+    assert record["base_model"] == folder.name
     model = moesvd_quant.load(folder)
     saved = 0
     for name, parameter in model.named_parameters():

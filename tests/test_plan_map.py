@@ -46,6 +46,11 @@ def test_what_weights_decide_is_refused(given, config, tmp_path):
         plan_from_config(config, load_recipe(tmp_path / "r.yaml"))
 
 
+def test_a_recipe_without_a_ratio_is_refused_before_any_plan(tmp_path):
+    with pytest.raises(UsageError, match="gptq3: stage gptq has no ratio"):
+        CliRunner().invoke(app, ["map", str(tmp_path), "svd", "gptq3", "--ratio", "0.2"], catch_exceptions=False)
+
+
 def test_the_map_has_a_column_for_each_ratio(config, tmp_path):
     (tmp_path / "r.yaml").write_text("stages: [{svd: {method: moe_svd, layers: [1], ratio: 0.3, share: none}}]")
     asked = ["map", str(config), str(tmp_path / "r.yaml"), "--ratio", "0.2", "--ratio", "0.35", "--json"]

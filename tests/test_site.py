@@ -1,6 +1,7 @@
 """The site builds without a warning, and its reference has every key, command and function."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,5 +26,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "moesvd compare" in (site / "reference/commands/index.html").read_text()
     assert "RecipeError for all that is wrong" in (site / "reference/python/index.html").read_text()
     assert "Beside other tools" in (site / "index.html").read_text()
+    for file in site.rglob("*.html"):  # nothing of the site comes from elsewhere
+        content = file.read_text()
+        assert not re.search(r'<(script|img|iframe)[^>]* src="(https?:)?//', content), file
+        assert not re.search(r'<link[^>]* rel="stylesheet"[^>]* href="(https?:)?//', content), file
+        assert 'class="mermaid"' not in content, f"{file}: the theme would load mermaid from the network"
+    assert 'href="site.css"' in (site / "index.html").read_text()
     notebook = (site / "notebook/index.html").read_text()
     assert "gptq2: mean" in notebook and "data:image/png;base64," in notebook  # what cells print and draw

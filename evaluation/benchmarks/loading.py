@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from moesvd_quant.evaluation.benchmarks.layouts import layouts
 from moesvd_quant.evaluation.benchmarks.speed import COMMON, SHAPES
 from moesvd_quant.evaluation.speed import open_model
+from moesvd_quant.model.hf_internals import no_loading_bars
 
 LIMIT = 2.0
 READ = """
@@ -42,7 +43,8 @@ def write_checkpoint(folder: Path, config: Path, layers: int, hidden: int) -> in
     size = dict(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=hidden // 64)
     described = COMMON | SHAPES["coarse"] | size
     AutoConfig.for_model(**described, head_dim=64, dtype="bfloat16").save_pretrained(config)
-    open_model(config, layout=layouts(config)["fit2.3"]).save_pretrained(folder)
+    with no_loading_bars():
+        open_model(config, layout=layouts(config)["fit2.3"]).save_pretrained(folder)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

@@ -99,20 +99,22 @@ def plot(found: Sequence[Measured], file: Path) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     texts, families = list(found[0].texts), list(dict.fromkeys(m.family for m in found))
-    figure, axes = plt.subplots(1, len(texts), figsize=(5.4 * len(texts), 5.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(texts), figsize=(3.6 * len(texts), 4.0), squeeze=False, sharey=True)
     for axis, text in zip(axes[0], texts):
         for index, family in enumerate(families):
             points = sorted((m.bytes / 1e6, m.texts[text].divergence) for m in found if m.family == family)
             marker, width = ("o", 2.2) if family in OURS else ("s", 1.0)
             axis.plot(*zip(*points), f"{marker}-", label=family, linewidth=width, markersize=4, color=f"C{index}")
-        axis.set(xscale="log", yscale="log", title=text, xlabel="MB on disk", ylabel="mean KL, nats per token")
+        axis.set(xscale="log", yscale="log", title=text, xlabel="MB on disk")
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)))
         axis.grid(alpha=0.25, which="both")
+    axes[0, 0].set_ylabel("mean KL, nats per token")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=min(5, len(labels)), frameon=False)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    across = 5 if len(texts) > 1 else 2
+    figure.legend(handles, labels, loc="lower center", ncol=across, frameon=False)
+    figure.tight_layout(rect=(0, 0.04 + 0.045 * -(-len(labels) // across), 1, 1))
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=130)
     plt.close(figure)

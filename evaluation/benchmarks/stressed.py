@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from moesvd_quant.model.hf_internals import no_loading_bars
+
 OUTLIERS, SCALE = 4, 32.0  # channels, and how much larger than others they become
 SLICES = 16  # experts that are made of one
 COLD = 2  # experts that hardly any token is sent to
@@ -132,9 +134,10 @@ STRESSES: dict[str, Callable] = {
 @torch.no_grad()
 def write_stressed(source: Path, stress: str, folder: Path, ids: torch.Tensor) -> Path:
     """Writes the model that a stress makes of the Mixtral in a folder; ids: see `hot_expert`."""
-    model = MixtralForCausalLM.from_pretrained(source).eval()
-    given = (ids,) if stress == "hot-expert" else ()
-    STRESSES[stress](model, *given).save_pretrained(folder)
+    with no_loading_bars():
+        model = MixtralForCausalLM.from_pretrained(source).eval()
+        given = (ids,) if stress == "hot-expert" else ()
+        STRESSES[stress](model, *given).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from moesvd_quant.model.hf_internals import no_loading_bars
 from tiny import tiny_tokenizer
 
 _COMMON = dict(
@@ -44,7 +45,8 @@ def synthetic(folder: Path, architecture: str, layers: int, dtype=torch.float32,
     kept: dict[str, Any] = {**_COMMON, **options, **more}
     folder.mkdir(parents=True)
     one = AutoModelForCausalLM.from_config(make(**kept, num_hidden_layers=1), dtype=torch.float32)
-    one.save_pretrained(folder / "one")
+    with no_loading_bars():
+        one.save_pretrained(folder / "one")
     del one
     with safe_open(folder / "one" / "model.safetensors", "pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

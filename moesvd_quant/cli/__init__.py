@@ -1,7 +1,6 @@
 """The command line. Verbs are thin: they read arguments, call one function, print."""
 
 import errno
-import logging
 import sys
 import traceback
 from typing import Annotated
@@ -30,20 +29,38 @@ MENDED_BY_USER = (
     errno.EDQUOT,
 )  # fmt: skip
 
+# How `moesvd --help` shows the verbs.
+PANELS = {
+    "First": ("doctor", "demo", "ls"),
+    "Look ahead": ("plan", "probe", "map"),
+    "Compress": ("run", "export", "validate"),
+    "Use": ("chat", "serve"),
+    "Measure": ("eval", "compare", "speed", "table", "report"),
+    "Several recipes": ("bench", "pareto"),
+    "Recipes of your own": ("cp", "schema"),
+}
+PANEL_OF = {verb: panel for panel, verbs in PANELS.items() for verb in verbs}
+
+
+def _verb(command) -> str:
+    return command.name or command.callback.__name__
+
+
+app.registered_commands.sort(key=lambda command: list(PANEL_OF).index(_verb(command)))
+for _command in app.registered_commands:
+    _command.rich_help_panel = PANEL_OF[_verb(_command)]
+
 
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error arose.")] = False,
 ) -> None:
-    """Makes MoE models small."""
+    """Makes Mixture-of-Experts language models small, for example: moesvd run fit budget=2.3bpw --model FOLDER"""
 
 
 def main() -> None:
     """Runs a verb. Errors that a user can mend are one message and exit code 1; others end with a traceback."""
     disable_malloc_cache()  # forecasts of memory count on it
-    # They complain of kernels that nothing here uses, or that this machine cannot have.
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     given = [argument for argument in sys.argv[1:] if argument != "--debug"]  # before or after the verb
     debug = len(given) < len(sys.argv) - 1
     try:

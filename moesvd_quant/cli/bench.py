@@ -28,7 +28,7 @@ from .common import (
 def bench(
     recipes: Annotated[list[str], typer.Argument(help="Recipes to compare, then key=value overrides for all.")],
     model: Model = None,
-    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="wikitext2, ptb, c4, a file, or name=file; repeat it.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     seeds: Annotated[
         str | None, typer.Option(help="Repeat with these seeds, by commas; shows mean and spread.")
@@ -45,15 +45,15 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Compare recipes on one model: runs each, evaluates all, prints the table, draws the plot."""
-    from ..comparison.bench import compare
-    from ..recipe.texts import named_texts
-    from ..run.threads import sync_threads
-
-    sync_threads()
     names, overrides = [r for r in recipes if "=" not in r], [r for r in recipes if "=" in r]
-    texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
     asked = tasks_of(tasks, task_data, limit, run_code)
     with progress_bars(as_json) as report:
+        from ..comparison.bench import compare
+        from ..recipe.texts import named_texts
+        from ..run.threads import sync_threads
+
+        sync_threads()
+        texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
         if seeds or samples:
             from ..comparison.sweep import sweep
             from ..evaluation.inputs import EvalSpec
@@ -81,23 +81,25 @@ def pareto(
     model: Model = None,
     budget: Annotated[list[str] | None, typer.Option(help="1.5bpw, 20GB; repeat it.")] = None,
     preset: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
-    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="wikitext2, ptb, c4, a file, or name=file; repeat it.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     out: Out = Path("pareto"),
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """The memory-perplexity front: one calibration, many budgets, and other routes to the same bytes: fewer experts,
-    ranks or bits. Says which is best at each size. GPTQ, NF4 and the paper's settings beside them."""
-    from ..comparison.pareto import front
-    from ..evaluation.table import render
-    from ..recipe.texts import named_texts
-    from ..run.threads import sync_threads
+    """The memory-perplexity front: many budgets from one calibration, and which route is best at each size.
 
-    sync_threads()
+    Other routes to the same bytes (fewer experts, ranks or bits), GPTQ, NF4 and the paper's settings stand beside them.
+    """
     budgets = budget or ["1bpw", "1.5bpw", "2bpw", "2.5bpw", "3bpw", "4bpw"]
-    texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
     with progress_bars(as_json) as report:
+        from ..comparison.pareto import front
+        from ..evaluation.table import render
+        from ..recipe.texts import named_texts
+        from ..run.threads import sync_threads
+
+        sync_threads()
+        texts, folder, where = named_texts(text or ["wikitext2"]), resolve_model(model), resolve_device(device)
         records, found, judged = front(folder, out, budgets, texts, length, preset, overrides or (), where, report)
     _print_comparison(records, found, out, as_json)
     if not as_json:
@@ -107,9 +109,9 @@ def pareto(
 @app.command()
 def demo(out: Out = Path("demo-out"), as_json: Json = False) -> None:
     """Compress the embedded model in several ways on embedded text, and print the table."""
-    from ..comparison.demo import run_demo
-
     with progress_bars(as_json) as report:
+        from ..comparison.demo import run_demo
+
         result = run_demo(out, report)
     _print_comparison(*result, out, as_json)
 

@@ -3,6 +3,8 @@
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from typing import Annotated, Literal
 
 import typer
@@ -51,25 +53,39 @@ def tasks_of(names: str | None, data: Path | None, limit: int | None, run_code: 
 
 @contextmanager
 def progress_bars(quiet: bool = False):
-    """Yields report(what, done, total), shown as bars with the time left on standard error."""
+    """Yields report(what, done, total), shown as bars with the time left on standard error. In a terminal something
+    moves from the beginning on, and whenever no bar does: imports and models take seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
     bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=quiet)
     tasks: dict = {}
+    waiting = bars.add_task("working", total=None, count="")
+    if bars.console.is_terminal:
+        bars.start()
 
     def report(what: str, done: int, total: int) -> None:
-        bars.start()  # not before there is something to show
+        bars.start()
         if what not in tasks:
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done, total=total)
+            tasks[what] = bars.add_task(what, total=total, count="")
+        bars.update(tasks[what], completed=done, total=total, count=f"{done}/{total}")
+        bars.update(waiting, visible=all(one.finished for one in bars.tasks if one.id != waiting))
 
     try:
         yield report
     finally:
-        if tasks:
+        if bars.live.is_started:
+            bars.remove_task(waiting)
             bars.stop()
+
+
+def hanging(head: str, text: str) -> str:
+    """A head and a text beside it, which in a terminal goes on below itself; one line for programs that read it."""
+    if not sys.stdout.isatty():
+        return head + text
+    wide = max(get_terminal_size().columns, len(head) + 24)
+    return fill(text, wide, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
 
 
 def print_table(records: list[dict], form: str) -> None:
@@ -82,7 +98,7 @@ def print_table(records: list[dict], form: str) -> None:
     if (tasks := task_table(records)).rows:
         print(render(tasks, form), end="")
     for doubt in doubts(records):
-        print(doubt, file=sys.stderr)
+        print(hanging("", doubt), file=sys.stderr)
 
 
 def whole_numbers(given: str | None) -> list[int]:

@@ -16,7 +16,7 @@ from .common import Device, Json, app, progress_bars
 def compare(
     original: Annotated[str, typer.Argument(help="The model that the others were made of.")],
     models: Annotated[list[str], typer.Argument(help="Models to compare with it.")],
-    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="wikitext2, ptb, c4, a file, or name=file; repeat it.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Show what each model writes after it; repeat it.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after a prompt.")] = 48,
@@ -24,16 +24,16 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """How models differ from their original: divergence of predictions, share of equal ones, what they write."""
-    from ..evaluation.compare import compare as measure
-    from ..evaluation.compare import difference_table, kind_table, position_table, write_beside
-    from ..evaluation.inputs import EvalSpec
-    from ..recipe.texts import named_texts
-    from ..run.threads import sync_threads
-
-    sync_threads()
-    source, others = resolve_model(original), _named(models)
-    wanted = EvalSpec(named_texts(text or ([] if prompt else ["wikitext2"])), length=length)
     with progress_bars(as_json) as report:
+        from ..evaluation.compare import compare as measure
+        from ..evaluation.compare import difference_table, kind_table, position_table, write_beside
+        from ..evaluation.inputs import EvalSpec
+        from ..recipe.texts import named_texts
+        from ..run.threads import sync_threads
+
+        sync_threads()
+        source, others = resolve_model(original), _named(models)
+        wanted = EvalSpec(named_texts(text or ([] if prompt else ["wikitext2"])), length=length)
         found = measure(source, others, wanted, resolve_device(device), report)
         written = write_beside(source, others, prompt or [], tokens, resolve_device(device), report)
     if as_json:

@@ -18,6 +18,7 @@ from .common import (
     Recipe,
     Workers,
     app,
+    hanging,
     print_table,
     progress_bars,
 )
@@ -37,10 +38,10 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a recipe: each stage writes a checkpoint under OUT; interrupted, the same command goes on."""
-    from ..api import compress
-
     how: Any = {"device": device, "memory": memory, "workers": workers, "executor": executor}
     with progress_bars(as_json) as report:
+        from ..api import compress
+
         made = compress(model, recipe, out, overrides or (), push=push, report=report, **how)
     records = [one.record for one in made.evaluation]
     if as_json:
@@ -84,7 +85,7 @@ def ls(as_json: Json = False) -> None:
         print(json.dumps(dict(shipped())))
         return
     for name, line in shipped():
-        print(f"{name:24} {line}")
+        print(hanging(f"{name:24} ", line))
 
 
 @app.command()

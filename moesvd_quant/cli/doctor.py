@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import typer
 
-from .common import Json, app
+from .common import Json, app, hanging
 
 
 @app.command()
@@ -19,9 +19,8 @@ def doctor(as_json: Json = False) -> None:
     else:
         width = max(len(one.name) for one in found)
         for one in found:
-            print(
-                f"{one.state:7} {one.name:{width}}  {one.value}"
-                + (f"\n{'':{width + 9}} -> {one.advice}" * bool(one.advice))
-            )
+            print(hanging(f"{one.state:7} {one.name:{width}}  ", one.value))
+            if one.advice:
+                print(hanging(" " * (width + 10) + "-> ", one.advice))
     if any(one.state is State.MISSING for one in found):
         raise typer.Exit(1)

@@ -28,7 +28,7 @@ from .models import record_places
 @app.command("eval")
 def evaluate_verb(
     folders: Annotated[list[Path], typer.Argument(help="Model folders, ours or any.")],
-    text: Annotated[list[str] | None, typer.Option(help="Known name, file, or name=file; repeat it.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="wikitext2, ptb, c4, a file, or name=file; repeat it.")] = None,
     protocol: Annotated[list[str] | None, typer.Option(help="gptq (default), lm-eval; repeat it.")] = None,
     original: Annotated[
         str | None, typer.Option(help="Model that they were made of: also say how predictions differ from its.")
@@ -48,20 +48,20 @@ def evaluate_verb(
     as_json: Json = False,
 ) -> None:
     """Perplexity, zero-shot accuracy and memory of models; writes eval.json beside weights and prints a table."""
-    from ..evaluation.inputs import EvalSpec
-    from ..evaluation.record import RECORD, evaluate, write
-    from ..memory.files import require_writable
-    from ..recipe.texts import named_texts
-
-    texts = named_texts(text or ([] if tasks else ["wikitext2"]))
-    source, asked = None if original is None else resolve_model(original), tasks_of(tasks, task_data, limit, run_code)
-    wanted = EvalSpec(texts, tuple(protocol or ["gptq"]), length, batch, stream, *asked, peak=peak, original=source)
-    records = []
-    models = {str(folder): resolve_model(str(folder)) for folder in folders}
-    places = {given: place / RECORD for given, place in record_places(models, out).items()}
-    for place in places.values():
-        require_writable(place.parent)
+    asked, records = tasks_of(tasks, task_data, limit, run_code), []
     with progress_bars(as_json) as report:
+        from ..evaluation.inputs import EvalSpec
+        from ..evaluation.record import RECORD, evaluate, write
+        from ..memory.files import require_writable
+        from ..recipe.texts import named_texts
+
+        texts = named_texts(text or ([] if tasks else ["wikitext2"]))
+        source = None if original is None else resolve_model(original)
+        wanted = EvalSpec(texts, tuple(protocol or ["gptq"]), length, batch, stream, *asked, peak=peak, original=source)
+        models = {str(folder): resolve_model(str(folder)) for folder in folders}
+        places = {given: place / RECORD for given, place in record_places(models, out).items()}
+        for place in places.values():
+            require_writable(place.parent)
         for given, folder in models.items():
             say = lambda what, done, total, folder=folder: report(f"{folder.name}: {what}", done, total)  # noqa: E731
             record = evaluate(folder, wanted, resolve_device(device), None, say)
@@ -138,14 +138,14 @@ def speed(
         counted = tensor_parallel.tensor_parallel_table(models, ratio or [], whole_numbers(batch), tp, link)
         print(render(counted, "json" if as_json else "terminal"), end="")
         return
-    from ..evaluation.speed import run_speed, write_speed
-    from ..evaluation.speed_table import speed_table
-    from ..evaluation.table import render
-    from ..run.threads import sync_threads
-
-    sync_threads()
-    found = [resolve_model(str(folder)) for folder in folders]
     with progress_bars(as_json) as report:
+        from ..evaluation.speed import run_speed, write_speed
+        from ..evaluation.speed_table import speed_table
+        from ..evaluation.table import render
+        from ..run.threads import sync_threads
+
+        sync_threads()
+        found = [resolve_model(str(folder)) for folder in folders]
         result = run_speed(
             found,
             ratio or [],

@@ -31,10 +31,10 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Forecast the bytes of every stage, exactly, memory, disk and time; show what goes where. Changes no weight."""
-    from ..api import plan as make_plan
-
     how: Any = {"device": device, "memory": memory, "workers": workers, "executor": executor}
     with progress_bars(as_json) as report:
+        from ..api import plan as make_plan
+
         made = make_plan(model, recipe, out, overrides or (), report=report, **how)
     if as_json:
         needs = {"needs": made.needs.to_dict(), "seconds": asdict(made.seconds)}

@@ -26,19 +26,19 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """What a model can bear: spectra, similarity of experts, routing, sensitivity, and the cost of `svd`, rehearsed."""
-    from ..evaluation.table import Table, render
-    from ..memory.files import write_json
-    from ..probe.report import plot_survey, survey_tables
-    from ..probe.texts import probe_folder
-    from ..probe.verdict import verdict
-    from ..recipe.load import load_recipe
-    from ..recipe.texts import named_texts
-    from ..run.threads import sync_threads
-
-    sync_threads()
-    recipe = load_recipe("svd", overrides or ())
-    texts, folder = named_texts(text or []), resolve_model(model)
     with progress_bars(as_json) as report:
+        from ..evaluation.table import Table, render
+        from ..memory.files import write_json
+        from ..probe.report import plot_survey, survey_tables
+        from ..probe.texts import probe_folder
+        from ..probe.verdict import verdict
+        from ..recipe.load import load_recipe
+        from ..recipe.texts import named_texts
+        from ..run.threads import sync_threads
+
+        sync_threads()
+        recipe = load_recipe("svd", overrides or ())
+        texts, folder = named_texts(text or []), resolve_model(model)
         found = probe_folder(folder, recipe, texts, resolve_device(device), report, alone or ())
     sentences = verdict(found)
     content = {"model": str(model), "verdict": sentences} | asdict(found)

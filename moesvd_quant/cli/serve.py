@@ -18,8 +18,11 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     device: Device = "auto",
 ) -> None:
-    """Serve a model to OpenAI's clients: chat and completions, streamed. By vLLM where it is installed and has the
-    architecture, on the device it is built for; else by transformers' own server."""
+    """Serve a model to OpenAI's clients: chat and completions, streamed.
+
+    By vLLM where it is installed and has the architecture, on the device it is built for; else by transformers' own
+    server.
+    """
     from ..run.threads import sync_threads
     from ..serving.local import become_vllm, run_server, vllm_serves
 

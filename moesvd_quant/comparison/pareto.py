@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..calibration.store import fingerprint
+from ..checkpoint.finish import origin_of
 from ..errors import UsageError
 from ..evaluation.inputs import EvalSpec, protocol_of
 from ..evaluation.paper_tables import table8
@@ -17,6 +18,7 @@ from ..evaluation.text_figures import is_compared
 from ..memory.files import read_json
 from ..model.carried import carry_files
 from ..model.experts import find_experts, find_linears, weight_parameters
+from ..model.hf_internals import no_loading_bars
 from ..model.load import load
 from ..model.stream import StreamedModel
 from ..recipe.load import load_recipe
@@ -88,9 +90,11 @@ def nf4_record(model: Path, out: Path, wanted: EvalSpec, device: str = "cpu") ->
         saved = saved_experts + sum(_round_to_nf4(linear.weight) for _, linear in find_linears(layers))
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
-        made.save_pretrained(folder)
+        with no_loading_bars():
+            made.save_pretrained(folder)
         carry_files(model, Path(folder))
         record = evaluate(folder, wanted, device, "nf4") | {"path": out.name, "source_fingerprint": source}
+        record["base_model"] = origin_of(model)["base_model"]  # not the folder's that is gone
     for key in ("disk_bytes", "resident_bytes"):
         record["memory"][key] -= saved
     item = next(layers.parameters()).element_size()

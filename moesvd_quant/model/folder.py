@@ -34,7 +34,9 @@ def require_whole(folder: Path) -> None:
 def read_config(folder: Path):
     """The transformers config of a model folder; ModelError where there is none."""
     if not (Path(folder) / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json; give a folder with a Hugging Face model")
+        below = sorted(Path(folder).glob("*/config.json"))
+        hint = f"; did you mean {below[-1].parent}?" if below else "; give a folder with a Hugging Face model"
+        raise ModelError(f"{folder}: no config.json{hint}")
     kind = read_json(Path(folder) / "config.json").get("model_type")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -96,7 +96,7 @@ def _matches(patterns, name: str) -> bool:
 
 @contextmanager
 def no_loading_bars():
-    """transformers draws a bar per call, which is one per layer here."""
+    """transformers draws a bar for each call that reads or writes weights, which is one for each layer here."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -20,7 +20,7 @@ def _removal(survey: Survey) -> str:
     costs = _first(survey)
     free = [ratio for ratio, nats in costs.items() if nats <= LITTLE]
     dear = [ratio for ratio, nats in costs.items() if nats > NOTICEABLE]
-    text = ", ".join(f"{ratio:.0%}: +{math.expm1(nats):.1%}" for ratio, nats in costs.items())
+    text = ", ".join(f"{ratio:.0%}: {math.expm1(nats):+.1%}" for ratio, nats in costs.items())
     if not free:
         return f"Removing expert parameters costs from the start (perplexity {text}); quantize instead (gptq, fit)."
     end = f"; from {dear[0]:.0%} on it hurts" if dear else ""

@@ -21,5 +21,7 @@ def read_shipped(name: str) -> str:
     """Text of a shipped recipe; RecipeError with the nearest names where there is none."""
     names = [n for n, _ in shipped()]
     if name not in names:
-        raise RecipeError(f"{name}: no such recipe or file{did_you_mean(name, names)}; shipped: {', '.join(names)}")
+        raise RecipeError(
+            f"{name}: no such recipe or file{did_you_mean(name, names)}; `moesvd ls` lists what is shipped"
+        )
     return resources.files("moesvd_quant.recipes").joinpath(f"{name}.yaml").read_text()

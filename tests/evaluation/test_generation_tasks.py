@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from moesvd_quant import cli, load
 from moesvd_quant.evaluation.task_table import task_table
 from moesvd_quant.evaluation.tasks import code
-from moesvd_quant.evaluation.zero_shot import TaskError, zero_shot
+from moesvd_quant.evaluation.zero_shot import TaskError, require_tasks, zero_shot
 from moesvd_quant.recipe.load import load_recipe
 from moesvd_quant.recipe.recipe import RecipeError
 
@@ -24,6 +24,14 @@ SUBJECTS = (
 def lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sentences(folder):
+    """A sentence splitter of nltk's that knows no abbreviations, where local files are."""
+    english = folder / "nltk_data/tokenizers/punkt_tab/english"
+    english.mkdir(parents=True, exist_ok=True)
+    for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):
+        (english / name).write_text("")
 
 
 @pytest.fixture
@@ -58,6 +66,17 @@ def test_gsm8k_reads_local_files_and_scores_what_is_written(scripted, tmp_path):
     assert all(prompt.count("example ") == 5 for prompt in scripted.prompts)
     table = task_table([{"name": "tiny", "zero_shot": found}])
     assert table.columns[1] == "gsm8k exact_match strict-match" and table.rows[0][1].startswith("50.0 ±")
+
+
+def test_lm_evals_bars_are_ours_and_nothing_else_is_said(scripted, tmp_path, capfd, monkeypatch):
+    lines(tmp_path / "gsm8k/train.jsonl", [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(6)])
+    lines(tmp_path / "gsm8k/test.jsonl", [{"question": f"{i}?", "answer": f"#### {i}"} for i in (4, 7)])
+    scripted.answers, seen = {"Answer:": " 4"}, []
+    monkeypatch.chdir(tmp_path)  # where git would complain
+    zero_shot(scripted.model, scripted.tokenizer, ["gsm8k"], str(tmp_path), progress=lambda *given: seen.append(given))
+    assert seen[0] == ("tasks: prompts", 0, 2) and seen[-1] == ("tasks: answers written", 2, 2)
+    said = capfd.readouterr()
+    assert said.out + said.err == ""
 
 
 def test_a_group_has_the_figures_of_all_its_tasks(scripted, tmp_path):
@@ -126,6 +145,73 @@ def test_what_is_missing_is_said_before_work(scripted, tmp_path, make_model):
     short = load(make_model("mixtral"))
     with pytest.raises(TaskError, match="niah_single_1: has prompts of 4096 tokens, and the model takes 256"):
         zero_shot(short, scripted.tokenizer, ["niah_single_1"])
+    lines(tmp_path / "IFEval/train.jsonl", [])
+    sentences(tmp_path)
+    with pytest.raises(TaskError, match="ifeval: has the model write 1280 tokens, and the model takes 256 in all"):
+        zero_shot(short, scripted.tokenizer, ["ifeval"], str(tmp_path))
+
+
+def test_what_tasks_need_beside_lm_eval_is_said_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("nltk.data.path", [])
+    monkeypatch.setattr("nltk.download", lambda *given, **named: False)
+    for task in ("ifeval", "niah_single_2", "ruler"):
+        with pytest.raises(TaskError, match=f"needs nltk's sentence splitter.*{tmp_path}/nltk_data/tokenizers/punkt_"):
+            require_tasks([task], str(tmp_path))
+    require_tasks(["niah_single_1", "ruler_vt"], str(tmp_path))  # they have no sentences
+    sentences(tmp_path)
+    require_tasks(["ruler"], str(tmp_path))
+    monkeypatch.setattr("moesvd_quant.evaluation.task_needs.find_spec", lambda package: None)
+    with pytest.raises(TaskError, match=r"ifeval: needs nltk, langdetect, immutabledict; pip install .*\[tasks\]"):
+        require_tasks(["ifeval"], str(tmp_path))
+
+
+def test_ifeval_reads_local_files_and_checks_each_instruction(scripted, tmp_path, monkeypatch):
+    monkeypatch.setattr("nltk.data.path", [])
+    sentences(tmp_path)
+    wanted = [
+        ("punctuation:no_comma", {}),
+        ("length_constraints:number_sentences", {"relation": "less than", "num_sentences": 3}),
+    ]
+    rows = [
+        {
+            "key": i,
+            "prompt": f"say {i}",
+            "instruction_id_list": [name for name, _ in wanted],
+            "kwargs": [k for _, k in wanted],
+        }
+        for i in range(2)
+    ]
+    lines(tmp_path / "IFEval/train.jsonl", rows)
+    scripted.answers = {"say 0": "One sentence. Another one.", "say 1": "One, with a comma. Two. Three."}
+    figures = zero_shot(scripted.model, scripted.tokenizer, ["ifeval"], str(tmp_path))["tasks"]["ifeval"]
+    assert (figures["n"], figures["metric"], figures["correct"]) == (2, "prompt_level_strict_acc", "10")
+    assert figures["inst_level_strict_acc"] == 0.5
+
+
+@pytest.mark.slow  # each task makes 500 prompts of 4096 tokens, whatever the limit
+def test_ruler_hides_needles_in_local_essays_and_questions_in_local_files(scripted, tmp_path, monkeypatch, capsys):
+    """The needle is in the prompt, within the text that the folder has; an answer that repeats it is right."""
+    monkeypatch.setattr("nltk.data.path", [])
+    sentences(tmp_path)
+    lines(tmp_path / "paul_graham_essays/train.jsonl", [{"text": "A sentence of an essay. " * 900}])
+    paragraphs = [
+        {
+            "context": f"fact {i}. " * 40,
+            "qas": [
+                {"question": f"which fact is {i}?", "answers": [{"text": f"fact {i}"}], "is_impossible": False}
+                for _ in range(20)
+            ],
+        }
+        for i in range(30)
+    ]
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    scripted.answers = {"provided text is": " 0", "Answer:": " fact 1 fact 2 fact 3"}
+    found = zero_shot(scripted.model, scripted.tokenizer, ["niah_single_2", "ruler_qa_squad"], str(tmp_path), limit=2)
+    assert not capsys.readouterr().out  # where --json writes
+    needle, other, question, _ = scripted.prompts
+    assert "A sentence of an essay." in needle and "One of the special magic numbers for" in needle
+    assert needle != other and "which fact is 0?" in question and "fact 0. fact 0." in question
+    assert found["tasks"]["niah_single_2"]["metric"] == "4096" and found["tasks"]["niah_single_2"]["n"] == 2
 
 
 def test_the_verb_evaluates_a_task_by_its_name(make_model, tmp_path, monkeypatch, capsys):

@@ -233,11 +233,12 @@ def test_table_8_is_sorted_by_bytes_in_every_form():
 
 
 def test_records_are_collected_from_folders_and_runs(tmp_path):
+    runs, tmp_path = tmp_path, tmp_path / "run"
     for record in RECORDS:
         write(record, tmp_path / record["name"] / "eval.json")
-    assert len(collect([tmp_path])) == 3
+    assert len(collect([tmp_path])) == len(collect([runs])) == 3
     assert [r["name"] for r in collect([tmp_path / "gptq4", tmp_path / "gptq3"])] == ["gptq4", "gptq3"]
-    with pytest.raises(ValueError, match=r"run `moesvd eval"):
+    with pytest.raises(ValueError, match=r"none: no eval.json in it or below"):
         collect([tmp_path / "none"])
 
 

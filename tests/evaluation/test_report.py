@@ -22,21 +22,23 @@ VOID = {"meta", "img", "br", "link"}
 
 
 class Page(HTMLParser):
-    """Checks that tags close; collects texts and what is loaded from elsewhere."""
+    """Checks that tags close; collects texts, what is loaded from elsewhere, and what is wider than a small screen."""
 
     def __init__(self, content):
         super().__init__()
-        self.open, self.texts, self.sources = [], [], []
+        self.open, self.texts, self.sources, self.boxed, self.loose = [], [], [], [], []
         self.feed(content)
         assert not self.open
 
     def handle_starttag(self, tag, attributes):
         self.sources += [value for key, value in attributes if key in ("src", "href")]
+        if tag in ("table", "pre", "img"):
+            (self.boxed if ("div", "wide") in self.open else self.loose).append(tag)
         if tag not in VOID:
-            self.open.append(tag)
+            self.open.append((tag, dict(attributes).get("class")))
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
         self.texts.append(data)
@@ -95,6 +97,17 @@ def test_a_folder_of_runs_gives_one_page_that_compares_them(run, tmp_path):
     for wanted in (f"one {manifest['name']} {size}", f"two {manifest['name']} {size}", "Recipe of two", "2 runs"):
         assert wanted in said, wanted
     assert content.count("<td>original</td>") == 1 and "paired bootstrap" in said
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_is_wide_scrolls_by_itself(run, tmp_path, several):
+    """Tables, pictures and recipes on a telephone: the page itself never becomes wider than the screen."""
+    folder = shutil.copytree(run, tmp_path / "runs" / "one").parent if several else run
+    write_report(folder, tmp_path / "x.html")
+    content = (tmp_path / "x.html").read_text()
+    page = Page(content)
+    assert page.loose == [] and {"table", "pre", "img"} <= set(page.boxed)
+    assert ".wide { overflow-x: auto; }" in content and 'name="viewport" content="width=device-width' in content
 
 
 @pytest.mark.parametrize("stage", ["01-svd", "02-gptq"])

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from moesvd_quant.evaluation.changes import changes
-from moesvd_quant.evaluation.paper_tables import TABLES, table2, table11, table12
-from moesvd_quant.evaluation.table import render
+from moesvd_quant.evaluation.paper_tables import TABLES, table2, table8, table11, table12
+from moesvd_quant.evaluation.table import Table, render
 from moesvd_quant.recipe.tasks import SEVEN
 
 
@@ -47,6 +47,32 @@ def test_table_2_has_the_columns_of_the_paper():
     partial = record("x", 1, 5.0)
     del partial["zero_shot"]["tasks"]["piqa"]
     assert table2([partial]).rows[0][-1] == table2([partial]).rows[0][-3] == "-"  # no mean of six
+
+
+def test_table_8_has_what_was_measured_by_words():
+    """Also where nothing was measured by windows: that text has no column of its own then."""
+    both, words = record("both", 2, 6.0), record("words", 1, 5.0)
+    del words["perplexity"]["wiki"]["ppl"]
+    assert table8([both, words]).columns[-2:] == ["wiki", "wiki, per word"]
+    assert [row[-2:] for row in table8([both, words]).rows] == [[6.0, 12.0], ["-", 10.0]]
+    assert table8([words]).columns[-1] == "wiki, per word" and "wiki" not in table8([words]).columns
+
+
+def test_a_table_in_a_terminal_is_no_wider_than_that(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    shown = render(Table("A title that is longer than the table below it is", ["a", "b"], [["x", 1.0]])).splitlines()
+    assert shown[0] == "A title that is longer than the table below it is"
+    wide = render(table8([record("x", 1, 5.0)])).splitlines()
+    assert max(map(len, shown + wide)) <= 50 and all(line == line.rstrip() for line in shown + wide)
+
+
+def test_a_table_that_goes_on_below_names_its_rows(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    heads, figures = ["model", "method", *(f"figure{i}" for i in range(4))], [1.0] * 4
+    shown = render(Table("", heads, [["small", "gptq", *figures], ["small", "fit", *figures]]))
+    assert shown.count("model method") == shown.count("small    fit") == 2
+    shown = render(Table("", heads, [["small", "fit", *figures], ["large", "fit", *figures]]))
+    assert shown.count("model") == 2 and shown.count("method") == 1
 
 
 def test_table_11_has_a_column_for_each_model():
