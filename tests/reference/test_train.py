@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, set_seed
 
 from moesvd_quant.errors import MoesvdError
-from moesvd_quant.reference import path, texts, train, training
+from moesvd_quant.reference import experts, path, texts, train, training
 from moesvd_quant.reference.kinds import Kind, config_of
 
 TOKENIZER = AutoTokenizer.from_pretrained(path())
@@ -123,6 +123,33 @@ def test_a_loop_written_out_gives_the_same_weights(tmp_path, monkeypatch):
 def load_saved(model, folder: Path) -> dict[str, torch.Tensor]:
     model.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_experts_in_autocast_are_transformers_own(kind):
+    """Output and gradients of its loop over experts, but for what bfloat16 rounds; float32 outside autocast."""
+    set_seed(0)
+    config = config_of(kind, TOKENIZER, LENGTH)
+    bank = AutoModelForCausalLM.from_config(config, dtype=torch.float32).model.layers[0].mlp.experts
+    hidden = torch.randn(40, 256)
+    weights, index = torch.rand(40, bank.num_experts).topk(config.num_experts_per_tok)
+
+    def run(implementation, autocast):
+        bank.config._experts_implementation = implementation
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = bank(hidden, index, weights)
+        out.float().square().sum().backward()
+        grads = [p.grad.clone() for p in bank.parameters()]
+        bank.zero_grad()
+        return [out.detach(), *grads]
+
+    def error(implementation, autocast):
+        pairs = zip(run(implementation, autocast), exact)
+        return max(float((found - one).norm() / one.norm()) for found, one in pairs)
+
+    exact = run("eager", False)
+    assert error(experts.NAME, False) < 1e-5
+    assert 1e-4 < error(experts.NAME, True) < 2 * error("eager", True)
 
 
 def test_windows_hold_the_text_and_are_made_once(corpus, tmp_path):
