@@ -39,12 +39,13 @@ SEED = 0
 class Clock(TrainerCallback):
     """Stops the Trainer at a time, makes it save every ten minutes and at its end; speed and time left for its log."""
 
-    def __init__(self, end: float, tokens: int):
-        self.end, self.tokens = end, tokens  # seconds of time.monotonic(), tokens of a step
+    def __init__(self, end: float, tokens: int, left: str):
+        self.end, self.tokens, self.left = end, tokens, left  # time.monotonic(), tokens of a step, what it is left to
         self.steps = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.began = self.saved = time.monotonic()
+        self.began = self.saved = self.logged = time.monotonic()
+        self.at = self.steps
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps, now = self.steps + 1, time.monotonic()
@@ -53,10 +54,12 @@ class Clock(TrainerCallback):
             control.should_save, self.saved = True, now
 
     def on_log(self, args, state, control, logs, **kwargs):
-        if self.steps:
-            pace = self.seconds_per_step()
-            left = min(self.end - time.monotonic(), (state.max_steps - state.global_step) * pace)
-            logs |= {"tokens/s": round(self.tokens / pace), "minutes left": round(left / 60, 1)}
+        if self.steps > self.at:
+            now = time.monotonic()
+            pace = (now - self.logged) / (self.steps - self.at)
+            left = min(self.end - now, (state.max_steps - state.global_step) * pace)
+            logs |= {"tokens/s": round(self.tokens / pace), self.left: round(left / 60, 1)}
+            self.logged, self.at = now, self.steps
 
     def seconds_per_step(self) -> float:
         return (time.monotonic() - self.began) / self.steps
@@ -91,7 +94,7 @@ class Training:
         """Checkpoint of the cooled model. Runs again from its own last checkpoint where there is one."""
         self._check()
         begun = time.monotonic()
-        clock = self._clock(begun + (1 - COOLDOWN) * (self.end - begun))
+        clock = self._clock(begun + (1 - COOLDOWN) * (self.end - begun), "minutes until cooling")
         trunk = self._phase(self.folder / "trunk", max(1, round((1 - COOLDOWN) * self.steps)), 0, None, clock)
         at = steps_of(trunk)
         cool = max(1, round(at * COOLDOWN / (1 - COOLDOWN)))
@@ -100,7 +103,7 @@ class Training:
         branch = self.folder / f"cooled-{at}-{cool}"
         for old in set(self.folder.glob("cooled-*")) - {branch}:
             shutil.rmtree(old)
-        return self._phase(branch, at + cool, cool, trunk, self._clock(math.inf))
+        return self._phase(branch, at + cool, cool, trunk, self._clock(math.inf, "minutes left"))
 
     def _check(self) -> None:
         """Batches come in the order in which they would have come: only where they are the same."""
@@ -111,8 +114,8 @@ class Training:
         self.folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(mine))
 
-    def _clock(self, end: float) -> Clock:
-        return Clock(end, self.batch * len(self.windows[0]["input_ids"]))
+    def _clock(self, end: float, left: str) -> Clock:
+        return Clock(end, self.batch * len(self.windows[0]["input_ids"]), left)
 
     def _phase(self, folder: Path, until: int, cool: int, start: Path | None, clock: Clock) -> Path:
         """Trains to step `until`, cooling down for the last `cool`, on from the checkpoint in `folder`, or `start`."""
