@@ -2,9 +2,11 @@
 
 make train-reference TRAIN="--data FOLDER [--minutes M] [--kind fine]"
 
-FOLDER holds *.jsonl or *.jsonl.gz (field `text`), one file per source; files with `.valid.` in their names are only
-measured on. An optional sources.json in it, {name: "origin, licence"}, goes to the card. The same command again goes on
-from its own checkpoint. To train on less text, give a folder of shorter files (`zcat A | head -n 5000 | gzip > B`).
+FOLDER holds *.jsonl, *.jsonl.gz or *.jsonl.xz (field `text`), one file per source; files with `.valid.` in their names
+are only measured on. An optional sources.json in it, {name: "origin, licence"}, goes to the card. The same command again
+goes on from its own checkpoint. To train on less text, give a folder of shorter files:
+
+zcat A.jsonl.gz | head -n 5000 | xz -9 > less/A.jsonl.xz
 """
 
 import json

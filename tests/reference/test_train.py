@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 import random
 from pathlib import Path
 
@@ -23,12 +24,12 @@ STEP = BATCH * LENGTH
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """Two sources of text, one packed, and a held-out file."""
+    """Two sources of text, packed in two ways, and a held-out file."""
     draw, folder = random.Random(0), tmp_path / "corpus"
     folder.mkdir()
-    for name, documents in (("wiki.train", 60), ("code.train", 20), ("wiki.valid", 10)):
+    for name, documents in (("wiki.train.jsonl.gz", 60), ("code.train.jsonl.xz", 20), ("wiki.valid.jsonl.gz", 10)):
         made = [" ".join(draw.choices(["one", "two", "three", "four"], k=40)) for _ in range(documents)]
-        with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
+        with (gzip if name.endswith("gz") else lzma).open(folder / name, "wt") as file:
             file.write("\n".join(json.dumps({"text": text}) for text in made))
     return folder
 
@@ -85,7 +86,7 @@ def test_the_result_is_a_plain_model_with_its_card(kind, corpus, tmp_path, small
     card = (folder / "README.md").read_text()
     printed = card.partition("| wiki | ")[2].partition(" |")[0]
     assert float(printed) == pytest.approx(float(perplexity), rel=0.02)
-    assert "code.train.jsonl.gz: unstated" in card and f"{5 * STEP / 1e6:.1f} M tokens: 5 steps" in card
+    assert "code.train.jsonl.xz: unstated" in card and f"{5 * STEP / 1e6:.1f} M tokens: 5 steps" in card
 
 
 def test_a_loop_written_out_gives_the_same_weights(tmp_path, monkeypatch):
@@ -153,9 +154,9 @@ def test_experts_in_autocast_are_transformers_own(kind):
 
 
 def test_windows_hold_the_text_and_are_made_once(corpus, tmp_path):
-    file = corpus / "code.train.jsonl.gz"
+    file = corpus / "code.train.jsonl.xz"
     made = texts.windows(file, TOKENIZER, LENGTH, tmp_path / "cache")
-    with gzip.open(file, "rt") as lines:
+    with lzma.open(file, "rt") as lines:
         whole = "".join(json.loads(line)["text"] + TOKENIZER.eos_token for line in lines)
     read = TOKENIZER.decode(np.concatenate(made["input_ids"]))
     assert whole.startswith(read) and len(whole) - len(read) < 10 * LENGTH
