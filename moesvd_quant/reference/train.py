@@ -2,9 +2,9 @@
 
 make train-reference TRAIN="--data FOLDER [--minutes M] [--kind fine]"
 
-FOLDER holds *.jsonl, *.jsonl.gz or *.jsonl.xz (field `text`), one file per source; files with `.valid.` in their names
-are only measured on. An optional sources.json in it, {name: "origin, licence"}, goes to the card. The same command again
-goes on from its own checkpoint. To train on less text, give a folder of shorter files:
+FOLDER holds *.jsonl, *.jsonl.gz or *.jsonl.xz (field `text`), one file per source; those with `.valid.` in their names
+are only measured on. An optional sources.json in it, {name: "origin, licence"}, goes to the card. The same command
+again goes on from its own checkpoint. To train on less text, give a folder of shorter files:
 
 zcat A.jsonl.gz | head -n 5000 | xz -9 > less/A.jsonl.xz
 """
@@ -42,6 +42,7 @@ def main(
 ) -> None:
     """Trains, saves the model in OUT/KIND with its card, and prints its perplexities."""
     end = time.monotonic() + 60 * minutes
+    place = torch.device(resolve_device(device))
     train_files, valid_files = text_files(data)
     # The embedded model's own: perplexities per token of all reference models can be compared.
     tokenizer = AutoTokenizer.from_pretrained(embedded())
@@ -49,7 +50,6 @@ def main(
     learnt = mixed([windows(file, tokenizer, length, cache) for file in train_files], SEED)
     valid = {file.name.split(".")[0]: windows(file, tokenizer, length, cache) for file in valid_files}
     valid = {name: text.take(min(VALID_WINDOWS, len(text))) for name, text in valid.items()}
-    place = torch.device(resolve_device(device))
     config = config_of(kind, tokenizer, length)
     steps = tokens // (batch * length)
     checkpoint = Training(config, learnt, out / f"{kind}-checkpoints", batch, steps, place, end).run()
