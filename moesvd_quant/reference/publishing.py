@@ -12,7 +12,7 @@ from .kinds import ROUTER_LOSS, Kind
 from .texts import VALID_WINDOWS, collate
 from .training import COOLDOWN, PEAK, SEED, WARMUP_STEPS, arguments, steps_of
 
-SHARD = "15MB"
+SHARD = "16MB"
 ARCHITECTURE = {
     Kind.mixtral: "Mixtral: 8 experts of {0.intermediate_size} hidden units, 2 for each token",
     Kind.fine: "Qwen2-MoE: 64 experts of {0.moe_intermediate_size} hidden units, 8 for each token, and a shared one of"
