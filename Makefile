@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow everything down, many times over, where another process wants the core.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware bench-gpu docs clean bench-papers test-more test-transformers bench-compress bench-peers
+.PHONY: venv venv-vllm test test-peer test-slow lint demo arch-table bench-quality bench-scale bench-workers bench-healing bench-ablations bench-budget bench-forecast bench-speed bench-loading bench-stress bench-hardware bench-gpu docs clean bench-papers test-more test-transformers bench-compress bench-peers train-reference
 
 venv: .venv/.installed
 
@@ -95,11 +95,11 @@ LM := $(SHARED)/data/eval/lm
 COMMA := ,
 SPACE := $(subst ,, )
 # Text of every kind that is to be kept: what the model itself was trained on, code included.
-TRAIN := $(LM)/wikitext-2-tokens/wiki.train.tokens.gz,$(subst $(SPACE),$(COMMA),$(foreach kind,wiki books code technical_docs dialogue_crd3,$(CORPUS)/$(kind).train.jsonl.gz))
+HEALING_TEXT := $(LM)/wikitext-2-tokens/wiki.train.tokens.gz,$(subst $(SPACE),$(COMMA),$(foreach kind,wiki books code technical_docs dialogue_crd3,$(CORPUS)/$(kind).train.jsonl.gz))
 
 bench-healing: venv
 	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.healing $(patsubst %/config.json,%,$(wildcard $(SHARED)/models/*/config.json)) --out bench-healing \
-	  --calibrate $(CALIBRATE) --train $(TRAIN) \
+	  --calibrate $(CALIBRATE) --train $(HEALING_TEXT) \
 	  --text wikitext2=$(LM)/wikitext-2-raw/wiki.test.raw.gz --text ptb=$(LM)/ptb/ptb.test.txt.gz \
 	  --text code=$(CORPUS)/code.valid.jsonl.gz --tokens $(TOKENS) --stride $(STRIDE)
 
@@ -121,6 +121,14 @@ bench-loading: venv
 # `fit` on models that are hard to compress, beside all else in its bytes. STRESS: options, for example --only top-1
 bench-stress: venv
 	$(BIN)/python -m moesvd_quant.evaluation.benchmarks.stress $(STRESS)
+
+# Trains a reference model, in as many sittings as it takes: hours on CPUs, minutes on a GPU. TRAIN: all options, for example
+# --data FOLDER --minutes 60 --kind fine, or --help. For less text, a folder of shorter files, which xz makes a quarter smaller than gzip:
+# zcat A.jsonl.gz | head -n 5000 | xz -9 > less/A.jsonl.xz
+TRAIN ?= --data $(CORPUS)
+
+train-reference: venv
+	$(BIN)/python -m moesvd_quant.reference.train $(TRAIN)
 
 # Seconds per million weights that compression takes, by what it does: one thread, minutes. COMPRESS="--shapes coarse --recipes gptq3"
 bench-compress: venv

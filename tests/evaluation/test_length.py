@@ -12,9 +12,9 @@ from moesvd_quant.evaluation.perplexity import in_memory, perplexity, too_long
 from moesvd_quant.evaluation.record import doubts
 from moesvd_quant.model.positions import usual_length
 from moesvd_quant.reference import path
-from moesvd_quant.reference.train import LENGTH
 
 FOLDER = path()
+LENGTH = 256  # what the embedded model was trained on, by its card
 TOKENIZER = AutoTokenizer.from_pretrained(FOLDER)
 MODEL = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
 
