@@ -27,7 +27,7 @@ test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy moesvd_quant
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 # Our 4-bit result against GPTQModel's own on the same windows: a change of either that matters shows here.
 test-peer: venv
@@ -36,7 +36,7 @@ test-peer: venv
 # Slow tests worth their minutes on every submission: whole commands, several processes, the wheel in an environment of its own, the
 # notebook, GPTQModel reading exports, lm-eval's prompts.
 test-more: venv
-	$(BIN)/pytest -n 2 -m "slow and not long"
+	$(BIN)/pytest -n 2 --dist worksteal -m "slow and not long"
 
 # What we need of transformers, on the lowest version that pyproject allows and on the newest that was tried. Each has its own packages
 # and finds all others in .venv.

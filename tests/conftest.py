@@ -53,7 +53,15 @@ def text(tmp_path_factory) -> Path:
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 7))) for _ in range(200)]
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(draw.choices(words, k=3000)))
+    path.write_text(" ".join(draw.choices(words, k=6000)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def page(text) -> Path:
+    """The beginning of it, to evaluate on where many models are."""
+    path = text.with_name("page.txt")
+    path.write_text(text.read_text()[:8000])
     return path
 
 

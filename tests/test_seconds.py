@@ -101,7 +101,8 @@ def test_rates_are_seconds_of_this_machine(model, tmp_path, small):
     assert 0.05 < rates.products / (min(times) / 2 / 1024**3) < 20  # other tests share the machine
 
 
-def test_a_plan_says_what_is_left_to_do(model, tmp_path, small):
+def test_a_plan_says_what_is_left_to_do(model, tmp_path, small, monkeypatch):
+    monkeypatch.setenv("MOESVD_CACHE", str(tmp_path / "cache"))
     given = ["plan", "gptq3", *small, "--model", str(model), "--out", str(tmp_path)]
     told = CliRunner().invoke(app, given)
     assert "time: about" in told.output and "without evaluation" in told.output, told.output

@@ -10,8 +10,8 @@ from moesvd_quant.errors import UsageError
 from moesvd_quant.evaluation.inputs import EvalSpec
 
 
-def test_every_seed_and_size_is_measured_once(make_model, text, tmp_path, small):
-    arguments = (make_model("mixtral"), ["svd"], tmp_path, EvalSpec({"words": str(text)}, length=64), [0, 1], [12, 24])
+def test_every_seed_and_size_is_measured_once(make_model, page, tmp_path, small):
+    arguments = (make_model("mixtral"), ["svd"], tmp_path, EvalSpec({"words": str(page)}, length=64), [0, 1], [12, 24])
     records, table = sweep(*arguments, small)
     swept = [(r["sweep"]["samples"], r["sweep"]["seed"]) for r in records if "sweep" in r]
     assert swept == [(12, 0), (12, 1), (24, 0), (24, 1)]
@@ -27,11 +27,11 @@ def test_every_seed_and_size_is_measured_once(make_model, text, tmp_path, small)
     assert times == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}  # nothing was done again
 
 
-def test_recipes_that_differ_in_options_are_rows_of_their_own(make_model, text, tmp_path, small):
+def test_recipes_that_differ_in_options_are_rows_of_their_own(make_model, page, tmp_path, small):
     for name, size in (("small-groups", 16), ("large-groups", 32)):
         (tmp_path / f"{name}.yaml").write_text(f"stages: [{{gptq: {{bits: 3, group_size: {size}}}}}]")
     files = [str(tmp_path / f"{name}.yaml") for name in ("small-groups", "large-groups")]
-    wanted = EvalSpec({"words": str(text)}, length=64)
+    wanted = EvalSpec({"words": str(page)}, length=64)
     _, table = sweep(make_model("mixtral"), files, tmp_path / "out", wanted, [0, 1], [12], small)
     assert [row[:3] for row in table.rows[1:]] == [["gptq3 (small-groups)", 12, 2], ["gptq3 (large-groups)", 12, 2]]
 

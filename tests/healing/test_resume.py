@@ -55,7 +55,7 @@ def kill_at(monkeypatch, name: str, step: int):
 @pytest.mark.parametrize(
     "more,steps",
     [
-        ("", 4),
+        pytest.param("", 4, marks=pytest.mark.slow),
         pytest.param("", 8, marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(", batch: 2, train: factors, in_turn: true", 8, marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(", batch: 2, objective: distill", 8, marks=[pytest.mark.slow, pytest.mark.long]),

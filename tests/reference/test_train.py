@@ -53,6 +53,7 @@ def sitting(corpus: Path, out: Path, steps: int, **options) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", Kind)
 def test_many_sittings_make_the_weights_of_one(kind, corpus, tmp_path, small):
     once = sitting(corpus, tmp_path / "once", 10, kind=kind)

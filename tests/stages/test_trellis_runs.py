@@ -42,7 +42,8 @@ def forms_of(plan) -> set[str]:
     return {form["format"] for form in forms}
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", pytest.param("qwen2_moe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
 def test_a_budget_of_both_formats_is_met_and_loads_by_all_routes(make_model, tmp_path, small, architecture):
     run = make(tmp_path, make_model(architecture, torch.bfloat16), small, FIT)
     planned = plan_stages(run)
