@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
-PROFILE = 2.5  # products with a Gram matrix that a decomposition and its forecast take
+# Products with a Gram matrix that a decomposition is worth, with its forecast, its errors and what is read back: fitted
+# to what runs took (docs/results/compress.md).
+PROFILE = 7.0
 
 
 class Effort(NamedTuple):
