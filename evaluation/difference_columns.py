@@ -1,6 +1,12 @@
-"""How models differ from their original, as columns of tables: only where it was measured."""
+"""What texts records have figures of; how models differ from their original, as columns of tables: only where it was
+measured."""
 
 MEASURES = ("mean", "top1")
+
+
+def texts_of(records: list[dict]) -> list[str]:
+    """Names of all texts that some record has figures of."""
+    return list(dict.fromkeys(text for record in records for text in record["perplexity"]))
 
 
 def compared_texts(records: list[dict]) -> list[str]:

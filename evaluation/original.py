@@ -39,11 +39,7 @@ def original_predictions(original: Path, windows: torch.Tensor, device: str, rep
 def walk_over(model: StreamedModel, windows: torch.Tensor) -> None:
     """Takes windows (n, length) through the layers of a model, after which its `predictions` can be asked for, more
     than once. Its hidden states are in a file without a name: those of two models may not fit in memory."""
+    at_once = max(1, BATCH_TOKENS // windows.shape[1])
     with TemporaryDirectory() as scratch:  # the file needs no folder once it is open
-        for _ in model.walk(windows, batch_of(windows), Path(scratch)):
+        for _ in model.walk(windows, at_once, Path(scratch)):
             pass
-
-
-def batch_of(windows: torch.Tensor) -> int:
-    """Windows at a time."""
-    return max(1, BATCH_TOKENS // windows.shape[1])

@@ -11,6 +11,7 @@ from .difference_columns import (
     difference_heads,
     difference_means,
     same_tokens,
+    texts_of,
 )
 from .table import Table
 from .task_table import score, tasks_in
@@ -64,7 +65,7 @@ def _word_figures(record: dict, texts: list[str]) -> list[str | float]:
 def table2(records: list[dict]) -> Table:
     """The paper's Table 2: what was removed, tokens per second, perplexities, the seven tasks and their mean; then
     other tasks, and differences from the original."""
-    texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
+    texts = texts_of(records)
     compared = compared_texts(records)
     words = _by_word(records)
     more = [t for t in dict.fromkeys(t for r in records for t in tasks_in(r)) if t not in SEVEN]
@@ -128,7 +129,7 @@ def table12(records: list[dict]) -> Table:
         key = sweep["method"], sweep["samples"], sweep.get("digest"), sweep.get("recipe")
         groups.setdefault(key, []).append(record)
     alike = Counter((method, samples) for method, samples, *_ in groups)
-    texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
+    texts = texts_of(records)
     tasks = [task for task in SEVEN if any(task in tasks_in(r) for r in records)]
     compared = compared_texts(records)
     rows: list[list[str | float]] = []

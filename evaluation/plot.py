@@ -5,17 +5,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from .difference_columns import compared_texts, difference_of
+from .difference_columns import compared_texts, difference_of, texts_of
 
 
 def family(name: str) -> str:
     """A method without its figures: gptq of gptq4, svd-gptq of svd40-gptq3, svd-gptq@ of svd-gptq@2bpw."""
     return re.sub(r"(?<=[a-z]{3})\d+", "", re.sub(r"@.*", "@", name))
-
-
-def texts_of(records: list[dict]) -> list[str]:
-    """Names of all texts whose perplexity was measured."""
-    return list(dict.fromkeys(text for r in records for text in r["perplexity"]))
 
 
 def plot_bytes(records: list[dict], file: Path) -> None:

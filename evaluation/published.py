@@ -4,7 +4,7 @@ import re
 
 from ..errors import UsageError
 from ..recipe.tasks import SEVEN
-from .difference_columns import compared_texts, difference_cells, difference_heads
+from .difference_columns import compared_texts, difference_cells, difference_heads, texts_of
 from .perplexity import relative_change
 from .table import Table
 from .task_table import task_table, tasks_in
@@ -16,7 +16,7 @@ def table8_as_printed(records: list[dict]) -> Table:
     """MoE-SVD's Table 8: a block of rows for each model, memory when loaded, perplexity on each text and, where it was
     measured, the difference from the original; a column for each method. UsageError where two records of a model are of
     one column, or none is of any."""
-    texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
+    texts = texts_of(records)
     models: dict[str, dict[str, dict]] = {}
     for record in records:
         column = column_of(record["name"])
@@ -72,7 +72,7 @@ def table12_paired(records: list[dict]) -> Table:
     divergence of predictions, which needs no test: it is zero for the original alone.
     """
     originals = {model_of(record): record for record in records if record["name"] == "original"}
-    texts = list(dict.fromkeys(text for r in records for text in r["perplexity"]))
+    texts = texts_of(records)
     tasks = [task for task in SEVEN if any(task in tasks_in(r) for r in records)]
     compared = compared_texts(records)
     rows: list[list[str | float]] = []

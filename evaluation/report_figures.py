@@ -8,10 +8,10 @@ import numpy as np
 
 from ..checkpoint.density import expert_bits
 from ..memory.files import read_json
-from .difference_columns import compared_texts
+from .difference_columns import compared_texts, texts_of
 from .memory import KINDS, disk_bytes
 from .page import Picture, svg
-from .plot import figure_bytes, figure_divergence, texts_of
+from .plot import figure_bytes, figure_divergence
 from .report_stage import PROJECTIONS, Stage, mean_error
 
 DIVERGENCE = (

@@ -5,10 +5,10 @@ from pathlib import Path
 from ..memory.files import read_json
 from ..runtime.modeling_moesvd import MANIFEST
 from .changes import change_table, changes
-from .difference_columns import compared_texts
+from .difference_columns import compared_texts, texts_of
 from .page import Picture, svg, write_page
 from .paper_tables import table8
-from .plot import figure_bytes, figure_divergence, texts_of
+from .plot import figure_bytes, figure_divergence
 from .record import RECORD, collect
 from .report_figures import DIVERGENCE
 from .table import Table

@@ -94,6 +94,11 @@ def now() -> Seconds:
     return Seconds(time.process_time(), time.perf_counter())
 
 
+def whole(spent: dict[str, Seconds]) -> Seconds:
+    """Of all phases together."""
+    return functools.reduce(Seconds.__add__, spent.values())
+
+
 class Clock:
     """Seconds by phase; what is called within a phase counts for its own."""
 
@@ -122,7 +127,7 @@ class Clock:
     def total(self) -> Seconds:
         """Of all phases, up to now."""
         self._charge()
-        return functools.reduce(Seconds.__add__, self.spent.values())
+        return whole(self.spent)
 
 
 @contextmanager
@@ -192,11 +197,11 @@ def expert_weights(folder: Path) -> int:
 
 def rows_of(figures: dict[tuple[str, str], dict[str, Seconds]]) -> list[list[str]]:
     """A row for each phase and the whole, with processor and wall seconds of each (shape, recipe)."""
-    wholes = {key: functools.reduce(Seconds.__add__, spent.values()) for key, spent in figures.items()}
+    wholes = [whole(spent) for spent in figures.values()]
     rows = []
     for phase in [*PHASES, OTHER]:
         rows.append([phase, *(_cell(spent[phase]) for spent in figures.values())])
-    return [*rows, ["**whole**", *map(_cell, wholes.values())]]
+    return [*rows, ["**whole**", *map(_cell, wholes)]]
 
 
 def _cell(seconds: Seconds) -> str:
@@ -246,8 +251,7 @@ def main() -> int:
                 millions = expert_weights(model) / 1e6
                 spent = clock.spent.items()
                 figures[shape, recipe] = {phase: Seconds(*(t / millions for t in took)) for phase, took in spent}
-                whole = functools.reduce(Seconds.__add__, clock.spent.values()).wall
-                took = f"{whole:.0f} s ({forecast:.0f} s were forecast)"
+                took = f"{whole(clock.spent).wall:.0f} s ({forecast:.0f} s were forecast)"
                 print(f"{shape}, {recipe}: {millions:.0f} million weights in {took}", file=sys.stderr, flush=True)
     head = ["processor (wall) seconds", *(f"{recipe}, {shape}" for shape, recipe in figures)]
     for line in [head, ["-"] * len(head), *rows_of(figures)]:

@@ -8,7 +8,6 @@ what the GPU's memory and arithmetic would allow; seconds to compress experts of
 does not reach is named. On a CPU (`--device cpu --small`) it is a rehearsal, whose figures mean nothing.
 """
 
-import functools
 import os
 import tempfile
 import time
@@ -19,7 +18,7 @@ import torch
 import typer
 from transformers import AutoConfig
 
-from moesvd_quant.evaluation.benchmarks.compress import RECIPES, Seconds, compress, expert_weights, prepared
+from moesvd_quant.evaluation.benchmarks.compress import RECIPES, compress, expert_weights, prepared, whole
 from moesvd_quant.evaluation.benchmarks.layouts import layouts, trellis
 from moesvd_quant.evaluation.random_model import open_model, uniform_layout
 from moesvd_quant.evaluation.speed import measure
@@ -119,8 +118,8 @@ def compression(device: torch.device, small: bool, recipe: str, out: Path) -> di
     clock = compress(prepared(model, recipe, out / recipe, 4 if small else 64, 64 if small else 1024, str(device)))
     millions = expert_weights(model) / 1e6
     spent = {phase: seconds.wall / millions for phase, seconds in clock.spent.items() if seconds.wall}
-    whole = functools.reduce(Seconds.__add__, clock.spent.values()).wall / millions
-    return {"whole": whole} | dict(sorted(spent.items(), key=lambda item: -item[1])[:3])
+    together = whole(clock.spent).wall / millions
+    return {"whole": together} | dict(sorted(spent.items(), key=lambda item: -item[1])[:3])
 
 
 def main(

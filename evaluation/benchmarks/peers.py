@@ -29,6 +29,7 @@ from moesvd_quant.evaluation.benchmarks.peer_engines import (
 from moesvd_quant.evaluation.benchmarks.peer_table import Measured, OnText, plot, table, verdicts
 from moesvd_quant.evaluation.difference import difference
 from moesvd_quant.evaluation.memory import disk_bytes
+from moesvd_quant.evaluation.original import original_predictions
 from moesvd_quant.evaluation.perplexity import perplexity
 from moesvd_quant.evaluation.table import render, save
 from moesvd_quant.memory.files import read_json, write_json
@@ -80,13 +81,11 @@ def ours() -> dict[str, tuple[str, list[str]]]:
 @dataclass(frozen=True)
 class Task:
     """What all engines are given. windows: {text: (n, length) int64} in the order of their names, which is also that of
-    `file`; originals: the model after its walk through each text, in float32, whose `predictions` are asked for again
-    for each engine, so that no logits lie on disk; weights: of its routed experts; vocabulary: tokens that it knows."""
+    `file`; perplexities: of the model; weights: of its routed experts; vocabulary: tokens that it knows."""
 
     model: Path
     file: Path
     windows: dict[str, torch.Tensor]
-    originals: dict[str, StreamedModel]
     perplexities: dict[str, float]
     weights: int
     vocabulary: int
@@ -95,6 +94,11 @@ class Task:
 def in_float32(folder: Path, windows: torch.Tensor) -> Iterator[torch.Tensor]:
     """Logits (batch, length, vocabulary)."""
     return StreamedModel(folder, torch.float32).logits(windows)
+
+
+def original_of(model: Path, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Logits (batch, length, vocabulary), in float32, of one walk for all engines."""
+    return original_predictions(model, windows, "cpu", lambda what, done, total: None)
 
 
 def prepare(model: Path, out: Path, texts: dict[str, str], given: list[str], length: int) -> Task:
@@ -107,15 +111,8 @@ def prepare(model: Path, out: Path, texts: dict[str, str], given: list[str], len
     if not same(file, given_to_all):
         save_file(given_to_all, file)
         write_importance(model, file)
-    originals = {name: StreamedModel(model, torch.float32) for name in windows}
-    for name, walked in originals.items():
-        for _ in walked.walk(windows[name]):
-            pass
-    found = {
-        name: perplexity(lambda given, batch, name=name: originals[name].predictions(), own).ppl
-        for name, own in windows.items()
-    }
-    return Task(model, file, windows, originals, found, parameters_of(job.meta), job.meta.config.vocab_size)
+    found = {name: perplexity(lambda own, batch: original_of(model, own), own).ppl for name, own in windows.items()}
+    return Task(model, file, windows, found, parameters_of(job.meta), job.meta.config.vocab_size)
 
 
 def same(file: Path, wanted: dict[str, torch.Tensor]) -> bool:
@@ -131,7 +128,7 @@ def measured(name: str, family: str, made: Made, task: Task, logits: Iterator[to
     for text, windows in task.windows.items():
         alike = torch.zeros_like(windows[:, 1:])  # kinds of tokens are not told apart
         try:
-            one = difference(task.originals[text].predictions(), islice(logits, len(windows)), windows, alike)
+            one = difference(original_of(task.model, windows), islice(logits, len(windows)), windows, alike)
         except UsageError as why:
             raise PeerError(f"{name}: {text}: {why}") from why
         found[text] = OnText(task.perplexities[text] * (1 + one.change["change"]), one.mean, one.top1)

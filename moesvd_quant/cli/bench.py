@@ -17,6 +17,7 @@ from .common import (
     TaskData,
     TaskLimit,
     TaskNames,
+    Texts,
     app,
     progress_bars,
     tasks_of,
@@ -28,7 +29,7 @@ from .common import (
 def bench(
     recipes: Annotated[list[str], typer.Argument(help="Recipes to compare, then key=value overrides for all.")],
     model: Model = None,
-    text: Annotated[list[str] | None, typer.Option(help="wikitext2, ptb, c4, a file, or name=file; repeat it.")] = None,
+    text: Texts = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     seeds: Annotated[
         str | None, typer.Option(help="Repeat with these seeds, by commas; shows mean and spread.")
@@ -81,7 +82,7 @@ def pareto(
     model: Model = None,
     budget: Annotated[list[str] | None, typer.Option(help="1.5bpw, 20GB; repeat it.")] = None,
     preset: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
-    text: Annotated[list[str] | None, typer.Option(help="wikitext2, ptb, c4, a file, or name=file; repeat it.")] = None,
+    text: Texts = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     out: Out = Path("pareto"),
     device: Device = "auto",

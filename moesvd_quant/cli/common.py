@@ -28,6 +28,7 @@ Recipe = Annotated[
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, for example svd.ratio=0.6.")]
 
+Texts = Annotated[list[str] | None, typer.Option(help="wikitext2, ptb, c4, a file, or name=file; repeat it.")]
 TaskNames = Annotated[
     str | None, typer.Option(help="Tasks by lm-eval's names and commas; zero-shot: the paper's seven.")
 ]

@@ -9,14 +9,14 @@ import typer
 
 from ..errors import UsageError
 from ..model.named import resolve_device, resolve_model
-from .common import Device, Json, app, progress_bars
+from .common import Device, Json, Texts, app, progress_bars
 
 
 @app.command()
 def compare(
     original: Annotated[str, typer.Argument(help="The model that the others were made of.")],
     models: Annotated[list[str], typer.Argument(help="Models to compare with it.")],
-    text: Annotated[list[str] | None, typer.Option(help="wikitext2, ptb, c4, a file, or name=file; repeat it.")] = None,
+    text: Texts = None,
     length: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Show what each model writes after it; repeat it.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write after a prompt.")] = 48,

@@ -16,6 +16,7 @@ from .common import (
     TaskData,
     TaskLimit,
     TaskNames,
+    Texts,
     app,
     print_table,
     progress_bars,
@@ -28,7 +29,7 @@ from .models import record_places
 @app.command("eval")
 def evaluate_verb(
     folders: Annotated[list[Path], typer.Argument(help="Model folders, ours or any.")],
-    text: Annotated[list[str] | None, typer.Option(help="wikitext2, ptb, c4, a file, or name=file; repeat it.")] = None,
+    text: Texts = None,
     protocol: Annotated[list[str] | None, typer.Option(help="gptq (default), lm-eval; repeat it.")] = None,
     original: Annotated[
         str | None, typer.Option(help="Model that they were made of: also say how predictions differ from its.")

@@ -80,6 +80,11 @@ class Memory:
         return max(1, min(count, (self.free() - reserve) // each))
 
 
+def experts_of_a_token(config) -> int:
+    """How many experts a token is sent to, as a config says it; 0 where it says nothing."""
+    return max(getattr(config, name, None) or 0 for name in CHOSEN)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Bytes that a walk through a model has to do with."""
@@ -100,7 +105,7 @@ class Sizes:
         heads = getattr(config, "num_attention_heads", 1) if config._attn_implementation == "eager" else 0
         scores = 3 * heads * rows * shape[1]
         # Pairs of a token and an expert: their inputs, then their outputs, weighted and in the order of the tokens.
-        chosen = 2 * max((getattr(config, name, None) or 0 for name in CHOSEN), default=0)
+        chosen = 2 * experts_of_a_token(config)
         activations = 4 * (rows * ((8 + chosen) * config.hidden_size + 4 * inner) + scores)
         return Sizes(item, max(layers), config.hidden_size * item, activations)
 

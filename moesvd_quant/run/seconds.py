@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 import torch
 
@@ -10,15 +12,16 @@ from ..calibration.effect import LAYERS, TOKENS
 from ..calibration.recording import linear_sums
 from ..calibration.written import ROUNDS
 from ..evaluation.flops import flops_per_token
+from ..memory.limits import experts_of_a_token
 from ..model.experts import expert_count, find_experts, is_shared, shapes_of
 from ..model.stream import StreamedModel
 from ..recipe.effort import Effort
 from ..recipe.stage import Stage, packing_stage
+from .forecast import SINGLE
 
 SIDE, ROWS = 1024, 128  # of the matrices that rates are measured on
 REPEATS = 3
 TRAINED = 4  # walks' worth of operations of a token that is trained on: forward, backward (two), the teacher
-SINGLE = 4
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,10 @@ def measured_rates(stages: Sequence[Stage], device: torch.device) -> Rates:
     generator = torch.Generator().manual_seed(0)
     tall = torch.randn(2 * SIDE, SIDE, generator=generator).to(device)
     gram = tall.T @ tall
-    small = gram[: SIDE // 2, : SIDE // 2].double()
+    small = gram[: SIDE // 2, : SIDE // 2].contiguous()
     products = _least(lambda: tall @ gram, device) / (4 * SIDE**3)
     factors = _least(lambda: torch.linalg.cholesky_ex(gram), device) / (SIDE**3 / 3)
-    eigen = _least(lambda: torch.linalg.eigh(small.float()), device) / (SIDE // 2) ** 3
+    eigen = _least(lambda: torch.linalg.eigh(small), device) / (SIDE // 2) ** 3
     return Rates(products, factors, eigen, _coded(packing_stage(stages), tall[:ROWS], gram, device))
 
 
@@ -76,11 +79,11 @@ def _coded(packing: Stage | None, weight: torch.Tensor, gram: torch.Tensor, devi
     if packing is None:
         return {}
     codec, found = packing.codec(), {}
-    for storage in sorted(packing.storages(), key=lambda storage: abs(storage.rate - 2), reverse=True):
-        form = codec.form(storage, weight.shape[1])
+    for name, storages in groupby(packing.storages(), key=lambda storage: storage.format):
+        form = codec.form(min(storages, key=lambda storage: abs(storage.rate - 2)), weight.shape[1])
         inputs = codec.inputs(gram, form)
-        found[storage.format] = lambda form=form, inputs=inputs: codec.pack(weight, inputs, form)
-    return {name: _least(work, device) / weight.numel() for name, work in found.items()}
+        found[name] = _least(partial(codec.pack, weight, inputs, form), device) / weight.numel()
+    return found
 
 
 def _least(work: Callable[[], object], device: torch.device) -> float:
@@ -117,7 +120,7 @@ def forecast_seconds(
 
 def _sums_per_token(meta: StreamedModel) -> float:
     """Operations of what a token adds to Gram matrices: one half of each, since they are symmetric."""
-    chosen = getattr(meta.config.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
+    chosen = experts_of_a_token(meta.config.get_text_config(decoder=True)) or 1
     total = 0.0
     for layer in meta.layers:
         total += linear_sums(layer) / SINGLE
